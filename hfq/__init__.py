@@ -1,0 +1,33 @@
+"""hfq: INT8 export for the Hugging Face Hub.
+
+Importing the package is cheap: it loads neither torch nor transformers, it only asks to be told when
+transformers' quantizer registry is imported, so that `from_pretrained` then runs int8 kernels.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from wrapt import when_imported
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load"]
+
+if TYPE_CHECKING:
+    from .runtime.loading import load
+
+
+@when_imported("transformers.quantizers.auto")
+def _register(auto: Any) -> None:
+    def int8_quantizer(config: Any, **kwargs: Any) -> Any:
+        from .runtime.quantizer import Int8HfQuantizer  # imports torch: not before a checkpoint asks for it
+
+        return Int8HfQuantizer(config, **kwargs)
+
+    auto.AUTO_QUANTIZER_MAPPING["compressed-tensors"] = int8_quantizer
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load":
+        from .runtime.loading import load
+
+        return load
+    raise AttributeError(f"module 'hfq' has no attribute {name!r}")

@@ -1,0 +1,39 @@
+"""Everything hfq raises on purpose. A message names the thing, what was expected and the next step."""
+
+
+class HfqError(Exception):
+    """Base of every error a user can cause or mend. `exit_code` is what the command line ends with."""
+
+    exit_code = 1
+
+
+class UsageError(HfqError):
+    """Arguments, recipe keys or a combination of them that cannot be run."""
+
+    exit_code = 2
+
+
+class SourceError(HfqError):
+    """The checkpoint cannot be had, read or trusted."""
+
+
+class DataError(HfqError):
+    """The dataset cannot be had, or does not fit the task or the checkpoint's labels."""
+
+
+class UnsupportedError(HfqError):
+    """A task, architecture or layer that hfq does not quantize."""
+
+
+class ExportError(HfqError):
+    """The quantized folder cannot be written, or does not read back as it was written."""
+
+
+class HubError(HfqError):
+    """The Hub refused a request, or could not be reached."""
+
+
+class GoalNotMetError(HfqError):
+    """No trial met the accuracy goal within the limits."""
+
+    exit_code = 3

@@ -1,0 +1,97 @@
+"""What may be rescaled without changing the model: SmoothQuant folds, read off the exported graph.
+
+A fold is a layer whose output channels feed only Linear layers, through operations that keep channels apart
+(reshapes, transposes, attention over values). Dividing the producer's channels and multiplying the
+consumers' columns by the same factors then leaves the float model as it was.
+"""
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+
+from .layers import Batch
+
+aten = torch.ops.aten
+_TRANSPARENT = {
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.dropout.default,
+    aten.expand.default,
+    aten.alias.default,
+    aten.detach.default,
+}
+
+
+@dataclass(frozen=True)
+class Fold:
+    """`producer` (a Linear or LayerNorm) feeds exactly `consumers` (Linear layers), by module name."""
+
+    producer: str
+    consumers: tuple[str, ...]
+
+
+def find_folds(model: nn.Module, batch: Batch, linears: tuple[str, ...]) -> list[Fold]:
+    """Folds whose consumers are all among `linears`. A model that cannot be exported has none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            graph = torch.export.export(model, (), dict(batch), strict=False)
+    except Exception:  # torch.export raises whatever the model's own code or its tracer raises
+        return []
+    parameters = graph.graph_signature.inputs_to_parameters
+    folds = []
+    for node in graph.graph.nodes:
+        producer = _layer(node, parameters)
+        if producer is None:
+            continue
+        consumers = _consumers(node, parameters)
+        if consumers and set(consumers) <= set(linears) and _same_width(model, producer, consumers):
+            folds.append(Fold(producer, tuple(dict.fromkeys(consumers))))
+    produced = [fold.producer for fold in folds]
+    consumed = [name for fold in folds for name in fold.consumers]
+    # A module that runs more than once (shared layers) cannot be rescaled for one of its places.
+    return [
+        fold
+        for fold in folds
+        if produced.count(fold.producer) == 1 and all(consumed.count(name) == 1 for name in fold.consumers)
+    ]
+
+
+def _layer(node: fx.Node, parameters: dict[str, str]) -> str | None:
+    """The module name of a Linear or LayerNorm node with a weight of its own."""
+    position = {aten.linear.default: 1, aten.layer_norm.default: 2}.get(node.target)
+    if position is None or len(node.args) <= position or not isinstance(node.args[position], fx.Node):
+        return None
+    name = parameters.get(node.args[position].name, "")
+    return name.removesuffix(".weight") if name.endswith(".weight") else None
+
+
+def _consumers(node: fx.Node, parameters: dict[str, str]) -> list[str] | None:
+    """Linear layers that read `node` channel by channel; None when anything else reads it too."""
+    found: list[str] = []
+    for user in node.users:
+        if user.target == aten.linear.default and user.args[0] is node:
+            layer = _layer(user, parameters)
+            inner = [layer] if layer else None
+        elif user.target in _TRANSPARENT:
+            inner = _consumers(user, parameters)
+        elif user.target == aten.scaled_dot_product_attention.default and node not in user.args[:2]:
+            inner = _consumers(user, parameters)  # the values: mixed over tokens, never over channels
+        else:
+            inner = None
+        if inner is None:
+            return None
+        found += inner
+    return found
+
+
+def _same_width(model: nn.Module, producer: str, consumers: list[str]) -> bool:
+    width = model.get_submodule(producer).weight.shape[0]
+    return all(model.get_submodule(name).in_features == width for name in consumers)

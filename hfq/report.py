@@ -1,0 +1,201 @@
+"""What a run found, as plain dataclasses: the content of `hfq.json`, and all that a card may state.
+
+Accuracy is the value of the chosen metric as a fraction; durations are seconds, memory and sizes MiB.
+"""
+
+import json
+import platform
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .errors import SourceError
+
+REPORT_FILE = "hfq.json"
+_PACKAGES = ("hfq", "torch", "transformers", "compressed-tensors", "datasets", "huggingface_hub", "lightning")
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """Where the float model came from. `revision` is a commit sha, or `sha256:…` of a local folder's weights."""
+
+    id: str
+    revision: str
+    license: str | None = None
+    language: list[str] = field(default_factory=list)
+    remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """The data that tuned and measured the model. `revision` is a commit sha on the Hub, else None.
+
+    `holdout_split` is a labelled split that neither calibration nor tuning saw, where there is one.
+    """
+
+    id: str
+    subset: str | None
+    revision: str | None
+    split: str
+    calibration_split: str
+    calibration_samples: int
+    text_columns: list[str]
+    label_column: str
+    label_alignment: str
+    examples: int
+    holdout_split: str | None = None
+    holdout_examples: int = 0
+    max_length: int = 0
+
+
+@dataclass(frozen=True)
+class CriterionInfo:
+    """The accuracy goal: the largest tolerated loss, relative to the float accuracy or in absolute points."""
+
+    kind: str
+    tolerable_loss: float
+    higher_is_better: bool = True
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate and what became of it.
+
+    `output_error`: squared error of the encoder's output on the calibration slice, relative to the float
+    model's. `accuracy` and `duration_s` (forward passes over the evaluation split) are None for a candidate
+    that was ranked but not evaluated.
+    """
+
+    name: str
+    accuracy: float | None
+    duration_s: float | None
+    accepted: bool
+    output_error: float | None = None
+    loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One model, freshly loaded in processes of its own. None: not measured.
+
+    `memory_mb`: parameters and buffers. `size_mb`: weight files on disk. `peak_memory_mb`: resident peak of a
+    process that loads and runs it, less that of one that only imports the libraries. `duration_s`: one
+    pass over the timed batches.
+    """
+
+    accuracy: float
+    duration_s: float
+    memory_mb: float
+    size_mb: float
+    peak_memory_mb: float
+    examples_per_s: float
+    holdout_accuracy: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Both models on the same examples of `split`.
+
+    `interval`: 95 % interval of the accuracy difference (int8 - float), paired bootstrap over examples.
+    `p_value`: exact McNemar test that the two are equally often right.
+    """
+
+    split: str
+    examples: int
+    both_right: int
+    only_float_right: int
+    only_int8_right: int
+    agreement: float
+    interval: tuple[float, float]
+    p_value: float
+    seen_in_tuning: bool
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Layer names by how they run. `float_layers` maps a name to why it stays float."""
+
+    static: list[str]
+    dynamic: list[str]
+    embeddings: list[str]
+    float_layers: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything about one run. `command` repeats it."""
+
+    hfq_version: str
+    task: str
+    checkpoint: CheckpointInfo
+    dataset: DatasetInfo
+    metric: str
+    criterion: CriterionInfo
+    approach: str
+    chosen: str
+    met: bool
+    trials: list[Trial]
+    baseline: Measurement
+    quantized: Measurement
+    comparisons: list[Comparison]
+    layers: Layers
+    majority_accuracy: float
+    logit_difference: float
+    timed_examples: int
+    batch_size: int
+    seed: int
+    command: str
+    created: str
+    hardware: dict[str, Any]
+    versions: dict[str, str]
+    warnings: list[str] = field(default_factory=list)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Report":
+        """Raises `ValueError`, `TypeError` or `KeyError` when `text` is not a report."""
+        data = json.loads(text)
+        return cls(
+            **{
+                **data,
+                "checkpoint": CheckpointInfo(**data["checkpoint"]),
+                "dataset": DatasetInfo(**data["dataset"]),
+                "criterion": CriterionInfo(**data["criterion"]),
+                "trials": [Trial(**row) for row in data["trials"]],
+                "baseline": Measurement(**data["baseline"]),
+                "quantized": Measurement(**data["quantized"]),
+                "comparisons": [
+                    Comparison(**{**row, "interval": tuple(row["interval"])}) for row in data["comparisons"]
+                ],
+                "layers": Layers(**data["layers"]),
+            }
+        )
+
+
+def read_report(folder: Path) -> Report:
+    """The report of an exported folder.
+
+    Raises:
+        SourceError: there is none, or it is not one of hfq's.
+    """
+    path = folder / REPORT_FILE
+    if not path.is_file():
+        raise SourceError(f"{folder} has no {REPORT_FILE}: it was not written by hfq. Expected the output of `hfq quantize`.")
+    try:
+        return Report.from_json(path.read_text(encoding="utf-8"))
+    except (ValueError, TypeError, KeyError) as error:
+        raise SourceError(f"{path} is not a report of this hfq version ({error}). Quantize again to renew it.") from error
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of what a result depends on, and Python's."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

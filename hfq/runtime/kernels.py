@@ -1,0 +1,174 @@
+"""Int8 matmul kernels behind one interface, chosen by what this CPU computes exactly.
+
+Not here: how scales are found (`hfq.quantization`) or where layers live (`hfq.runtime.modules`).
+"""
+
+import ctypes
+import os
+import platform
+import warnings
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import UsageError
+
+SYMMETRIC_RANGE = 127.5  # compressed-tensors divides a token's absolute maximum by this: (127 + 128) / 2
+
+
+class Kernel(Protocol):
+    """A matmul of quantized activations with one layer's packed int8 weight."""
+
+    name: str
+
+    def pack(self, weight: Tensor, scale: Tensor) -> Tensor:
+        """int8 `[out, in]` and float32 `[out]` to the layout that `static` and `dynamic` read."""
+
+    def unpack(self, packed: Tensor, scale: Tensor, in_features: int) -> Tensor:
+        """The int8 `[out, in]` weight that `pack` was given, bit for bit."""
+
+    def static(
+        self, x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, *, input_scale: float, zero_point: int
+    ) -> Tensor:
+        """float `[.., in]`, quantized with one scale and zero point (int8 code), to float32 `[.., out]`."""
+
+    def dynamic(self, x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """float `[.., in]`, quantized symmetrically with a scale per row, to float32 `[.., out]`."""
+
+
+class OneDnnKernel:
+    """oneDNN's u8 x s8 matmul through torch (VNNI, AMX). Activations are int8 codes shifted by 128."""
+
+    name = "onednn"
+
+    def pack(self, weight: Tensor, scale: Tensor) -> Tensor:
+        return torch.ops.onednn.qlinear_prepack(weight, None)
+
+    def unpack(self, packed: Tensor, scale: Tensor, in_features: int) -> Tensor:
+        # The packed layout is oneDNN's own business, so ask the matmul: identity times weight is exact in int32.
+        identity = torch.eye(in_features, dtype=torch.uint8)
+        columns = _qlinear(identity, 1.0, 0, packed, torch.ones_like(scale), None)
+        return columns.t().to(torch.int8).contiguous()
+
+    def static(
+        self, x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, *, input_scale: float, zero_point: int
+    ) -> Tensor:
+        codes = _quantize_uint8(x.float(), input_scale, zero_point + 128)
+        return _qlinear(codes, input_scale, zero_point + 128, packed, scale, bias)
+
+    def dynamic(self, x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        x = x.float()
+        row_scale = token_scale(x)
+        codes = _quantize_uint8(x / row_scale, 1.0, 128)
+        y = _qlinear(codes, 1.0, 128, packed, scale, None)
+        return y.mul_(row_scale) if bias is None else torch.addcmul(bias, y, row_scale)
+
+
+class PortableKernel:
+    """Exact on any CPU: int8 stays in memory, each call widens the codes to float32 and multiplies there."""
+
+    name = "portable"
+
+    def pack(self, weight: Tensor, scale: Tensor) -> Tensor:
+        return weight
+
+    def unpack(self, packed: Tensor, scale: Tensor, in_features: int) -> Tensor:
+        return packed
+
+    def static(
+        self, x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, *, input_scale: float, zero_point: int
+    ) -> Tensor:
+        codes = (x.float() / input_scale + zero_point).round_().clamp_(-128, 127).sub_(zero_point)
+        return self._matmul(codes, packed, scale * input_scale, bias)
+
+    def dynamic(self, x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        x = x.float()
+        row_scale = token_scale(x)
+        y = self._matmul((x / row_scale).round_().clamp_(-128, 127), packed, scale, None).mul_(row_scale)
+        return y if bias is None else y.add_(bias)
+
+    @staticmethod
+    def _matmul(codes: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        y = F.linear(codes, packed.float()).mul_(scale)
+        return y if bias is None else y.add_(bias)
+
+
+def token_scale(x: Tensor) -> Tensor:
+    """Symmetric int8 scale of each row: float32 `[.., in]` to `[.., 1]`, never zero."""
+    largest = torch.linalg.vector_norm(x, ord=float("inf"), dim=-1, keepdim=True)
+    return largest.div_(SYMMETRIC_RANGE).clamp_(min=torch.finfo(torch.float32).tiny)
+
+
+@lru_cache(maxsize=1)
+def select_kernel() -> Kernel:
+    """The fastest kernel that is exact here.
+
+    Without VNNI, u8 x s8 multiply-adds saturate at 16 bits, and whether they do depends on the CPU, on
+    oneDNN's build and on `ONEDNN_MAX_CPU_ISA`. So the largest codes are multiplied once and the sum is
+    checked. `HFQ_ISA=portable` forces the portable kernel.
+
+    Raises:
+        UsageError: `HFQ_ISA` holds something else.
+    """
+    wanted = os.environ.get("HFQ_ISA", "native")
+    if wanted not in ("native", "portable"):
+        raise UsageError(f"HFQ_ISA is {wanted!r}; expected 'native' (the default) or 'portable'.")
+    if wanted == "native" and _onednn_is_exact():
+        return OneDnnKernel()
+    return PortableKernel()
+
+
+@lru_cache(maxsize=1)
+def keep_freed_memory() -> bool:
+    """Let glibc keep freed activations instead of returning them to the kernel after every layer.
+
+    Large float outputs otherwise pay for page faults on every forward, which costs about as much as the
+    int8 matmuls that produce them. Process-wide, once; `HFQ_KEEP_MEMORY=0` leaves the allocator alone.
+
+    Returns: whether the allocator was changed (glibc on Linux only).
+    """
+    if os.environ.get("HFQ_KEEP_MEMORY") == "0" or platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    return bool(libc.mallopt(m_mmap_threshold, 1 << 30) and libc.mallopt(m_trim_threshold, (1 << 31) - 1))
+
+
+def _onednn_is_exact() -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False
+    rows, columns, depth = 4, 16, 64
+    x = torch.full((rows, depth), 255.0)
+    weight = torch.full((columns, depth), 127, dtype=torch.int8)
+    scale = torch.ones(columns)
+    kernel = OneDnnKernel()
+    try:
+        with warnings.catch_warnings():  # torch warns once that quantized tensors will go; _quantize_uint8 knows
+            warnings.simplefilter("ignore", UserWarning)
+            y = kernel.static(x, kernel.pack(weight, scale), scale, None, input_scale=1.0, zero_point=-128)
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False
+    return bool((y == 255 * 127 * depth).all())
+
+
+def _qlinear(
+    codes: Tensor, input_scale: float, zero_point: int, packed: Tensor, scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    no_zero_points = torch.zeros(scale.numel(), dtype=torch.int32)
+    return torch.ops.onednn.qlinear_pointwise(
+        codes, input_scale, zero_point, packed, scale, no_zero_points, bias, 1.0, 0, torch.float32, "none", [], ""
+    )
+
+
+def _quantize_uint8(x: Tensor, scale: float, zero_point: int) -> Tensor:
+    """float32 to uint8 codes `clamp(round(x / scale) + zero_point, 0, 255)`."""
+    if torch.compiler.is_compiling() or not hasattr(torch, "quantize_per_tensor"):
+        return (x / scale).round().add_(zero_point).clamp_(0, 255).to(torch.uint8)
+    quantized = torch.quantize_per_tensor(x, scale, zero_point, torch.quint8)
+    # A view of the codes: int_repr() would copy them, which takes longer than quantizing did.
+    return torch.empty(0, dtype=torch.uint8).set_(
+        quantized.untyped_storage(), 0, quantized.shape, quantized.stride()
+    )

@@ -1,0 +1,154 @@
+"""Int8 twins of `nn.Linear` and `nn.Embedding`, with the tensors compressed-tensors stores on disk.
+
+A module's `state_dict` is its checkpoint entry, whatever layout the kernel keeps the weight in.
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .kernels import Kernel, keep_freed_memory, select_kernel
+
+Activation = Literal["static", "dynamic"]
+
+
+class Int8Linear(nn.Module):
+    """`y = x W^T + b` with int8 weights (per output channel) and int8 activations.
+
+    State: `weight` int8 `[out, in]`, `weight_scale` float32 `[out, 1]`, `bias` float `[out]` or absent;
+    with static activations also `input_scale` float32 `[1]` and `input_zero_point` int8 `[1]`.
+    Inference only: no gradient flows through it.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, activation: Activation) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.activation = activation
+        self.weight = _frozen(torch.empty(out_features, in_features, dtype=torch.int8))
+        self.weight_scale = _frozen(torch.empty(out_features, 1))
+        if activation == "static":
+            self.input_scale = _frozen(torch.empty(1))
+            self.input_zero_point = _frozen(torch.empty(1, dtype=torch.int8))
+        self.register_parameter("bias", _frozen(torch.empty(out_features)) if bias else None)
+        self._packed: _Packed | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float `[.., in]` to the same dtype, `[.., out]`."""
+        packed = self._packed or self.pack()
+        with torch.no_grad():
+            return packed(x).to(x.dtype)
+
+    def pack(self) -> "_Packed":
+        """Hand the weight to the kernel and keep no second copy of it. The first forward does it if need be."""
+        self._packed = _Packed(self, select_kernel())
+        del self.weight
+        return self._packed
+
+    def unpack(self) -> None:
+        """Take the weight back as a plain `[out, in]` parameter."""
+        if self._packed is not None:
+            weight = self._packed.unpack()
+            self._packed = None
+            self.weight = _frozen(weight)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and self.__dict__.get("_packed") is not None:
+            return _frozen(self._packed.unpack())  # for model code that looks at a weight's dtype or device
+        return super().__getattr__(name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles carry the plain weight: packed tensors are opaque and belong to this CPU."""
+        state = self.__dict__.copy()
+        if self._packed is not None:
+            state["_parameters"] = {**self._parameters, "weight": self.weight}
+            state["_packed"] = None
+        return state
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Int8Linear":
+        self.unpack()  # a move to another device or dtype changes what the packed copy was made from
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self._packed is not None:
+            destination[f"{prefix}weight"] = self._packed.unpack()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.unpack()
+        super()._load_from_state_dict(*args)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, activation={self.activation}"
+        )
+
+
+class _Packed:
+    """One layer's weight in its kernel's layout, with the scales as the kernel wants them."""
+
+    def __init__(self, module: Int8Linear, kernel: Kernel) -> None:
+        keep_freed_memory()
+        self.kernel = kernel
+        self.in_features = module.in_features
+        self.scale = module.weight_scale.detach().float().reshape(-1).contiguous()
+        self.bias = None if module.bias is None else module.bias.detach().float()
+        self.weight = kernel.pack(module.weight.detach(), self.scale)
+        self.input_scale, self.zero_point = 0.0, 0
+        if module.activation == "static":
+            self.input_scale = module.input_scale.item()
+            self.zero_point = int(module.input_zero_point.item())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.input_scale:
+            return self.kernel.static(
+                x, self.weight, self.scale, self.bias, input_scale=self.input_scale, zero_point=self.zero_point
+            )
+        return self.kernel.dynamic(x, self.weight, self.scale, self.bias)
+
+    def unpack(self) -> Tensor:
+        return self.kernel.unpack(self.weight, self.scale, self.in_features)
+
+
+class Int8Embedding(nn.Module):
+    """Embedding with int8 rows: `weight` int8 `[rows, dim]`, `weight_scale` float32 `[rows, 1]`."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, *, padding_idx: int | None = None) -> None:
+        super().__init__()
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.padding_idx = padding_idx
+        self.weight = _frozen(torch.empty(num_embeddings, embedding_dim, dtype=torch.int8))
+        self.weight_scale = _frozen(torch.empty(num_embeddings, 1))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """integer ids `[..]` to float `[.., dim]`, in the dtype of the scales."""
+        rows = nn.functional.embedding(ids, self.weight).to(self.weight_scale.dtype)
+        return rows.mul_(nn.functional.embedding(ids, self.weight_scale))
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}"
+
+
+def memory_mib(model: nn.Module) -> float:
+    """Parameters and buffers in memory, MiB. A packed weight counts as the int8 weight it holds."""
+    seen: dict[int, int] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        seen[id(tensor)] = tensor.numel() * tensor.element_size()
+    packed = sum(
+        m.in_features * m.out_features for m in model.modules() if isinstance(m, Int8Linear) and m._packed is not None
+    )
+    return (sum(seen.values()) + packed) / 2**20
+
+
+def pack_all(model: nn.Module) -> None:
+    """Pack every int8 layer now, so that the first forward is as fast as the second."""
+    for module in model.modules():
+        if isinstance(module, Int8Linear) and module._packed is None:
+            module.pack()
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
