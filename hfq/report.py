@@ -6,6 +6,7 @@ Accuracy is the value of the chosen metric as a fraction; durations are seconds,
 import json
 import platform
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -60,16 +61,15 @@ class CriterionInfo:
 
 @dataclass(frozen=True)
 class Trial:
-    """One candidate and what became of it.
+    """One candidate that was evaluated on the whole evaluation split.
 
-    `output_error`: squared error of the encoder's output on the calibration slice, relative to the float
-    model's. `accuracy` and `duration_s` (forward passes over the evaluation split) are None for a candidate
-    that was ranked but not evaluated.
+    `duration_s`: its forward passes there. `loss`: as the criterion counts it. `output_error`: squared error of
+    the encoder's output on the calibration slice, relative to the float model's output.
     """
 
     name: str
-    accuracy: float | None
-    duration_s: float | None
+    accuracy: float
+    duration_s: float
     accepted: bool
     output_error: float | None = None
     loss: float | None = None
@@ -124,7 +124,12 @@ class Layers:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything about one run. `command` repeats it."""
+    """Everything about one run. `command` repeats it.
+
+    `stock_agreement` and `logit_difference` compare the int8 kernels with stock transformers, which
+    dequantizes: the share of timed examples with the same answer, and the mean absolute logit difference.
+    `ranking`: output error on the calibration slice of each candidate that was considered.
+    """
 
     hfq_version: str
     task: str
@@ -150,6 +155,8 @@ class Report:
     hardware: dict[str, Any]
     versions: dict[str, str]
     warnings: list[str] = field(default_factory=list)
+    stock_agreement: float | None = None
+    ranking: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
@@ -183,11 +190,20 @@ def read_report(folder: Path) -> Report:
     """
     path = folder / REPORT_FILE
     if not path.is_file():
-        raise SourceError(f"{folder} has no {REPORT_FILE}: it was not written by hfq. Expected the output of `hfq quantize`.")
+        raise SourceError(
+            f"{folder} has no {REPORT_FILE}: it was not written by hfq. Expected the output of `hfq quantize`."
+        )
     try:
         return Report.from_json(path.read_text(encoding="utf-8"))
     except (ValueError, TypeError, KeyError) as error:
-        raise SourceError(f"{path} is not a report of this hfq version ({error}). Quantize again to renew it.") from error
+        raise SourceError(
+            f"{path} is not a report of this hfq version ({error}). Quantize again to renew it."
+        ) from error
+
+
+def now() -> str:
+    """The time, in UTC, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def package_versions() -> dict[str, str]:

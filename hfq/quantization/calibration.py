@@ -3,9 +3,8 @@
 Memory does not grow with the slice: two passes, one for the extremes, one for histograms between them.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,19 +14,23 @@ from .layers import Batch
 from .observers import BINS, InputStatistics
 
 MOMENTUM = 0.9  # of the moving averages
-Watch = Callable[[str, nn.Module, Tensor, Tensor], None]  # layer name, layer, real inputs [n, in], real outputs [n, out]
+Watch = Callable[
+    [str, nn.Module, Tensor, Tensor], None
+]  # name, layer, real inputs [n, in] and outputs [n, out]
+Statistics = Mapping[str, InputStatistics]  # by layer name
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """Input statistics by layer name, and the float model's logits: float32 `[examples, labels]`."""
+def calibrate(
+    model: nn.Module,
+    linears: Sequence[str],
+    batches: Sequence[Batch],
+    *,
+    track: Callable[[Iterable[Batch]], Iterable[Batch]] = iter,
+) -> Statistics:
+    """Observe the inputs of `linears` over `batches` (each a dict of tensors with an `attention_mask`).
 
-    statistics: Mapping[str, InputStatistics]
-    logits: Tensor
-
-
-def calibrate(model: nn.Module, linears: Sequence[str], batches: Sequence[Batch]) -> Calibration:
-    """Observe the inputs of `linears` over `batches` (each a dict of tensors with an `attention_mask`)."""
+    `track` wraps the batches of each pass, for a progress bar.
+    """
     ranges: dict[str, InputStatistics] = {}
 
     def see_range(name: str, _: nn.Module, x: Tensor, __: Tensor) -> None:
@@ -46,12 +49,14 @@ def calibrate(model: nn.Module, linears: Sequence[str], batches: Sequence[Batch]
         if stats.high > stats.low:
             stats.histogram += torch.histc(x, bins=BINS, min=stats.low, max=stats.high)
 
-    logits = watch(model, linears, batches, see_range)
-    watch(model, linears, batches, see_histogram)
-    return Calibration(ranges, logits)
+    watch(model, linears, track(batches), see_range)
+    watch(model, linears, track(batches), see_histogram)
+    return ranges
 
 
-def sensitivity(model: nn.Module, twins: Mapping[str, Int8Linear], batches: Sequence[Batch]) -> dict[str, float]:
+def sensitivity(
+    model: nn.Module, twins: Mapping[str, Int8Linear], batches: Sequence[Batch]
+) -> dict[str, float]:
     """Each layer's own int8 output error, squared and relative to its output, from one pass of the float model."""
     error: dict[str, float] = dict.fromkeys(twins, 0.0)
     power: dict[str, float] = dict.fromkeys(twins, 0.0)
@@ -64,14 +69,35 @@ def sensitivity(model: nn.Module, twins: Mapping[str, Int8Linear], batches: Sequ
     return {name: error[name] / max(power[name], 1e-30) for name in twins}
 
 
-def watch(model: nn.Module, layers: Sequence[str], batches: Sequence[Batch], see: Watch) -> Tensor:
-    """Run `batches` and show each layer's real inputs and outputs to `see`. Returns the logits."""
+def encoder_output(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
+    """What the encoder hands to the classification head, real tokens only: float32 `[tokens, hidden]`.
+
+    The logits, `[examples, labels]`, for a model without a `base_model`.
+    """
+    outputs: list[Tensor] = []
+    mask: Tensor | None = None
+
+    def keep(_: nn.Module, __: tuple[Tensor, ...], output: Sequence[Tensor]) -> None:
+        outputs.append(real_tokens(output[0], mask))
+
+    encoder = getattr(model, "base_model", model)
+    handle = encoder.register_forward_hook(keep)
+    try:
+        with torch.inference_mode():
+            for batch in batches:
+                mask = batch.get("attention_mask")
+                model(**batch)
+    finally:
+        handle.remove()
+    return torch.cat(outputs)
+
+
+def watch(model: nn.Module, layers: Sequence[str], batches: Iterable[Batch], see: Watch) -> None:
+    """Run `batches` and show each layer's real inputs and outputs to `see`."""
     with _hooks(model, layers, see) as set_mask, torch.inference_mode():
-        logits = []
         for batch in batches:
             set_mask(batch.get("attention_mask"))
-            logits.append(model(**batch).logits.float())
-        return torch.cat(logits)
+            model(**batch)
 
 
 @contextmanager

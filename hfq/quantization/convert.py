@@ -40,8 +40,6 @@ def int8_linear(linear: nn.Linear, scheme: LinearScheme) -> Int8Linear:
 
 def int8_embedding(embedding: nn.Embedding) -> Int8Embedding:
     """The int8 twin of `embedding`."""
-    twin = Int8Embedding(
-        embedding.num_embeddings, embedding.embedding_dim, padding_idx=embedding.padding_idx
-    )
+    twin = Int8Embedding(embedding.num_embeddings, embedding.embedding_dim, padding_idx=embedding.padding_idx)
     twin.weight.data, twin.weight_scale.data = quantize_rows(embedding.weight)
     return twin

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .kernels import Kernel, keep_freed_memory, select_kernel
+from .kernels import Kernel, PostOp, keep_freed_memory, quantize_uint8, select_kernel
 
 Activation = Literal["static", "dynamic"]
 
@@ -18,6 +18,7 @@ class Int8Linear(nn.Module):
 
     State: `weight` int8 `[out, in]`, `weight_scale` float32 `[out, 1]`, `bias` float `[out]` or absent;
     with static activations also `input_scale` float32 `[1]` and `input_zero_point` int8 `[1]`.
+    `post_op`: an activation function computed with the matmul (`hfq.runtime.fusion`); not part of the state.
     Inference only: no gradient flows through it.
     """
 
@@ -32,13 +33,19 @@ class Int8Linear(nn.Module):
             self.input_scale = _frozen(torch.empty(1))
             self.input_zero_point = _frozen(torch.empty(1, dtype=torch.int8))
         self.register_parameter("bias", _frozen(torch.empty(out_features)) if bias else None)
+        self.post_op: PostOp | None = None
+        self._codes_for: tuple[float, int] | None = None
         self._packed: _Packed | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """float `[.., in]` to the same dtype, `[.., out]`."""
+        """float `[.., in]` to the same dtype, `[.., out]`. uint8 is taken as the codes of this layer's input scale."""
         packed = self._packed or self.pack()
         with torch.no_grad():
-            return packed(x).to(x.dtype)
+            return packed(x, self.post_op, self._codes_for)
+
+    def emit_codes_for(self, consumer: "Int8Linear | None") -> None:
+        """Return uint8 codes of `consumer`'s input scale from now on, instead of floats; None: floats again."""
+        self._codes_for = None if consumer is None else (consumer.input_scale.item(), _code_zero(consumer))
 
     def pack(self) -> "_Packed":
         """Hand the weight to the kernel and keep no second copy of it. The first forward does it if need be."""
@@ -67,7 +74,9 @@ class Int8Linear(nn.Module):
         return state
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Int8Linear":
-        self.unpack()  # a move to another device or dtype changes what the packed copy was made from
+        moved = fn(self.weight_scale)
+        if moved.device != self.weight_scale.device or moved.dtype != self.weight_scale.dtype:
+            self.unpack()  # what was packed was made from the tensors as they were
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -82,7 +91,7 @@ class Int8Linear(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, activation={self.activation}"
+            f"bias={self.bias is not None}, activation={self.activation}, post_op={self.post_op}"
         )
 
 
@@ -93,20 +102,28 @@ class _Packed:
         keep_freed_memory()
         self.kernel = kernel
         self.in_features = module.in_features
-        self.scale = module.weight_scale.detach().float().reshape(-1).contiguous()
-        self.bias = None if module.bias is None else module.bias.detach().float()
+        self.scale = module.weight_scale.detach().float().reshape(-1).clone()
+        self.bias = None if module.bias is None else module.bias.detach().float().clone()
         self.weight = kernel.pack(module.weight.detach(), self.scale)
-        self.input_scale, self.zero_point = 0.0, 0
-        if module.activation == "static":
-            self.input_scale = module.input_scale.item()
-            self.zero_point = int(module.input_zero_point.item())
+        self.static = module.activation == "static"
+        if self.static:
+            self.input_scale, self.zero_point = module.input_scale.item(), _code_zero(module)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.input_scale:
-            return self.kernel.static(
-                x, self.weight, self.scale, self.bias, input_scale=self.input_scale, zero_point=self.zero_point
-            )
-        return self.kernel.dynamic(x, self.weight, self.scale, self.bias)
+    def __call__(self, x: Tensor, post_op: PostOp | None, codes_for: tuple[float, int] | None) -> Tensor:
+        if not self.static:
+            return self.kernel.dynamic(x, self.weight, self.scale, self.bias, post_op=post_op).to(x.dtype)
+        codes = x if x.dtype == torch.uint8 else quantize_uint8(x.float(), self.input_scale, self.zero_point)
+        y = self.kernel.static(
+            codes,
+            self.weight,
+            self.scale,
+            self.bias,
+            input_scale=self.input_scale,
+            zero_point=self.zero_point,
+            post_op=post_op,
+            output=codes_for,
+        )
+        return y if codes_for or x.dtype == torch.uint8 else y.to(x.dtype)
 
     def unpack(self) -> Tensor:
         return self.kernel.unpack(self.weight, self.scale, self.in_features)
@@ -138,9 +155,17 @@ def memory_mib(model: nn.Module) -> float:
     for tensor in [*model.parameters(), *model.buffers()]:
         seen[id(tensor)] = tensor.numel() * tensor.element_size()
     packed = sum(
-        m.in_features * m.out_features for m in model.modules() if isinstance(m, Int8Linear) and m._packed is not None
+        m.in_features * m.out_features
+        for m in model.modules()
+        if isinstance(m, Int8Linear) and m._packed is not None
     )
     return (sum(seen.values()) + packed) / 2**20
+
+
+def leave_file(model: nn.Module) -> None:
+    """Copy what is left out of the mapped checkpoint file: one embedding would keep all of it resident."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data = tensor.data.clone()
 
 
 def pack_all(model: nn.Module) -> None:
@@ -148,6 +173,11 @@ def pack_all(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Int8Linear) and module._packed is None:
             module.pack()
+
+
+def _code_zero(module: Int8Linear) -> int:
+    """The uint8 code of zero in `module`'s input: the int8 zero point on disk, shifted by 128."""
+    return int(module.input_zero_point.item()) + 128
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

@@ -12,7 +12,8 @@ from compressed_tensors.utils.match import match_named_modules
 from torch import nn
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
-from .modules import Activation, Int8Embedding, Int8Linear, pack_all
+from .fusion import fuse
+from .modules import Activation, Int8Embedding, Int8Linear, leave_file, pack_all
 
 
 class Int8HfQuantizer(CompressedTensorsHfQuantizer):
@@ -43,6 +44,8 @@ class Int8HfQuantizer(CompressedTensorsHfQuantizer):
         if self.runs_int8:
             model.requires_grad_(False)
             pack_all(model)
+            leave_file(model)
+            fuse(model, model.dummy_inputs)
         return super()._process_model_after_weight_loading(model, **kwargs)
 
     def get_load_operations(self) -> dict:

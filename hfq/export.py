@@ -1,0 +1,130 @@
+"""Write a quantized model as a transformers folder in the compressed-tensors layout, and prove what was written.
+
+Format: https://github.com/neuralmagic/compressed-tensors and `../shared/DESIGN.md`.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .errors import ExportError
+from .quantization.scheme import Plan
+from .source import Checkpoint
+
+SHARD_SIZE = "5GB"
+WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+ACTIVATIONS: dict[str, dict[str, Any]] = {
+    "static": {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "tensor", "dynamic": False},
+    "dynamic": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
+}
+COPIED = ("*.json", "*.txt", "*.model", "*.jinja")
+NOT_COPIED = ("config.json", "model.safetensors.index.json", "hfq.json")
+
+
+def export(model: nn.Module, plan: Plan, checkpoint: Checkpoint, *, folder: Path) -> None:
+    """Fill the new `folder` with weights, config and tokenizer files.
+
+    Raises:
+        ExportError: the disk is full or read-only, or a file does not read back bit for bit.
+    """
+    try:
+        folder.mkdir(parents=True)
+        _write_weights(_tensors(model), folder)
+        config = {key: value for key, value in checkpoint.config.items() if key != "torch_dtype"}
+        config |= {"dtype": "float32", "quantization_config": quantization_config(model, plan)}
+        write_text(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        patterns = [*COPIED, "*.py"] if checkpoint.info.remote_code else COPIED
+        for path in sorted({path for pattern in patterns for path in checkpoint.path.glob(pattern)}):
+            if path.name not in NOT_COPIED:
+                shutil.copyfile(path, folder / path.name)
+    except OSError as error:
+        raise ExportError(
+            f"{folder} cannot be written: {error.strerror or error}. Free space or choose another --output."
+        ) from error
+
+
+def quantization_config(model: nn.Module, plan: Plan) -> dict[str, Any]:
+    """The `quantization_config` of config.json: one group a scheme, everything else under `ignore`."""
+    schemes = {name: scheme.approach for name, scheme in plan.linears.items()}
+    ignore = [n for n, m in model.named_modules() if type(m) in (nn.Linear, nn.Embedding)]
+    used = sorted(set(schemes.values()), reverse=True)
+    groups = {}
+    for approach in used:
+        targets = (
+            ["Linear"] if len(used) == 1 else [name for name, kind in schemes.items() if kind == approach]
+        )
+        groups[f"group_{len(groups)}"] = {
+            "format": "int-quantized",
+            "targets": targets,
+            "weights": WEIGHTS,
+            "input_activations": ACTIVATIONS[approach],
+        }
+    if plan.embeddings:
+        groups[f"group_{len(groups)}"] = {
+            "format": "naive-quantized",
+            "targets": ["Embedding"],
+            "weights": WEIGHTS,
+        }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": ignore,
+    }
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write, fsync, and only then give the file its name."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """State by name, contiguous, each shared tensor once (transformers ties the others again when it loads)."""
+    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    return {
+        name: tensor.detach().contiguous() for name, tensor in model.state_dict().items() if name not in tied
+    }
+
+
+def _write_weights(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    split = split_torch_state_dict_into_shards(
+        dict(tensors), filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD_SIZE
+    )
+    for filename, names in split.filename_to_tensors.items():
+        path = folder / filename
+        temporary = folder / f".{filename}.tmp"
+        save_file({name: tensors[name] for name in names}, temporary, metadata={"format": "pt"})
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        _check(temporary, tensors, names)
+        temporary.replace(path)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+
+
+def _check(path: Path, tensors: Mapping[str, Tensor], names: Iterable[str]) -> None:
+    with safe_open(path, framework="pt") as file:
+        if set(file.keys()) != set(names):
+            raise ExportError(f"{path} does not hold the tensors that were written to it.")
+        for name in names:
+            written = file.get_tensor(name)
+            if written.dtype != tensors[name].dtype or not torch.equal(written, tensors[name]):
+                raise ExportError(
+                    f"{path} does not read back what was written: {name} differs. Check the disk."
+                )

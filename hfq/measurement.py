@@ -1,0 +1,138 @@
+"""Last look before publishing: the exported folder, freshly loaded, beside the float checkpoint."""
+
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .benchmark import Subject, Timing, logits_of, measure, timed_batches
+from .evaluation import Evaluation
+from .report import Comparison, Measurement
+from .runtime.kernels import select_kernel
+from .session import Session, load_model
+from .source import Checkpoint
+from .tuning.acceptance import mcnemar_p, paired_interval
+from .ui import Reporter
+
+AGREEMENT = 0.99  # of answers between int8 kernels and stock transformers; less is warned about
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Both checkpoints, the splits they were compared on, and how int8 kernels differ from stock transformers."""
+
+    baseline: Measurement
+    quantized: Measurement
+    comparisons: list[Comparison]
+    stock_agreement: float
+    logit_difference: float
+    timed_examples: int
+
+
+def measure_export(session: Session, exported: Checkpoint, baseline: Evaluation, *, ui: Reporter) -> Measured:
+    """Accuracy on every split, then time and memory in processes of their own, then the stock loading path."""
+    recipe, info = session.recipe, session.data.info
+    remote = recipe.trust_remote_code
+    model = load_model(exported, session.auto_class, trust_remote_code=remote)
+    quantized = session.evaluate(model, session.evaluation)
+    comparisons = [
+        compare(baseline, quantized, split=info.split, seed=recipe.seed, seen_in_tuning=True),
+    ]
+    held_out: list[float | None] = [None, None]
+    if session.holdout and info.holdout_split:
+        before = session.evaluate(session.model, session.holdout)
+        after = session.evaluate(model, session.holdout)
+        held_out = [before.score, after.score]
+        comparisons.append(
+            compare(before, after, split=info.holdout_split, seed=recipe.seed, seen_in_tuning=False)
+        )
+        ui.note(
+            f"{info.holdout_split!r}, which tuning never saw: FP32 {before.score:.4f}, INT8 {after.score:.4f}"
+        )
+
+    batches = timed_batches(session.evaluation)
+    subjects = [
+        Subject(checkpoint, session.auto_class, trust_remote_code=remote)
+        for checkpoint in (session.checkpoint, exported)
+    ]
+    timings = measure(subjects, batches, threads=recipe.threads)
+    stock = logits_of(
+        Subject(exported, session.auto_class, stock=True, trust_remote_code=remote),
+        batches,
+        threads=recipe.threads,
+    )
+    ours = logits_of(subjects[1], batches, threads=recipe.threads)
+    agreement = (stock.argmax(1) == ours.argmax(1)).float().mean().item()
+    difference = (stock - ours).abs().mean().item()
+    ui.note(
+        f"stock transformers gives the same answer on {agreement:.2%}, mean logit difference {difference:.4f}"
+    )
+    if agreement < AGREEMENT:
+        ui.warn(
+            f"Stock transformers and int8 kernels agree on only {agreement:.2%} of {len(stock)} examples."
+        )
+    return Measured(
+        _measurement(session.checkpoint, baseline, timings[0], held_out[0]),
+        _measurement(exported, quantized, timings[1], held_out[1]),
+        comparisons,
+        agreement,
+        difference,
+        len(stock),
+    )
+
+
+def compare(
+    first: Evaluation, second: Evaluation, *, split: str, seed: int, seen_in_tuning: bool
+) -> Comparison:
+    """Two models' answers to the same examples of `split`: float first, int8 second."""
+    a, b = first.right, second.right
+    only_first, only_second = int((a & ~b).sum()), int((~a & b).sum())
+    return Comparison(
+        split=split,
+        examples=len(a),
+        both_right=int((a & b).sum()),
+        only_float_right=only_first,
+        only_int8_right=only_second,
+        agreement=(first.logits.argmax(1) == second.logits.argmax(1)).float().mean().item(),
+        interval=paired_interval(a, b, seed=seed),
+        p_value=mcnemar_p(only_first, only_second),
+        seen_in_tuning=seen_in_tuning,
+    )
+
+
+def hardware() -> dict[str, Any]:
+    """What a timing depends on: the CPU, its cores and threads, memory, and the kernel that was chosen."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "kernel": select_kernel().name,
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _measurement(
+    checkpoint: Checkpoint, evaluation: Evaluation, timing: Timing, holdout_accuracy: float | None
+) -> Measurement:
+    return Measurement(
+        accuracy=evaluation.score,
+        duration_s=timing.duration_s,
+        memory_mb=timing.memory_mb,
+        size_mb=checkpoint.size_mb,
+        peak_memory_mb=timing.peak_memory_mb,
+        examples_per_s=timing.examples_per_s,
+        holdout_accuracy=holdout_accuracy,
+    )
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")

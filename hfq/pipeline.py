@@ -1,0 +1,241 @@
+"""The stages in the order they run: source, task data, calibration, trials, export, measure, card.
+
+Publishing is a step of its own (`hfq.hub`): what is pushed is a folder that is already whole.
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+from . import __version__
+from .card import render_card
+from .data import majority_accuracy
+from .errors import ExportError, GoalNotMetError, UsageError
+from .evaluation import Evaluation
+from .export import export, write_text
+from .measurement import hardware, measure_export
+from .quantization.convert import quantize_model
+from .recipe import Recipe
+from .report import REPORT_FILE, CriterionInfo, Layers, Report, now, package_versions
+from .session import Session, open_session
+from .source import pull
+from .tuning.acceptance import Goal
+from .tuning.log import TrialLog
+from .tuning.tuner import Found, find
+from .ui import Reporter
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: the folder with the int8 checkpoint, and its report."""
+
+    folder: Path
+    report: Report
+
+
+def quantize(
+    recipe: Recipe,
+    *,
+    recipes: Path,
+    ui: Reporter,
+    token: str | None = None,
+    resume: bool = False,
+    command: str = "",
+) -> Result:
+    """Run every stage but publishing.
+
+    `recipes`: folder searched for the checkpoint's recipe when no dataset is named. `command`: repeats the run.
+
+    Raises:
+        GoalNotMetError: no trial met the goal and `allow_loss` is off; nothing was exported.
+        HfqError: anything else the user can mend. No output folder is left behind.
+    """
+    output = recipe.output_folder
+    _check_output(output)
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    torch.manual_seed(recipe.seed)
+    session = open_session(recipe, recipes=recipes, ui=ui, token=token)
+    baseline = _baseline(session, ui)
+    goal = Goal(baseline.score, recipe.tolerable_loss, recipe.criterion)
+    with _work_folder(output) as work:
+        log = TrialLog(work / "trials.jsonl", depends_on=_dependencies(session), resume=resume)
+        found = find(session, goal, log=log, ui=ui)
+        if not found.outcome.met:
+            _goal_missed(session, goal, found, ui)
+        report = _write_checkpoint(
+            session, found, baseline, log=log, folder=work / "export", ui=ui, command=command
+        )
+        _replace(output, work / "export")
+        shutil.rmtree(work)
+    return Result(output, report)
+
+
+def _baseline(session: Session, ui: Reporter) -> Evaluation:
+    ui.stage("Baseline")
+    baseline = session.evaluate(session.model, session.evaluation)
+    info = session.data.info
+    ui.note(
+        f"FP32 {session.recipe.metric} {baseline.score:.4f} on the {info.examples} examples of {info.split!r}"
+    )
+    accuracy, majority = baseline.accuracy, majority_accuracy(session.data.evaluation.labels)
+    if accuracy <= majority:
+        ui.warn(
+            f"The float model is right on {accuracy:.4f} of the examples, no better than always answering the most "
+            f"common label ({majority:.4f}). Are this dataset and these labels the ones it was trained for?"
+        )
+    return baseline
+
+
+def _goal_missed(session: Session, goal: Goal, found: Found, ui: Reporter) -> None:
+    recipe, best = session.recipe, found.outcome.trial
+    message = (
+        f"No trial met the goal of at most {goal.tolerable_loss:g} {goal.kind} loss from FP32 {recipe.metric} "
+        f"{goal.baseline:.4f}{' within ' + found.outcome.stopped if found.outcome.stopped else ''}. Best: {best.name}, "
+        f"{recipe.metric} {best.accuracy:.4f}, loss {best.loss:+.4f}."
+    )
+    if not recipe.allow_loss:
+        raise GoalNotMetError(
+            f"{message} Nothing was exported. Raise --tolerable-loss, give --resume more --max-trials, or pass --allow-loss "
+            "to save the best trial with a card that says so."
+        )
+    ui.warn(message)
+
+
+def _write_checkpoint(
+    session: Session,
+    found: Found,
+    baseline: Evaluation,
+    *,
+    log: TrialLog,
+    folder: Path,
+    ui: Reporter,
+    command: str,
+) -> Report:
+    """Export the chosen trial into `folder`, measure what was written, and put report and card beside it."""
+    recipe, info = session.recipe, session.data.info
+    ui.stage(f"Export: {found.outcome.candidate.name}")
+    shutil.rmtree(folder, ignore_errors=True)
+    export(
+        quantize_model(session.model, found.plan, found.space.folds),
+        found.plan,
+        session.checkpoint,
+        folder=folder,
+    )
+    exported = pull(str(folder), trust_remote_code=recipe.trust_remote_code)
+    ui.note(
+        f"{exported.size_mb:.1f} MiB, {exported.size_mb / session.checkpoint.size_mb:.1%} of FP32, read back bit for bit"
+    )
+
+    ui.stage("Measure the exported folder, freshly loaded")
+    measured = measure_export(session, exported, baseline, ui=ui)
+    goal_met = found.outcome.met
+    linears = found.plan.linears
+    report = Report(
+        hfq_version=__version__,
+        task=session.task,
+        checkpoint=session.checkpoint.info,
+        dataset=info,
+        metric=recipe.metric,
+        criterion=CriterionInfo(recipe.criterion, recipe.tolerable_loss),
+        approach=found.outcome.candidate.approach,
+        chosen=found.outcome.candidate.name,
+        met=goal_met,
+        trials=log.trials,
+        ranking=log.ranking,
+        baseline=measured.baseline,
+        quantized=measured.quantized,
+        comparisons=measured.comparisons,
+        layers=Layers(
+            static=[name for name, scheme in linears.items() if scheme.approach == "static"],
+            dynamic=[name for name, scheme in linears.items() if scheme.approach == "dynamic"],
+            embeddings=list(found.plan.embeddings),
+            float_layers={
+                **found.space.layers.float_layers,
+                **dict.fromkeys(
+                    found.outcome.candidate.float_layers, "sensitive: kept in float to meet the goal"
+                ),
+            },
+        ),
+        majority_accuracy=majority_accuracy(session.data.evaluation.labels),
+        logit_difference=measured.logit_difference,
+        timed_examples=measured.timed_examples,
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+        command=command,
+        created=now(),
+        hardware=hardware(),
+        versions=package_versions(),
+        warnings=list(ui.warnings),
+        stock_agreement=measured.stock_agreement,
+    )
+    write_text(folder / REPORT_FILE, report.to_json())
+    write_text(folder / "README.md", render_card(report, repo_id=recipe.to))
+    return report
+
+
+def _dependencies(session: Session) -> dict[str, object]:
+    """What the result of a trial depends on: a log made with anything else is not resumed."""
+    recipe = session.recipe.model_dump(
+        include={
+            "metric",
+            "tolerable_loss",
+            "criterion",
+            "approach",
+            "seed",
+            "batch_size",
+            "calibration_samples",
+        }
+    )
+    return {
+        "hfq": __version__,
+        "checkpoint": session.checkpoint.info.revision,
+        "dataset": asdict(session.data.info),
+        "recipe": recipe,
+    }
+
+
+def _check_output(output: Path) -> None:
+    if output.is_dir() and any(output.iterdir()) and not (output / REPORT_FILE).is_file():
+        raise UsageError(
+            f"{output} exists and was not written by hfq. Choose another --output, or remove it."
+        )
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"{output} is a file. Choose another --output.")
+
+
+@contextmanager
+def _work_folder(output: Path) -> Iterator[Path]:
+    """A folder beside the output, so that the last step is a rename. It stays behind only to be resumed from."""
+    work = output.with_name(f"{output.name}.hfq-work")
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(work / ".lock", timeout=0)
+        with lock:
+            yield work
+    except Timeout as error:
+        raise UsageError(
+            f"Another hfq is writing {output}. Wait for it, or choose another --output."
+        ) from error
+    except PermissionError as error:
+        raise ExportError(
+            f"{output.parent.resolve()} is not writable: {error.strerror}. Choose another --output."
+        ) from error
+
+
+def _replace(output: Path, finished: Path) -> None:
+    """Give the finished folder its name; an earlier export under that name is removed only afterwards."""
+    earlier = output.with_name(f"{output.name}.hfq-work") / "earlier"
+    try:
+        if output.exists():
+            output.rename(earlier)
+        finished.rename(output)
+    except OSError as error:
+        if earlier.exists() and not output.exists():
+            earlier.rename(output)
+        raise ExportError(f"{output} cannot be written: {error.strerror}.") from error

@@ -1,0 +1,137 @@
+"""A recipe: everything a run needs to know, validated. The command line builds one from flags.
+
+A token is never part of it: recipes are committed and published.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import UsageError
+
+
+class Recipe(BaseModel):
+    """What to quantize, on which data, to which goal, and where the result goes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    checkpoint: str = Field(min_length=1, description="Hub id or folder of the float checkpoint")
+    revision: str | None = Field(None, description="branch, tag or commit of the checkpoint")
+    task: str | None = Field(None, description="task; found from the checkpoint's architecture when absent")
+    dataset: str | None = Field(None, description="Hub id, folder or file (CSV, JSON, Parquet)")
+    subset: str | None = Field(None, description="dataset configuration, such as 'mrpc' of nyu-mll/glue")
+    split: str | None = Field(None, description="split that decides whether the goal is met")
+    calibration_split: str | None = Field(None, description="split the calibration slice is drawn from")
+    text_columns: list[str] = Field(default_factory=list, description="text columns, in the model's order")
+    label_column: str | None = Field(None, description="column of labels")
+    metric: Literal["accuracy", "f1", "precision", "recall", "matthews_correlation"] = "accuracy"
+    approach: Literal["auto", "static", "dynamic"] = "auto"
+    calibration_samples: int = Field(100, ge=1)
+    tolerable_loss: float = Field(0.01, ge=0, lt=1)
+    criterion: Literal["relative", "absolute"] = "relative"
+    max_trials: int = Field(600, ge=1)
+    timeout: float = Field(0, ge=0, description="seconds of tuning; 0 is no limit")
+    explore: bool = Field(
+        False, description="evaluate every candidate instead of stopping at the first that passes"
+    )
+    allow_loss: bool = Field(False, description="save the best trial even when the goal is not met")
+    max_length: int | None = Field(None, ge=2, description="tokens; the model's own limit when absent")
+    batch_size: int = Field(32, ge=1)
+    seed: int = Field(42, ge=0)
+    threads: int | None = Field(None, ge=1)
+    accelerator: str = Field("cpu", description="Lightning accelerator of the evaluations")
+    devices: int = Field(1, ge=1)
+    strategy: str = Field("auto", description="Lightning strategy of the evaluations")
+    output: str | None = Field(None, description="folder; '<checkpoint>-int8' when absent")
+    push: bool = False
+    to: str | None = Field(None, description="repository to push to; '<you>/<checkpoint>-int8' when absent")
+    private: bool = False
+    create_pr: bool = False
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Recipe":
+        if self.strategy == "ddp":
+            raise ValueError(
+                "strategy 'ddp' starts the whole command again in every process; use 'ddp_spawn', "
+                "which starts only the evaluation"
+            )
+        return self
+
+    @property
+    def name(self) -> str:
+        """The checkpoint's name without its owner or folder."""
+        return (
+            Path(self.checkpoint.rstrip("/")).resolve().name
+            if is_path(self.checkpoint)
+            else self.checkpoint.split("/")[-1]
+        )
+
+    @property
+    def output_folder(self) -> Path:
+        return Path(self.output or f"{self.name}-int8")
+
+
+def is_path(reference: str) -> bool:
+    """Whether a checkpoint or dataset is a folder or file here rather than a Hub id."""
+    return reference.startswith((".", "/", "~")) or Path(reference).exists()
+
+
+def make_recipe(values: dict[str, Any], *, origin: str = "the command line") -> Recipe:
+    """A validated recipe.
+
+    Raises:
+        UsageError: naming each wrong key of `origin`, what it holds and what was expected.
+    """
+    if "token" in values:
+        raise UsageError(
+            f"{origin} holds a token. Pass --token or set HF_TOKEN: recipes are kept and published."
+        )
+    try:
+        return Recipe(**values)
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']} (got {e['input']!r})"
+            if e["loc"]
+            else e["msg"].removeprefix("Value error, ")
+            for e in error.errors()
+        ]
+        raise UsageError(f"{origin} cannot be run: " + "; ".join(problems)) from error
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read YAML. A checkpoint, dataset or output that starts with './' is looked for beside the recipe.
+
+    Raises:
+        UsageError: the file is missing, not YAML, or not a recipe.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(
+            f"Recipe {path} cannot be read: {error.strerror}. Expected a YAML file; see pipelines/."
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"Recipe {path} is not YAML: {error}") from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UsageError(
+            f"Recipe {path} holds {type(values).__name__}; expected keys and values such as 'checkpoint: …'."
+        )
+    for key in ("checkpoint", "dataset"):
+        value = values.get(key)
+        if isinstance(value, str) and value.startswith("./"):
+            values[key] = str(path.parent / value)
+    return make_recipe(values, origin=f"Recipe {path}")
+
+
+def write_recipe(recipe: Recipe, path: Path) -> None:
+    """Write what differs from the defaults, as YAML that `hfq run` takes."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(
+            yaml.safe_dump(recipe.model_dump(exclude_defaults=True), sort_keys=False), encoding="utf-8"
+        )
+    except OSError as error:
+        raise UsageError(f"The recipe cannot be written to {path}: {error.strerror}.") from error

@@ -1,0 +1,135 @@
+"""Work that int8 layers can do inside their matmul: the activation function that follows, and quantizing for the
+layer that reads the result.
+
+Candidates are found by structure and by what one forward shows, and kept only if the model answers as it did
+before: no list of model names, nothing assumed about anybody's `forward`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .modules import Int8Linear, PostOp
+
+EQUAL = (
+    1e-4  # largest relative difference of one layer: the fused erf and tanh are oneDNN's, the others torch's
+)
+SAME_ANSWER = 0.02  # relative difference of the logits once a code may round the other way
+
+
+def fuse(model: nn.Module, example: Mapping[str, Tensor] | None) -> None:
+    """Fuse in place wherever it is proved equal. `example`: a tiny input of the model, or None where none is known."""
+    for parent in list(model.modules()):
+        _fuse_activation(parent)
+    if example is not None:
+        _fuse_requantization(model, example)
+
+
+def _fuse_requantization(model: nn.Module, example: Mapping[str, Tensor]) -> None:
+    """Let a layer whose output only another static layer reads hand it int8 codes instead of floats."""
+    forward: Callable[[nn.Module], Tensor | None] = lambda m: _logits(m, example)  # noqa: E731
+    before = forward(model)
+    if before is None:
+        return
+    pairs = _direct_pairs(model, example)
+    for producer, consumer in pairs:
+        producer.emit_codes_for(consumer)
+    after = forward(model)
+    if after is None or (after - before).norm() > SAME_ANSWER * before.norm():
+        for producer, _ in pairs:  # something else reads one of these tensors, and got codes
+            producer.emit_codes_for(None)
+
+
+def _direct_pairs(model: nn.Module, example: Mapping[str, Tensor]) -> list[tuple[Int8Linear, Int8Linear]]:
+    """(producer, consumer) where the very tensor the one returned is what the other, and no other Linear, was given."""
+    made: list[tuple[Tensor, Int8Linear]] = []
+    read: list[tuple[Tensor, nn.Module]] = []
+    handles = []
+    for module in model.modules():
+        if isinstance(module, Int8Linear):
+            handles.append(module.register_forward_hook(lambda m, _, y: made.append((y, m))))
+        if isinstance(module, Int8Linear | nn.Linear):
+            handles.append(module.register_forward_pre_hook(lambda m, args: read.append((args[0], m))))
+    try:
+        _logits(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    calls = [module for _, module in made]
+    pairs = []
+    for tensor, producer in made:
+        readers = [module for x, module in read if x is tensor]
+        if len(readers) != 1 or calls.count(producer) != 1 or not isinstance(readers[0], Int8Linear):
+            continue
+        if producer.activation == "static" and readers[0].activation == "static":
+            pairs.append((producer, readers[0]))
+    return pairs
+
+
+def _logits(model: nn.Module, example: Mapping[str, Tensor]) -> Tensor | None:
+    try:
+        with torch.inference_mode():
+            return model(**example)[0].float()
+    except Exception:  # the model's own code: an example that does not fit only means that nothing is fused
+        return None
+
+
+def _fuse_activation(parent: nn.Module) -> bool:
+    """Replace an activation function among the children by a post-op of the Linear beside it."""
+    for linear, name, post_op in _candidates(parent):
+        x = torch.randn(4, linear.in_features, generator=torch.Generator().manual_seed(0))
+        before = _output(parent, x)
+        if before is None:
+            return False
+        activation = getattr(parent, name)
+        linear.post_op = post_op
+        setattr(parent, name, nn.Identity())
+        after = _output(parent, x)
+        if after is not None and _close(before, after):
+            return True
+        linear.post_op = None
+        setattr(parent, name, activation)
+    return False
+
+
+def _candidates(parent: nn.Module) -> Iterator[tuple[Int8Linear, str, PostOp]]:
+    children = dict(parent.named_children())
+    for name, child in children.items():
+        post_op = _post_op(child)
+        if post_op is not None:
+            for linear in children.values():
+                if isinstance(linear, Int8Linear) and linear.post_op is None:
+                    yield linear, name, post_op
+
+
+def _post_op(module: nn.Module) -> PostOp | None:
+    """Which function a parameterless module computes, found by asking it."""
+    if next(module.parameters(), None) is not None or next(module.children(), None) is not None:
+        return None
+    x = torch.linspace(-6, 6, 97)
+    y = _output(module, x)
+    if y is None or y.shape != x.shape:
+        return None
+    functions: dict[PostOp, Tensor] = {
+        "gelu": F.gelu(x),
+        "gelu_tanh": F.gelu(x, approximate="tanh"),
+        "relu": F.relu(x),
+    }
+    return next((name for name, value in functions.items() if torch.allclose(y, value, atol=1e-6)), None)
+
+
+def _output(module: nn.Module, x: Tensor) -> Tensor | None:
+    try:
+        with torch.inference_mode():
+            y = module(x)
+    except Exception:  # a forward that wants other arguments: not a module this can be done to
+        return None
+    return y if isinstance(y, Tensor) else None
+
+
+def _close(before: Tensor, after: Tensor) -> bool:
+    return before.shape == after.shape and bool(
+        (before - after).abs().max() <= EQUAL * before.abs().max().clamp(min=1e-6)
+    )

@@ -1,0 +1,223 @@
+"""First stage: a checkpoint from the Hub or a folder, checked before anything is loaded from it.
+
+Safetensors only: weights in pickle files can run code when they are read.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCard, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+
+from .errors import SourceError
+from .recipe import is_path
+from .report import CheckpointInfo
+
+PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md"]
+SUBFOLDERS = ["*/*"]  # other formats of the same weights (onnx/, openvino/, …) live there
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A local folder with a checked checkpoint. `card` is the metadata of its README, `config` its config.json."""
+
+    info: CheckpointInfo
+    path: Path
+    config: dict[str, Any]
+    card: dict[str, Any]
+    weights: tuple[Path, ...]
+
+    @property
+    def is_quantized(self) -> bool:
+        return "quantization_config" in self.config
+
+    @property
+    def size_mb(self) -> float:
+        """Weight files on disk, MiB."""
+        return sum(path.stat().st_size for path in self.weights) / 2**20
+
+
+def pull(
+    reference: str, *, revision: str | None = None, token: str | None = None, trust_remote_code: bool = False
+) -> Checkpoint:
+    """Bring a checkpoint here and check its files.
+
+    Raises:
+        SourceError: it does not exist, may not be read, has only pickle weights, needs remote code that was
+            not allowed, or its files are damaged.
+    """
+    path, sha = (
+        (_folder(reference), None)
+        if is_path(reference)
+        else _download(reference, revision, token, trust_remote_code)
+    )
+    if sha is None and revision is not None:
+        raise SourceError(
+            f"--revision {revision} was given, but {reference} is a folder; revisions exist on the Hub only."
+        )
+    config = _read_config(path, reference)
+    if config.get("auto_map") and not trust_remote_code:
+        raise SourceError(
+            f"{reference} needs code from its repository ({', '.join(sorted(map(str, config['auto_map'])))}). "
+            "Read that code, then pass --trust-remote-code to run it."
+        )
+    weights = _weights(path, reference)
+    _check_headers(weights)
+    card = _card(path)
+    info = CheckpointInfo(
+        id=path.resolve().name if sha is None else reference,
+        revision=sha or f"sha256:{_digest(weights)}",
+        license=card.get("license") if isinstance(card.get("license"), str) else None,
+        language=_as_list(card.get("language")),
+        remote_code=bool(config.get("auto_map")),
+    )
+    return Checkpoint(info, path, config, card, weights)
+
+
+def _folder(reference: str) -> Path:
+    path = Path(reference).expanduser()
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise SourceError(
+            f"Checkpoint {reference} {what}. Expected a folder with config.json and safetensors weights, or a Hub id."
+        )
+    return path
+
+
+def _download(
+    reference: str, revision: str | None, token: str | None, trust_remote_code: bool
+) -> tuple[Path, str]:
+    try:
+        info = HfApi(token=token).model_info(reference, revision=revision)
+        names = [sibling.rfilename for sibling in info.siblings or []]
+        _refuse_pickles(names, reference)
+        patterns = [*PATTERNS, "*.py"] if trust_remote_code else PATTERNS
+        path = snapshot_download(
+            reference, revision=info.sha, token=token, allow_patterns=patterns, ignore_patterns=SUBFOLDERS
+        )
+    except GatedRepoError as error:
+        raise SourceError(
+            f"{reference} is gated. Ask for access on its page, then pass --token or set HF_TOKEN."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise SourceError(
+            f"{reference} has no revision {revision!r}. Expected a branch, tag or commit of it."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise SourceError(
+            f"{reference} is not on the Hub, or is private. Check the name; for a private repository pass --token "
+            "or set HF_TOKEN; for a folder write ./{name}.".replace("{name}", reference.split("/")[-1])
+        ) from error
+    except HFValidationError as error:
+        raise SourceError(
+            f"{reference!r} is neither a folder nor a Hub id ('name' or 'owner/name')."
+        ) from error
+    except EntryNotFoundError as error:
+        raise SourceError(f"{reference} could not be pulled whole: {_first_line(error)}") from error
+    except HfHubHTTPError as error:
+        raise SourceError(f"The Hub refused {reference}: {_first_line(error)}") from error
+    except OSError as error:
+        raise SourceError(
+            f"{reference} could not be pulled: {_first_line(error)}. Is the network up?"
+        ) from error
+    except Exception as error:
+        if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "httpcore", "httpcore2", "hf_xet"):
+            raise
+        raise SourceError(f"The Hub could not be reached for {reference}: {_first_line(error)}") from error
+    return Path(path), str(info.sha)
+
+
+def _read_config(path: Path, reference: str) -> dict[str, Any]:
+    file = path / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SourceError(f"{reference} has no config.json: not a transformers checkpoint.") from error
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise SourceError(f"{file} holds {type(config).__name__}; expected an object.")
+    return config
+
+
+def _weights(path: Path, reference: str) -> tuple[Path, ...]:
+    """The weight files that transformers would load: one, or the shards its index names."""
+    index = path / "model.safetensors.index.json"
+    single = path / "model.safetensors"
+    if single.is_file():
+        return (single,)
+    if not index.is_file():
+        _refuse_pickles([file.name for file in path.iterdir()], reference)
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise SourceError(f"{index} is not an index of shards: {error!r}") from error
+    for shard in shards:
+        if Path(shard).name != shard or not (path / shard).is_file():
+            raise SourceError(f"{index.name} of {reference} names {shard!r}, which is not a file beside it.")
+    return tuple(path / shard for shard in shards)
+
+
+def _refuse_pickles(names: Iterable[str], reference: str) -> None:
+    top = [name for name in names if "/" not in name]
+    if any(name.endswith(".safetensors") for name in top):
+        return
+    pickles = sorted(name for name in top if name.endswith(PICKLES))
+    if pickles:
+        raise SourceError(
+            f"{reference} has only pickle weights ({', '.join(pickles)}), which can run code when they are read. "
+            "Convert it once where you trust it: https://huggingface.co/spaces/safetensors/convert, or "
+            "`AutoModel.from_pretrained(…).save_pretrained(…)`; then quantize the result."
+        )
+    raise SourceError(
+        f"{reference} has no weights: expected model.safetensors, or shards with model.safetensors.index.json."
+    )
+
+
+def _check_headers(weights: Iterable[Path]) -> None:
+    for path in weights:
+        try:
+            with safe_open(path, framework="np") as file:
+                file.keys()
+        except (SafetensorError, OSError, ValueError) as error:
+            raise SourceError(
+                f"{path} is not a whole safetensors file: {error}. Download it again."
+            ) from error
+
+
+def _card(path: Path) -> dict[str, Any]:
+    try:
+        return ModelCard.load(path / "README.md").data.to_dict()
+    except Exception:  # a missing or broken README says nothing; it must not stop a good checkpoint
+        return {}
+
+
+def _digest(weights: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in weights:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _as_list(value: Any) -> list[str]:
+    values = value if isinstance(value, list) else [value]
+    return [item for item in values if isinstance(item, str)]
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,83 @@
+"""The trial log: one JSON line a result, on disk before the next trial starts, so that a run can be resumed."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from ..errors import ExportError
+from ..report import Trial
+
+
+class TrialLog:
+    """What one run has found so far.
+
+    `trials`: evaluations in order. `ranking`: output error on the calibration slice, by candidate name. The first
+    line of the file holds what they depend on; with `resume`, a log of the same run goes on, any other is dropped.
+    """
+
+    def __init__(self, path: Path, *, depends_on: Mapping[str, object], resume: bool) -> None:
+        self.path = path
+        self.trials: list[Trial] = []
+        self.ranking: dict[str, float] = {}
+        header = {"depends_on": json.loads(json.dumps(depends_on))}
+        rows = _read(path, header) if resume else []
+        try:
+            path.write_text("".join(_line(row) for row in [header, *rows]))
+        except OSError as error:
+            raise _unwritable(path, error) from error
+        for row in rows:
+            self._remember(row)
+
+    def rank(self, name: str, output_error: float) -> None:
+        """Keep a candidate's output error."""
+        self._append({"ranked": name, "output_error": output_error})
+
+    def add(self, trial: Trial) -> None:
+        """Keep a finished evaluation."""
+        self._append({"trial": asdict(trial)})
+
+    def evaluated(self, name: str) -> Trial | None:
+        """The finished evaluation of that name, if there is one."""
+        return next((trial for trial in self.trials if trial.name == name), None)
+
+    def _append(self, row: Mapping[str, object]) -> None:
+        try:
+            with self.path.open("a") as file:
+                file.write(_line(row))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+        self._remember(row)
+
+    def _remember(self, row: Mapping) -> None:
+        if "trial" in row:
+            self.trials.append(Trial(**row["trial"]))
+        else:
+            self.ranking[row["ranked"]] = row["output_error"]
+
+
+def _read(path: Path, header: Mapping[str, object]) -> list[dict]:
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return []
+    rows = []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break  # the line that was being written when the run was killed
+    return rows[1:] if rows and rows[0] == header else []
+
+
+def _line(row: Mapping[str, object]) -> str:
+    return json.dumps(row, sort_keys=True) + "\n"
+
+
+def _unwritable(path: Path, error: OSError) -> ExportError:
+    return ExportError(
+        f"{path} cannot be written: {error.strerror or error}. Free space or choose another --output."
+    )

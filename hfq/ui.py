@@ -1,0 +1,42 @@
+"""What a run tells a person while it works. Always on standard error, so that standard output stays data."""
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+Item = TypeVar("Item")
+
+
+@dataclass
+class Reporter:
+    """Stages, notes, warnings and progress bars. `warnings` collects what `warn` said, for the report."""
+
+    console: Console = field(default_factory=lambda: Console(stderr=True, highlight=False, soft_wrap=True))
+    warnings: list[str] = field(default_factory=list)
+
+    def stage(self, text: str) -> None:
+        self.console.print(f"[bold cyan]▸[/] [bold]{_plain(text)}[/]")
+
+    def note(self, text: str) -> None:
+        self.console.print(f"  {_plain(text)}")
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+        self.console.print(f"[bold yellow]! {_plain(text)}[/]")
+
+    def track(self, items: Iterable[Item], *, text: str, total: int | None = None) -> Iterator[Item]:
+        """Iterate with a bar that goes away when it is done; no bar where nobody watches."""
+        if not self.console.is_terminal or os.environ.get("HFQ_NO_PROGRESS"):
+            yield from items
+            return
+        columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            yield from progress.track(items, total=total, description=text)
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", r"\[")

@@ -1,0 +1,121 @@
+"""A process that loads one model and times it: `python -m hfq.worker`, driven by `hfq.benchmark`.
+
+Its own process, so that memory is that of a user's program and no model profits from another's allocator
+settings. Requests are JSON lines on standard input, answers JSON lines on standard output.
+"""
+
+import json
+import re
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    """Answer `load` once, then `pass` and `logits` as often as asked, until standard input ends."""
+    answers = sys.stdout
+    sys.stdout = sys.stderr  # libraries print; only answers may go to standard output
+    session: _Session | None = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            if request["do"] == "load":
+                session = _Session(request)
+                answer = session.loaded
+            elif session is None:
+                raise RuntimeError("nothing is loaded yet")
+            else:
+                answer = (
+                    session.run_pass() if request["do"] == "pass" else session.save_logits(request["path"])
+                )
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+class _Session:
+    def __init__(self, request: dict[str, Any]) -> None:
+        import torch
+        import transformers
+        from safetensors.torch import load_file
+
+        if request["threads"]:
+            torch.set_num_threads(request["threads"])
+        for module in request["imports"]:
+            import_module(module)
+        auto_class = getattr(transformers, request["auto_class"])
+        getattr(
+            transformers, request["architecture"], None
+        )  # imports the model's code before memory is counted
+        if request["stock"]:
+            _without_hfq()
+        transformers.utils.logging.disable_progress_bar()
+        self.torch = torch
+        self.batches = _batches(load_file(request["batches"]))
+        imported_mib = peak_mib()
+        start = time.perf_counter()
+        self.model = auto_class.from_pretrained(
+            request["model"], dtype=torch.float32, trust_remote_code=request["trust_remote_code"]
+        ).eval()
+        load_s = time.perf_counter() - start
+        self._forward(self.batches[-1])  # warm-up, and the largest batch: the peak is reached here
+        self.loaded = {"load_s": load_s, "imported_mib": imported_mib, "memory_mib": self._memory_mib()}
+
+    def run_pass(self) -> dict[str, float]:
+        start = time.perf_counter()
+        for batch in self.batches:
+            self._forward(batch)
+        return {"seconds": time.perf_counter() - start, "peak_mib": peak_mib()}
+
+    def save_logits(self, path: str) -> dict[str, float]:
+        from safetensors.torch import save_file
+
+        save_file(
+            {"logits": self.torch.cat([self._forward(batch).logits.float() for batch in self.batches])}, path
+        )
+        return {}
+
+    def _forward(self, batch: dict[str, Any]) -> Any:
+        with self.torch.inference_mode():
+            return self.model(**batch)
+
+    def _memory_mib(self) -> float:
+        from .runtime.modules import memory_mib
+
+        return memory_mib(self.model)
+
+
+def peak_mib() -> float:
+    """Resident peak of this process so far, MiB. `ru_maxrss` would count what the parent held before exec."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        if match:
+            return int(match[1]) / 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 1024
+
+
+def _batches(tensors: dict[str, Any]) -> list[dict[str, Any]]:
+    """Undo `hfq.benchmark`'s flat `position.name` keys."""
+    batches: dict[int, dict[str, Any]] = {}
+    for key, tensor in tensors.items():
+        position, name = key.split(".", 1)
+        batches.setdefault(int(position), {})[name] = tensor
+    return [batches[position] for position in sorted(batches)]
+
+
+def _without_hfq() -> None:
+    """Load as transformers does where hfq is not installed."""
+    from transformers.quantizers import auto
+    from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+
+    auto.AUTO_QUANTIZER_MAPPING["compressed-tensors"] = CompressedTensorsHfQuantizer
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Reports and exported folders for tests: small, complete, and different in every figure."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hfq.report import (
+    CheckpointInfo,
+    Comparison,
+    CriterionInfo,
+    DatasetInfo,
+    Layers,
+    Measurement,
+    Report,
+    Trial,
+)
+
+
+def make_report(**changes: Any) -> Report:
+    """A report of a run that met its goal, with a holdout. `changes` replace fields."""
+    report = Report(
+        hfq_version="0.1.0",
+        task="text-classification",
+        checkpoint=CheckpointInfo(
+            id="Intel/bert-base-uncased-mrpc", revision="a" * 40, license="apache-2.0", language=["en"]
+        ),
+        dataset=DatasetInfo(
+            id="nyu-mll/glue",
+            subset="mrpc",
+            revision="b" * 40,
+            split="validation",
+            calibration_split="train",
+            calibration_samples=100,
+            text_columns=["sentence1", "sentence2"],
+            label_column="label",
+            label_alignment="by name",
+            examples=408,
+            holdout_split="test",
+            holdout_examples=1725,
+            max_length=128,
+        ),
+        metric="accuracy",
+        criterion=CriterionInfo(kind="relative", tolerable_loss=0.01),
+        approach="auto",
+        chosen="static-minmax",
+        met=True,
+        trials=[
+            Trial("static-minmax", 0.8186, 0.91, True, output_error=0.0123, loss=0.003),
+            Trial("static-percentile", None, None, False, output_error=0.456),
+        ],
+        baseline=Measurement(0.8211, 3.25, 86.7, 86.75, 214.5, 125.5, holdout_accuracy=0.8012),
+        quantized=Measurement(0.8186, 0.91, 22.4, 22.45, 81.25, 448.4, holdout_accuracy=0.8006),
+        comparisons=[
+            Comparison("validation", 408, 330, 5, 4, 0.977, (-0.0171, 0.0122), 1.0, True),
+            Comparison("test", 1725, 1366, 16, 15, 0.982, (-0.0064, 0.0052), 0.878, False),
+        ],
+        layers=Layers(
+            static=["encoder.0.q", "encoder.0.k"],
+            dynamic=["pooler.dense"],
+            embeddings=["embeddings.word"],
+            float_layers={"classifier": "the head decides; it is small"},
+        ),
+        majority_accuracy=0.6838,
+        logit_difference=0.0456,
+        timed_examples=384,
+        batch_size=32,
+        seed=42,
+        command="hfq quantize Intel/bert-base-uncased-mrpc --dataset nyu-mll/glue --subset mrpc",
+        created="2026-01-02T03:04:05+00:00",
+        hardware={"cpu": "Xeon", "threads": 2},
+        versions={"python": "3.11.2", "torch": "2.13.0"},
+        stock_agreement=0.997,
+        warnings=["100 samples were asked for, 96 are distinct."],
+    )
+    return replace(report, **changes)
+
+
+def make_folder(path: Path, report: Report | None = None, *, weights: bytes = b"\x00\xff" * 4096) -> Path:
+    """A folder shaped like an export. Its weights are any bytes: pushing does not look inside."""
+    from hfq.card import render_card
+
+    report = report or make_report()
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "model.safetensors").write_bytes(weights)
+    (path / "config.json").write_text('{"model_type": "bert"}\n', encoding="utf-8")
+    (path / "hfq.json").write_text(report.to_json(), encoding="utf-8")
+    (path / "README.md").write_text(render_card(report, repo_id=None), encoding="utf-8")
+    return path
