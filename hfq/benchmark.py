@@ -53,9 +53,7 @@ def timed_batches(batches: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor
     return [{name: tensor for name, tensor in batch.items() if name != "labels"} for batch in chosen]
 
 
-def measure(
-    subjects: Sequence[Subject], batches: Sequence[dict[str, Tensor]], *, threads: int | None
-) -> list[Timing]:
+def measure(subjects: Sequence[Subject], batches: Sequence[dict[str, Tensor]], *, threads: int | None) -> list[Timing]:
     """Time each subject on the same batches, one pass of each in turn, `PASSES` times.
 
     Raises:
@@ -84,11 +82,13 @@ def measure(
 
 def logits_of(subject: Subject, batches: Sequence[dict[str, Tensor]], *, threads: int | None) -> Tensor:
     """Logits from a process of its own: float32 `[examples, labels]`."""
-    with tempfile.TemporaryDirectory(prefix="hfq-") as folder:
-        with Worker(subject, _save(batches, Path(folder)), threads=threads) as worker:
-            path = Path(folder) / "logits.safetensors"
-            worker.ask({"do": "logits", "path": str(path)})
-            return load_file(path)["logits"]
+    with (
+        tempfile.TemporaryDirectory(prefix="hfq-") as folder,
+        Worker(subject, _save(batches, Path(folder)), threads=threads) as worker,
+    ):
+        path = Path(folder) / "logits.safetensors"
+        worker.ask({"do": "logits", "path": str(path)})
+        return load_file(path)["logits"]
 
 
 class Worker:
@@ -134,9 +134,7 @@ class Worker:
             line = ""
         if not line:
             tail = stderr.read().strip().splitlines()[-1:]
-            raise HfqError(
-                f"The process that measures {self.name} ended early: {' '.join(tail) or 'no message'}."
-            )
+            raise HfqError(f"The process that measures {self.name} ended early: {' '.join(tail) or 'no message'}.")
         answer = json.loads(line)
         if "error" in answer:
             raise HfqError(f"{self.name} cannot be loaded and run in a fresh process: {answer['error']}")
@@ -158,7 +156,5 @@ class Worker:
 
 def _save(batches: Sequence[dict[str, Tensor]], folder: Path) -> Path:
     path = folder / "batches.safetensors"
-    save_file(
-        {f"{i}.{name}": tensor for i, batch in enumerate(batches) for name, tensor in batch.items()}, path
-    )
+    save_file({f"{i}.{name}": tensor for i, batch in enumerate(batches) for name, tensor in batch.items()}, path)
     return path

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from .errors import DataError
 from .recipe import Recipe, is_path, read_recipe
@@ -89,9 +89,7 @@ def load_task_data(
 
     evaluation = encode(split, splits[split])
     slice_rows = splits[calibration_split].shuffle(seed=recipe.seed)
-    calibration = encode(
-        calibration_split, slice_rows.select(range(min(recipe.calibration_samples, len(slice_rows))))
-    )
+    calibration = encode(calibration_split, slice_rows.select(range(min(recipe.calibration_samples, len(slice_rows)))))
     holdout_split = _holdout_split(splits, label_column, labels, {split, calibration_split})
     holdout = encode(holdout_split, splits[holdout_split]) if holdout_split else None
 
@@ -156,9 +154,7 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Any:
     except Exception as error:  # tokenizers raises bare Exception for a broken file
         raise DataError(f"The tokenizer of {checkpoint.info.id} cannot be loaded: {error}") from error
     if tokenizer.pad_token is None:
-        raise DataError(
-            f"The tokenizer of {checkpoint.info.id} has no padding token, so examples cannot be batched."
-        )
+        raise DataError(f"The tokenizer of {checkpoint.info.id} has no padding token, so examples cannot be batched.")
     return tokenizer
 
 
@@ -213,9 +209,7 @@ def _load_path(path: Path, subset: str | None) -> "DatasetDict":
     if path.is_dir():
         return datasets.load_dataset(str(path), subset)
     if not path.exists():
-        raise DataError(
-            f"Dataset {path} does not exist. Expected a folder, a CSV, JSON or Parquet file, or a Hub id."
-        )
+        raise DataError(f"Dataset {path} does not exist. Expected a folder, a CSV, JSON or Parquet file, or a Hub id.")
     if path.suffix not in READERS:
         raise DataError(f"Dataset {path} is not a CSV, JSON or Parquet file.")
     separator = {"sep": "\t"} if path.suffix == ".tsv" else {}
@@ -231,9 +225,7 @@ def _evaluation_split(splits: Mapping[str, Any], requested: str | None) -> str:
                 return name
     if len(splits) == 1:
         return next(iter(splits))
-    raise DataError(
-        f"Which split to evaluate on is not clear. Splits: {', '.join(splits)}. Name one with --split."
-    )
+    raise DataError(f"Which split to evaluate on is not clear. Splits: {', '.join(splits)}. Name one with --split.")
 
 
 def _calibration_split(splits: Mapping[str, Any], requested: str | None, split: str) -> str:
@@ -250,14 +242,12 @@ def _require_split(name: str, splits: Mapping[str, Any], flag: str) -> str:
     return name
 
 
-def _holdout_split(
-    splits: Mapping[str, Any], label_column: str, labels: LabelMap, used: set[str]
-) -> str | None:
+def _holdout_split(splits: Mapping[str, Any], label_column: str, labels: LabelMap, used: set[str]) -> str | None:
     """A test split with labels that nothing else reads (the Hub's GLUE test splits have none)."""
     for name, rows in splits.items():
-        if name.startswith("test") and name not in used and len(rows) and label_column in rows.features:
-            if all(labels(value) is not None for value in rows.unique(label_column)):
-                return name
+        fits = name.startswith("test") and name not in used and len(rows) and label_column in rows.features
+        if fits and all(labels(value) is not None for value in rows.unique(label_column)):
+            return name
     return None
 
 
@@ -287,7 +277,7 @@ def _encode(
     encoded = tokenizer(*texts, truncation=True, max_length=max_length)
     order = sorted(range(len(ids)), key=lambda i: len(encoded["input_ids"][i]))
     encodings = [{name: encoded[name][i] for name in encoded} for i in order]
-    return Examples(encodings, [ids[i] for i in order if ids[i] is not None])
+    return Examples(encodings, [cast(int, ids[i]) for i in order])
 
 
 def _max_length(tokenizer: Any, config: Mapping[str, Any]) -> int:

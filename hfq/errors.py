@@ -1,5 +1,8 @@
 """Everything hfq raises on purpose. A message names the thing, what was expected and the next step."""
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class HfqError(Exception):
     """Base of every error a user can cause or mend. `exit_code` is what the command line ends with."""
@@ -34,6 +37,10 @@ class HubError(HfqError):
 
 
 class GoalNotMetError(HfqError):
-    """No trial met the accuracy goal within the limits."""
+    """No trial met the accuracy goal within the limits. `details`: the trials, as data."""
 
     exit_code = 3
+
+    def __init__(self, message: str, *, details: Mapping[str, Any]) -> None:
+        super().__init__(message)
+        self.details = details

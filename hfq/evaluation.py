@@ -54,9 +54,7 @@ class Evaluation:
         return self.right.double().mean().item()
 
 
-def evaluate(
-    model: nn.Module, batches: Iterable[Batch], *, metric: str, num_labels: int, engine: Engine
-) -> Evaluation:
+def evaluate(model: nn.Module, batches: Iterable[Batch], *, metric: str, num_labels: int, engine: Engine) -> Evaluation:
     """Run `batches` (padded tensors with `labels`) through `Trainer.validate`.
 
     Raises:
@@ -153,9 +151,7 @@ class _Validation(LightningModule):
         duration = self.duration.compute()
         if self.trainer.is_global_zero:
             ordered = rows[rows[:, 0].argsort(stable=True)]
-            save_file(
-                {"logits": ordered[:, 1:].contiguous(), "duration_s": duration.reshape(1)}, self.results
-            )
+            save_file({"logits": ordered[:, 1:].contiguous(), "duration_s": duration.reshape(1)}, self.results)
 
 
 @contextmanager

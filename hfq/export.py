@@ -57,11 +57,9 @@ def quantization_config(model: nn.Module, plan: Plan) -> dict[str, Any]:
     schemes = {name: scheme.approach for name, scheme in plan.linears.items()}
     ignore = [n for n, m in model.named_modules() if type(m) in (nn.Linear, nn.Embedding)]
     used = sorted(set(schemes.values()), reverse=True)
-    groups = {}
+    groups: dict[str, dict[str, Any]] = {}
     for approach in used:
-        targets = (
-            ["Linear"] if len(used) == 1 else [name for name, kind in schemes.items() if kind == approach]
-        )
+        targets = ["Linear"] if len(used) == 1 else [name for name, kind in schemes.items() if kind == approach]
         groups[f"group_{len(groups)}"] = {
             "format": "int-quantized",
             "targets": targets,
@@ -96,9 +94,7 @@ def write_text(path: Path, text: str) -> None:
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """State by name, contiguous, each shared tensor once (transformers ties the others again when it loads)."""
     tied = set(getattr(model, "all_tied_weights_keys", {}))
-    return {
-        name: tensor.detach().contiguous() for name, tensor in model.state_dict().items() if name not in tied
-    }
+    return {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items() if name not in tied}
 
 
 def _write_weights(tensors: Mapping[str, Tensor], folder: Path) -> None:
@@ -111,11 +107,18 @@ def _write_weights(tensors: Mapping[str, Tensor], folder: Path) -> None:
         save_file({name: tensors[name] for name in names}, temporary, metadata={"format": "pt"})
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())  # safetensors makes it private to its owner
         _check(temporary, tensors, names)
         temporary.replace(path)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _check(path: Path, tensors: Mapping[str, Tensor], names: Iterable[str]) -> None:
@@ -125,6 +128,4 @@ def _check(path: Path, tensors: Mapping[str, Tensor], names: Iterable[str]) -> N
         for name in names:
             written = file.get_tensor(name)
             if written.dtype != tensors[name].dtype or not torch.equal(written, tensors[name]):
-                raise ExportError(
-                    f"{path} does not read back what was written: {name} differs. Check the disk."
-                )
+                raise ExportError(f"{path} does not read back what was written: {name} differs. Check the disk.")

@@ -117,7 +117,7 @@ def push_folder(
     api = HfApi(token=token, library_name="hfq")
     doing = f"Pushing {folder.name} to {target}"
     with _explained(doing, token=token):
-        remote = _read_remote(api, target)
+        remote = _read_remote(api, target, revision=None)
         if remote is not None:
             _refuse_public(remote, private=private)
             return _commit(api, remote, files=files, create_pr=create_pr, message=message)
@@ -140,7 +140,10 @@ def resolve_repo_id(repo_id: str | None, *, default_name: str, token: str | None
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise UsageError(f"{name!r} cannot name a repository: {error}. Pass --to user/name.") from error
+        raise UsageError(
+            f"{name!r} cannot name a repository. Expected 'name' or 'user/name' of up to 96 letters, digits "
+            "and single '-', '_' or '.' each."
+        ) from error
     if "/" in name:
         return name
     token = _require_token(token)
@@ -180,9 +183,7 @@ def _local_files(folder: Path, *, token: str) -> dict[str, Path]:
     A recorded command line can hold the token it was run with, and a public repository is no place for that.
     """
     read_report(folder)
-    paths = {
-        path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
-    }
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     files = {name: path for name, path in paths.items() if not re.search(r"(^|/)\.", name)}
     if not any(_OUR_WEIGHTS.fullmatch(name) for name in files):
         raise ExportError(f"{folder} has no model.safetensors: it is no complete export. Quantize again.")
@@ -194,10 +195,10 @@ def _local_files(folder: Path, *, token: str) -> dict[str, Path]:
     return files
 
 
-def _read_remote(api: HfApi, repo_id: str) -> _Remote | None:
+def _read_remote(api: HfApi, repo_id: str, *, revision: str | None) -> _Remote | None:
     """None where there is no such repository."""
     try:
-        info = api.model_info(repo_id)
+        info = api.model_info(repo_id, revision=revision)
     except RepositoryNotFoundError as error:
         if error.response.status_code == 404:
             return None
@@ -207,9 +208,7 @@ def _read_remote(api: HfApi, repo_id: str) -> _Remote | None:
     return _Remote(info.id, head=info.sha, private=bool(info.private), files=files)
 
 
-def _commit(
-    api: HfApi, remote: _Remote, *, files: dict[str, Path], create_pr: bool, message: str
-) -> PushResult:
+def _commit(api: HfApi, remote: _Remote, *, files: dict[str, Path], create_pr: bool, message: str) -> PushResult:
     """One atomic commit on top of `remote.head` that leaves `files` there.
 
     What is there already is found by comparing hashes here, before anything is sent. The client drops
@@ -221,6 +220,8 @@ def _commit(
     url = f"{api.endpoint}/{remote.id}"
     if not changed and not stale:
         return PushResult(url, commit=str(remote.head), created=False, changed=False)
+    if create_pr and (proposed := _already_proposed(api, remote, files=files, message=message)):
+        return proposed
     commit = api.create_commit(
         remote.id,
         [
@@ -232,6 +233,18 @@ def _commit(
         create_pr=create_pr,
     )
     return PushResult(commit.pr_url or url, commit=commit.oid, created=False, changed=True)
+
+
+def _already_proposed(api: HfApi, remote: _Remote, *, files: dict[str, Path], message: str) -> PushResult | None:
+    """The open pull request under this title that holds the same files, if there is one."""
+    requests = api.get_repo_discussions(remote.id, discussion_type="pull_request", discussion_status="open")
+    for request in requests:
+        if request.title != message:
+            continue
+        there = _read_remote(api, remote.id, revision=request.git_reference)
+        if there and all(_is_same(path, there.files.get(name)) for name, path in files.items()):
+            return PushResult(request.url, commit=str(there.head), created=False, changed=False)
+    return None
 
 
 def _is_same(path: Path, remote: RepoFile | None) -> bool:
@@ -308,7 +321,8 @@ def _explain(error: BaseException) -> str:
     if isinstance(cause, OfflineModeIsEnabled):
         return f"HF_HUB_OFFLINE is set, and this needs {constants.ENDPOINT}. Unset it and push again."
     if cause is not None:
-        return f"{constants.ENDPOINT} cannot be reached ({cause}). Check the network, then push again."
+        reason = str(cause) or type(cause).__name__
+        return f"{constants.ENDPOINT} cannot be reached ({reason}). Check the network, then push again."
     return f"{error}."
 
 

@@ -46,12 +46,8 @@ def measure_export(session: Session, exported: Checkpoint, baseline: Evaluation,
         before = session.evaluate(session.model, session.holdout)
         after = session.evaluate(model, session.holdout)
         held_out = [before.score, after.score]
-        comparisons.append(
-            compare(before, after, split=info.holdout_split, seed=recipe.seed, seen_in_tuning=False)
-        )
-        ui.note(
-            f"{info.holdout_split!r}, which tuning never saw: FP32 {before.score:.4f}, INT8 {after.score:.4f}"
-        )
+        comparisons.append(compare(before, after, split=info.holdout_split, seed=recipe.seed, seen_in_tuning=False))
+        ui.note(f"{info.holdout_split!r}, which tuning never saw: FP32 {before.score:.4f}, INT8 {after.score:.4f}")
 
     batches = timed_batches(session.evaluation)
     subjects = [
@@ -67,13 +63,9 @@ def measure_export(session: Session, exported: Checkpoint, baseline: Evaluation,
     ours = logits_of(subjects[1], batches, threads=recipe.threads)
     agreement = (stock.argmax(1) == ours.argmax(1)).float().mean().item()
     difference = (stock - ours).abs().mean().item()
-    ui.note(
-        f"stock transformers gives the same answer on {agreement:.2%}, mean logit difference {difference:.4f}"
-    )
+    ui.note(f"stock transformers gives the same answer on {agreement:.2%}, mean logit difference {difference:.4f}")
     if agreement < AGREEMENT:
-        ui.warn(
-            f"Stock transformers and int8 kernels agree on only {agreement:.2%} of {len(stock)} examples."
-        )
+        ui.warn(f"Stock transformers and int8 kernels agree on only {agreement:.2%} of {len(stock)} examples.")
     return Measured(
         _measurement(session.checkpoint, baseline, timings[0], held_out[0]),
         _measurement(exported, quantized, timings[1], held_out[1]),
@@ -84,9 +76,7 @@ def measure_export(session: Session, exported: Checkpoint, baseline: Evaluation,
     )
 
 
-def compare(
-    first: Evaluation, second: Evaluation, *, split: str, seed: int, seen_in_tuning: bool
-) -> Comparison:
+def compare(first: Evaluation, second: Evaluation, *, split: str, seed: int, seen_in_tuning: bool) -> Comparison:
     """Two models' answers to the same examples of `split`: float first, int8 second."""
     a, b = first.right, second.right
     only_first, only_second = int((a & ~b).sum()), int((~a & b).sum())

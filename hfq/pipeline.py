@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 
 from . import __version__
+from .benchmark import Subject, measure, timed_batches
 from .card import render_card
 from .data import majority_accuracy
 from .errors import ExportError, GoalNotMetError, UsageError
@@ -26,6 +28,7 @@ from .session import Session, open_session
 from .source import pull
 from .tuning.acceptance import Goal
 from .tuning.log import TrialLog
+from .tuning.search import Outcome
 from .tuning.tuner import Found, find
 from .ui import Reporter
 
@@ -67,22 +70,53 @@ def quantize(
         log = TrialLog(work / "trials.jsonl", depends_on=_dependencies(session), resume=resume)
         found = find(session, goal, log=log, ui=ui)
         if not found.outcome.met:
-            _goal_missed(session, goal, found, ui)
+            _goal_missed(session, goal, found.outcome, log, ui)
         report = _write_checkpoint(
-            session, found, baseline, log=log, folder=work / "export", ui=ui, command=command
+            session, found, baseline, goal=goal, log=log, folder=work / "export", ui=ui, command=command
         )
         _replace(output, work / "export")
         shutil.rmtree(work)
     return Result(output, report)
 
 
+def evaluate_checkpoint(recipe: Recipe, *, recipes: Path, ui: Reporter, token: str | None = None) -> dict[str, Any]:
+    """Accuracy, seconds and memory of any checkpoint, quantized or not, freshly loaded.
+
+    Raises:
+        HfqError: the checkpoint or the dataset cannot be used.
+    """
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    session = open_session(recipe, recipes=recipes, ui=ui, token=token, quantized=True)
+    ui.stage("Evaluate")
+    found = session.evaluate(session.model, session.evaluation)
+    batches = timed_batches(session.evaluation)
+    subject = Subject(session.checkpoint, session.auto_class, trust_remote_code=recipe.trust_remote_code)
+    (timing,) = measure([subject], batches, threads=recipe.threads)
+    info = session.data.info
+    return {
+        "checkpoint": session.checkpoint.info.id,
+        "revision": session.checkpoint.info.revision,
+        "dataset": info.id,
+        "split": info.split,
+        "examples": info.examples,
+        "metric": recipe.metric,
+        "accuracy": found.score,
+        "duration_s": timing.duration_s,
+        "examples_per_s": timing.examples_per_s,
+        "timed_examples": sum(len(batch["input_ids"]) for batch in batches),
+        "load_s": timing.load_s,
+        "memory_mb": timing.memory_mb,
+        "size_mb": session.checkpoint.size_mb,
+        "peak_memory_mb": timing.peak_memory_mb,
+    }
+
+
 def _baseline(session: Session, ui: Reporter) -> Evaluation:
     ui.stage("Baseline")
     baseline = session.evaluate(session.model, session.evaluation)
     info = session.data.info
-    ui.note(
-        f"FP32 {session.recipe.metric} {baseline.score:.4f} on the {info.examples} examples of {info.split!r}"
-    )
+    ui.note(f"FP32 {session.recipe.metric} {baseline.score:.4f} on the {info.examples} examples of {info.split!r}")
     accuracy, majority = baseline.accuracy, majority_accuracy(session.data.evaluation.labels)
     if accuracy <= majority:
         ui.warn(
@@ -92,19 +126,29 @@ def _baseline(session: Session, ui: Reporter) -> Evaluation:
     return baseline
 
 
-def _goal_missed(session: Session, goal: Goal, found: Found, ui: Reporter) -> None:
-    recipe, best = session.recipe, found.outcome.trial
+def _goal_missed(session: Session, goal: Goal, outcome: Outcome, log: TrialLog, ui: Reporter) -> None:
+    recipe, best = session.recipe, outcome.trial
     message = (
-        f"No trial met the goal of at most {goal.tolerable_loss:g} {goal.kind} loss from FP32 {recipe.metric} "
-        f"{goal.baseline:.4f}{' within ' + found.outcome.stopped if found.outcome.stopped else ''}. Best: {best.name}, "
-        f"{recipe.metric} {best.accuracy:.4f}, loss {best.loss:+.4f}."
+        f"No trial met the goal: at most {goal.tolerable_loss:g} {goal.kind} loss from FP32 {recipe.metric} "
+        f"{goal.baseline:.4f}{', within ' + outcome.stopped if outcome.stopped else ''}. Best of {len(log.trials)}: "
+        f"{best.name}, {recipe.metric} {best.accuracy:.4f}, loss {best.loss:+.4f}."
     )
-    if not recipe.allow_loss:
-        raise GoalNotMetError(
-            f"{message} Nothing was exported. Raise --tolerable-loss, give --resume more --max-trials, or pass --allow-loss "
-            "to save the best trial with a card that says so."
-        )
-    ui.warn(message)
+    if recipe.allow_loss:
+        ui.warn(message)
+        return
+    raise GoalNotMetError(
+        f"{message} Nothing was exported. Raise --tolerable-loss, or --resume with a larger --max-trials or --timeout, "
+        "or pass --allow-loss to save the best trial with a card that says so.",
+        details={
+            "hfq_version": __version__,
+            "met": False,
+            "metric": recipe.metric,
+            "criterion": asdict(CriterionInfo(recipe.criterion, recipe.tolerable_loss)),
+            "baseline": {"accuracy": goal.baseline},
+            "best": asdict(best),
+            "trials": [asdict(trial) for trial in log.trials],
+        },
+    )
 
 
 def _write_checkpoint(
@@ -112,6 +156,7 @@ def _write_checkpoint(
     found: Found,
     baseline: Evaluation,
     *,
+    goal: Goal,
     log: TrialLog,
     folder: Path,
     ui: Reporter,
@@ -134,7 +179,9 @@ def _write_checkpoint(
 
     ui.stage("Measure the exported folder, freshly loaded")
     measured = measure_export(session, exported, baseline, ui=ui)
-    goal_met = found.outcome.met
+    met = goal.met(measured.quantized.accuracy)
+    if found.outcome.met and not met:  # what users load decides, not what tuning saw
+        _goal_missed(session, goal, found.outcome, log, ui)
     linears = found.plan.linears
     report = Report(
         hfq_version=__version__,
@@ -145,7 +192,7 @@ def _write_checkpoint(
         criterion=CriterionInfo(recipe.criterion, recipe.tolerable_loss),
         approach=found.outcome.candidate.approach,
         chosen=found.outcome.candidate.name,
-        met=goal_met,
+        met=met,
         trials=log.trials,
         ranking=log.ranking,
         baseline=measured.baseline,
@@ -157,9 +204,7 @@ def _write_checkpoint(
             embeddings=list(found.plan.embeddings),
             float_layers={
                 **found.space.layers.float_layers,
-                **dict.fromkeys(
-                    found.outcome.candidate.float_layers, "sensitive: kept in float to meet the goal"
-                ),
+                **dict.fromkeys(found.outcome.candidate.float_layers, "sensitive: kept in float to meet the goal"),
             },
         ),
         majority_accuracy=majority_accuracy(session.data.evaluation.labels),
@@ -202,9 +247,7 @@ def _dependencies(session: Session) -> dict[str, object]:
 
 def _check_output(output: Path) -> None:
     if output.is_dir() and any(output.iterdir()) and not (output / REPORT_FILE).is_file():
-        raise UsageError(
-            f"{output} exists and was not written by hfq. Choose another --output, or remove it."
-        )
+        raise UsageError(f"{output} exists and was not written by hfq. Choose another --output, or remove it.")
     if output.exists() and not output.is_dir():
         raise UsageError(f"{output} is a file. Choose another --output.")
 
@@ -219,9 +262,7 @@ def _work_folder(output: Path) -> Iterator[Path]:
         with lock:
             yield work
     except Timeout as error:
-        raise UsageError(
-            f"Another hfq is writing {output}. Wait for it, or choose another --output."
-        ) from error
+        raise UsageError(f"Another hfq is writing {output}. Wait for it, or choose another --output.") from error
     except PermissionError as error:
         raise ExportError(
             f"{output.parent.resolve()} is not writable: {error.strerror}. Choose another --output."

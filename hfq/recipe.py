@@ -33,9 +33,7 @@ class Recipe(BaseModel):
     criterion: Literal["relative", "absolute"] = "relative"
     max_trials: int = Field(600, ge=1)
     timeout: float = Field(0, ge=0, description="seconds of tuning; 0 is no limit")
-    explore: bool = Field(
-        False, description="evaluate every candidate instead of stopping at the first that passes"
-    )
+    explore: bool = Field(False, description="evaluate every candidate instead of stopping at the first that passes")
     allow_loss: bool = Field(False, description="save the best trial even when the goal is not met")
     max_length: int | None = Field(None, ge=2, description="tokens; the model's own limit when absent")
     batch_size: int = Field(32, ge=1)
@@ -86,9 +84,7 @@ def make_recipe(values: dict[str, Any], *, origin: str = "the command line") -> 
         UsageError: naming each wrong key of `origin`, what it holds and what was expected.
     """
     if "token" in values:
-        raise UsageError(
-            f"{origin} holds a token. Pass --token or set HF_TOKEN: recipes are kept and published."
-        )
+        raise UsageError(f"{origin} holds a token. Pass --token or set HF_TOKEN: recipes are kept and published.")
     try:
         return Recipe(**values)
     except ValidationError as error:
@@ -130,8 +126,6 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
     """Write what differs from the defaults, as YAML that `hfq run` takes."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(
-            yaml.safe_dump(recipe.model_dump(exclude_defaults=True), sort_keys=False), encoding="utf-8"
-        )
+        path.write_text(yaml.safe_dump(recipe.model_dump(exclude_defaults=True), sort_keys=False), encoding="utf-8")
     except OSError as error:
         raise UsageError(f"The recipe cannot be written to {path}: {error.strerror}.") from error

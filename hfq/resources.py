@@ -6,7 +6,7 @@ from .errors import HfqError
 
 
 def resource(name: str) -> Path:
-    """A shipped file by its path from the repository's top, e.g. `model_cards/card.md.jinja`.
+    """A shipped file or folder by its path from the repository's top, e.g. `model_cards/card.md.jinja`.
 
     A wheel holds it inside the package; a source checkout holds it beside the package.
 
@@ -15,6 +15,6 @@ def resource(name: str) -> Path:
     """
     package = Path(__file__).parent
     for root in (package, package.parent):
-        if (root / name).is_file():
+        if (root / name).exists():
             return root / name
     raise HfqError(f"{name} is missing from this installation of hfq ({package}). Install hfq again.")

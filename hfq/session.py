@@ -38,14 +38,10 @@ class Session:
         """The recipe's metric of `model` on `batches`, by the recipe's engine."""
         recipe = self.recipe
         engine = Engine(recipe.accelerator, recipe.devices, recipe.strategy)
-        return evaluate(
-            model, batches, metric=recipe.metric, num_labels=len(self.data.label_names), engine=engine
-        )
+        return evaluate(model, batches, metric=recipe.metric, num_labels=len(self.data.label_names), engine=engine)
 
 
-def open_session(
-    recipe: Recipe, *, recipes: Path, ui: Reporter, token: str | None, quantized: bool = False
-) -> Session:
+def open_session(recipe: Recipe, *, recipes: Path, ui: Reporter, token: str | None, quantized: bool = False) -> Session:
     """Pull the checkpoint, load its data and its model. `quantized`: an int8 checkpoint is welcome.
 
     Raises:
@@ -66,9 +62,7 @@ def open_session(
     task = TASKS[task_name](checkpoint.config)
     data = load_task_data(checkpoint, recipe, task=task, recipes=recipes, token=token)
     info = data.info
-    ui.note(
-        f"{info.id}{'/' + info.subset if info.subset else ''}: {info.examples} examples of {info.split!r}"
-    )
+    ui.note(f"{info.id}{'/' + info.subset if info.subset else ''}: {info.examples} examples of {info.split!r}")
     ui.note(f"text: {', '.join(info.text_columns)}; label: {info.label_column}, {info.label_alignment}")
     for warning in data.warnings:
         ui.warn(warning)
@@ -107,9 +101,7 @@ def load_model(checkpoint: Checkpoint, auto_class: str, *, trust_remote_code: bo
         )
     except Exception as error:  # transformers raises many types for one cause: these files are not that model
         message = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise SourceError(
-            f"transformers cannot load {checkpoint.info.id} as {auto_class}: {message}"
-        ) from error
+        raise SourceError(f"transformers cannot load {checkpoint.info.id} as {auto_class}: {message}") from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise SourceError(

@@ -60,9 +60,7 @@ def pull(
             not allowed, or its files are damaged.
     """
     path, sha = (
-        (_folder(reference), None)
-        if is_path(reference)
-        else _download(reference, revision, token, trust_remote_code)
+        (_folder(reference), None) if is_path(reference) else _download(reference, revision, token, trust_remote_code)
     )
     if sha is None and revision is not None:
         raise SourceError(
@@ -97,9 +95,7 @@ def _folder(reference: str) -> Path:
     return path
 
 
-def _download(
-    reference: str, revision: str | None, token: str | None, trust_remote_code: bool
-) -> tuple[Path, str]:
+def _download(reference: str, revision: str | None, token: str | None, trust_remote_code: bool) -> tuple[Path, str]:
     try:
         info = HfApi(token=token).model_info(reference, revision=revision)
         names = [sibling.rfilename for sibling in info.siblings or []]
@@ -122,17 +118,13 @@ def _download(
             "or set HF_TOKEN; for a folder write ./{name}.".replace("{name}", reference.split("/")[-1])
         ) from error
     except HFValidationError as error:
-        raise SourceError(
-            f"{reference!r} is neither a folder nor a Hub id ('name' or 'owner/name')."
-        ) from error
+        raise SourceError(f"{reference!r} is neither a folder nor a Hub id ('name' or 'owner/name').") from error
     except EntryNotFoundError as error:
         raise SourceError(f"{reference} could not be pulled whole: {_first_line(error)}") from error
     except HfHubHTTPError as error:
         raise SourceError(f"The Hub refused {reference}: {_first_line(error)}") from error
     except OSError as error:
-        raise SourceError(
-            f"{reference} could not be pulled: {_first_line(error)}. Is the network up?"
-        ) from error
+        raise SourceError(f"{reference} could not be pulled: {_first_line(error)}. Is the network up?") from error
     except Exception as error:
         if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "httpcore", "httpcore2", "hf_xet"):
             raise
@@ -193,9 +185,7 @@ def _check_headers(weights: Iterable[Path]) -> None:
             with safe_open(path, framework="np") as file:
                 file.keys()
         except (SafetensorError, OSError, ValueError) as error:
-            raise SourceError(
-                f"{path} is not a whole safetensors file: {error}. Download it again."
-            ) from error
+            raise SourceError(f"{path} is not a whole safetensors file: {error}. Download it again.") from error
 
 
 def _card(path: Path) -> dict[str, Any]:

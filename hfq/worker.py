@@ -20,6 +20,7 @@ def main() -> None:
     session: _Session | None = None
     for line in sys.stdin:
         request = json.loads(line)
+        answer: dict[str, Any]
         try:
             if request["do"] == "load":
                 session = _Session(request)
@@ -27,9 +28,7 @@ def main() -> None:
             elif session is None:
                 raise RuntimeError("nothing is loaded yet")
             else:
-                answer = (
-                    session.run_pass() if request["do"] == "pass" else session.save_logits(request["path"])
-                )
+                answer = session.run_pass() if request["do"] == "pass" else session.save_logits(request["path"])
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), file=answers, flush=True)
@@ -46,9 +45,7 @@ class _Session:
         for module in request["imports"]:
             import_module(module)
         auto_class = getattr(transformers, request["auto_class"])
-        getattr(
-            transformers, request["architecture"], None
-        )  # imports the model's code before memory is counted
+        getattr(transformers, request["architecture"], None)  # imports the model's code before memory is counted
         if request["stock"]:
             _without_hfq()
         transformers.utils.logging.disable_progress_bar()
@@ -72,9 +69,7 @@ class _Session:
     def save_logits(self, path: str) -> dict[str, float]:
         from safetensors.torch import save_file
 
-        save_file(
-            {"logits": self.torch.cat([self._forward(batch).logits.float() for batch in self.batches])}, path
-        )
+        save_file({"logits": self.torch.cat([self._forward(batch).logits.float() for batch in self.batches])}, path)
         return {}
 
     def _forward(self, batch: dict[str, Any]) -> Any:

@@ -15,6 +15,7 @@ from hfq.local_hub import LocalHub
 _home = tempfile.TemporaryDirectory(prefix="hfq-tests-")
 _hub = LocalHub()
 _hub.start()
+atexit.register(_home.cleanup)
 atexit.register(_hub.stop)
 os.environ.update(
     _hub.environment(),

@@ -1,9 +1,11 @@
 """What a reader of a card sees, and that a card cannot be made to say anything else."""
 
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +14,12 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from hfq.card import model_name, render_card
-from hfq.errors import HubError, UsageError
+from hfq import resources
+from hfq.card import TEMPLATE, model_name, render_card
+from hfq.errors import HfqError, HubError, UsageError
 from hfq.hub import validate_card
 from hfq.report import CheckpointInfo, Comparison, DatasetInfo, Layers, Report
+from hfq.resources import resource
 
 HOSTILE = [
     "x](https://evil.example) ![i](https://evil.example/p.png)",
@@ -50,9 +54,7 @@ def test_table_holds_the_reports_figures() -> None:
 
 
 def test_large_and_small_figures_stay_readable() -> None:
-    report = make_report(
-        quantized=replace(make_report().quantized, memory_mb=123456.7, duration_s=0.00912345)
-    )
+    report = make_report(quantized=replace(make_report().quantized, memory_mb=123456.7, duration_s=0.00912345))
     rows = _table(render_card(report, repo_id=None), "Info Type")
     assert {row[0]: row[2] for row in rows}["Memory(MB)"] == "123457"
     assert {row[0]: row[2] for row in rows}["Duration(s)"] == "0.009123"
@@ -227,6 +229,19 @@ def test_default_name_can_be_a_repository(id_: str, name: str) -> None:
     render_card(report, repo_id=f"me/{name}")
 
 
+def test_template_is_found_in_a_checkout_and_in_a_wheel(tmp_path: Path) -> None:
+    template = resource(TEMPLATE)
+    installed = tmp_path / "hfq" / TEMPLATE
+    shutil.copytree(Path(resources.__file__).parent, tmp_path / "hfq", ignore=shutil.ignore_patterns("__pycache__"))
+    installed.parent.mkdir()
+    shutil.copy(template, installed)
+    code = f"from hfq.resources import resource; print(resource({TEMPLATE!r}))"
+    found = subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    assert found.decode().strip() == str(installed)
+    with pytest.raises(HfqError, match="missing from this installation"):
+        resource("model_cards/none")
+
+
 def test_card_modules_do_not_import_torch() -> None:
     code = "import sys, hfq.card, hfq.hub; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -286,9 +301,7 @@ def _tokens(card: str) -> list[Token]:
     """The body as a Markdown reader takes it, without the text itself."""
     document = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(ModelCard(card).text)
     flat = [token for block in document for token in (block.children or [block])]
-    return [
-        token for token in flat if token.type not in ("text", "text_special", "html_inline", "code_inline")
-    ]
+    return [token for token in flat if token.type not in ("text", "text_special", "html_inline", "code_inline")]
 
 
 def _table(card: str, corner: str) -> list[list[str]]:

@@ -116,7 +116,7 @@ class Hub:
         """The repository a request is about. To those who may not see it, it does not exist."""
         repo = self.store.find(call.repo_type, call.path["repo"])
         if repo is None or (repo.private and not (call.user and call.user.owns(repo.namespace))):
-            self.account(call)
+            self.account(call)  # a stranger is not even told whether it might exist
             raise RefusedError(404, "Repository not found", code="RepoNotFound")
         return repo
 
@@ -139,8 +139,8 @@ class Hub:
 Endpoint = Callable[[Hub, Call], Reply]
 _PARTS = {
     "{kind}": "(?P<kind>models|datasets)",
-    "{page}": "(?:(?P<kind>datasets)/)?(?P<repo>[^/]+/[^/]+?)",
-    "{repo}": "(?P<repo>[^/]+/[^/]+)",
+    "{page}": "(?:(?P<kind>datasets)/)?(?P<repo>[^/]+(?:/[^/]+?)?)",
+    "{repo}": "(?P<repo>[^/]+(?:/[^/]+)?)",  # one without a namespace, like gpt2, is never found
     "{rev}": "(?P<rev>[^/]+)",
     "{path}": "(?P<path>.+)",
     "{num}": r"(?P<num>\d+)",
@@ -181,11 +181,11 @@ def answer(
     path, _, query = target.partition("?")
     method = "GET" if method == "HEAD" else method
     try:
-        for found in filter(None, (table.find(method, path) for table in routes)):
-            endpoint, values = found
-            call = Call(values, parse_qs(query), headers, body, user=hub.authenticate(headers))
-            return endpoint(hub, call)
-        raise RefusedError(404, "Sorry, we can't find the page you are looking for.")
+        found = next(filter(None, (table.find(method, path) for table in routes)), None)
+        if found is None:
+            raise RefusedError(404, "Sorry, we can't find the page you are looking for.")
+        endpoint, values = found
+        return endpoint(hub, Call(values, parse_qs(query), headers, body, user=hub.authenticate(headers)))
     except RefusedError as error:
         known = {"X-Error-Code": error.code, "X-Repo-Commit": error.commit}
         # A header holds one line of ASCII; the body says it in full.

@@ -59,7 +59,8 @@ class LocalHub:
     def __init__(self, root: Path | None = None, *, port: int = 0, advertise_xet: bool = False) -> None:
         self._cleanup = ExitStack()
         if root is None:
-            root = Path(self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="hfq-hub-")))
+            temporary = tempfile.TemporaryDirectory(prefix="hfq-hub-", ignore_cleanup_errors=True)
+            root = Path(self._cleanup.enter_context(temporary))
         self._store = Store(root)
         self._cleanup.callback(self._store.close)
         try:
@@ -70,16 +71,22 @@ class LocalHub:
         self.url = f"http://{HOST}:{self._server.server_address[1]}"
         self.token = f"hf_{secrets.token_hex(17)}"
         self._users = {self.token: User(USER)}
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, name="local-hub", daemon=True
+        )
         self._hub = Hub(self._store, self.url, self._users, advertise_xet)
         self._lock = threading.Lock()
         self._faults: list[_Fault] = []
         self._requests: list[tuple[str, str, int]] = []
 
     def start(self) -> None:
-        threading.Thread(target=self._server.serve_forever, name="local-hub", daemon=True).start()
+        """Serve from a thread of its own."""
+        self._thread.start()
 
     def stop(self) -> None:
-        self._server.shutdown()
+        """Answer nobody any more, and let go of port and folder."""
+        if self._thread.is_alive():
+            self._server.shutdown()
         self._server.server_close()
         self._cleanup.close()
 
@@ -207,9 +214,8 @@ class _Server(ThreadingHTTPServer):
         super().__init__((HOST, port), _Handler)
 
     def server_bind(self) -> None:
-        TCPServer.server_bind(
-            self
-        )  # HTTPServer's asks DNS for the name of this machine, which can take seconds
+        # HTTPServer's own asks DNS for the name of this machine, which can take seconds.
+        TCPServer.server_bind(self)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         self._connections.add(request)
@@ -261,8 +267,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         with body.path.open("rb") as file:
             file.seek(body.start)
-            while size > 0:
-                chunk = file.read(min(size, CHUNK))
+            while chunk := file.read(min(size, CHUNK)):
                 self.wfile.write(chunk)
                 size -= len(chunk)
 

@@ -22,15 +22,15 @@ from ..errors import HubError
 REPO_TYPES = ("model", "dataset")
 LFS_THRESHOLD = 10 * 2**20
 GIT_ATTRIBUTES = ".gitattributes"
-# What the Hub puts into a new repository: the files that it keeps as LFS however small they are.
+# The Hub's rules in a new repository: what it keeps as LFS however small it is.
 _LFS_PATTERNS = """
     *.7z *.arrow *.bin *.bz2 *.ckpt *.ftz *.gz *.h5 *.joblib *.lfs.* *.mlmodel *.model *.msgpack *.npy *.npz
     *.onnx *.ot *.parquet *.pb *.pickle *.pkl *.pt *.pth *.rar *.safetensors saved_model/**/* *.tar.* *.tar
     *.tflite *.tgz *.wasm *.xz *.zip *.zst *tfevents*
 """
+CHUNK = 1 << 20
 _REPO_NAME = re.compile(r"(?!.*(--|\.\.))\w([\w.-]{0,94}\w)?", re.ASCII)
 _REF_NAME = re.compile(r"(?!.*(\.\.|//|/$|\.lock$))[\w.-][\w./-]*", re.ASCII)
-CHUNK = 1 << 20
 
 
 class RefusedError(HubError):
@@ -61,12 +61,8 @@ class File:
     @property
     def pointer(self) -> bytes:
         """What git holds in place of the content of an LFS file."""
-        lines = (
-            "version https://git-lfs.github.com/spec/v1",
-            f"oid sha256:{self.sha256}",
-            f"size {self.size}\n",
-        )
-        return "\n".join(lines).encode()
+        text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {self.size}\n"
+        return text.encode()
 
 
 Files = dict[str, File]
@@ -144,7 +140,7 @@ class Store:
         self._repo_folder = root / "repos"
         self._blobs = root / "blobs"
         self._incoming = root / "incoming"
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         root.mkdir(parents=True, exist_ok=True)
         self._claim = (root / "lock").open("w")
         try:

@@ -14,9 +14,7 @@ from .layers import Batch
 from .observers import BINS, InputStatistics
 
 MOMENTUM = 0.9  # of the moving averages
-Watch = Callable[
-    [str, nn.Module, Tensor, Tensor], None
-]  # name, layer, real inputs [n, in] and outputs [n, out]
+Watch = Callable[[str, nn.Module, Tensor, Tensor], None]  # name, layer, real inputs [n, in] and outputs [n, out]
 Statistics = Mapping[str, InputStatistics]  # by layer name
 
 
@@ -54,9 +52,7 @@ def calibrate(
     return ranges
 
 
-def sensitivity(
-    model: nn.Module, twins: Mapping[str, Int8Linear], batches: Sequence[Batch]
-) -> dict[str, float]:
+def sensitivity(model: nn.Module, twins: Mapping[str, Int8Linear], batches: Sequence[Batch]) -> dict[str, float]:
     """Each layer's own int8 output error, squared and relative to its output, from one pass of the float model."""
     error: dict[str, float] = dict.fromkeys(twins, 0.0)
     power: dict[str, float] = dict.fromkeys(twins, 0.0)

@@ -7,6 +7,7 @@ from torch import nn
 
 from ..runtime.modules import Int8Embedding, Int8Linear
 from .graph import Fold
+from .layers import embedding, linear
 from .scheme import LinearScheme, Plan, quantize_rows
 from .smoothquant import fold_into
 
@@ -17,29 +18,27 @@ def quantize_model(model: nn.Module, plan: Plan, folds: Sequence[Fold]) -> nn.Mo
     quantized = copy.deepcopy(model, memo={id(tensor): tensor for tensor in tensors})
     fold_into(quantized, folds, plan.smoothing)
     for name, scheme in plan.linears.items():
-        quantized.set_submodule(name, int8_linear(quantized.get_submodule(name), scheme))
+        quantized.set_submodule(name, int8_linear(linear(quantized, name), scheme))
     for name in plan.embeddings:
-        quantized.set_submodule(name, int8_embedding(quantized.get_submodule(name)))
+        quantized.set_submodule(name, int8_embedding(embedding(quantized, name)))
     return quantized.eval()
 
 
-def int8_linear(linear: nn.Linear, scheme: LinearScheme) -> Int8Linear:
-    """The int8 twin of `linear`."""
-    twin = Int8Linear(
-        linear.in_features, linear.out_features, bias=linear.bias is not None, activation=scheme.approach
-    )
-    codes, scale = quantize_rows(linear.weight)
+def int8_linear(layer: nn.Linear, scheme: LinearScheme) -> Int8Linear:
+    """The int8 twin of `layer`."""
+    twin = Int8Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, activation=scheme.approach)
+    codes, scale = quantize_rows(layer.weight)
     twin.weight.data, twin.weight_scale.data = codes, scale
-    if linear.bias is not None:
-        twin.bias.data = linear.bias.detach().float()
+    if layer.bias is not None:
+        twin.bias.data = layer.bias.detach().float()
     if scheme.approach == "static":
         twin.input_scale.fill_(scheme.input_scale)
         twin.input_zero_point.fill_(scheme.input_zero_point)
     return twin
 
 
-def int8_embedding(embedding: nn.Embedding) -> Int8Embedding:
-    """The int8 twin of `embedding`."""
-    twin = Int8Embedding(embedding.num_embeddings, embedding.embedding_dim, padding_idx=embedding.padding_idx)
-    twin.weight.data, twin.weight_scale.data = quantize_rows(embedding.weight)
+def int8_embedding(layer: nn.Embedding) -> Int8Embedding:
+    """The int8 twin of `layer`."""
+    twin = Int8Embedding(layer.num_embeddings, layer.embedding_dim, padding_idx=layer.padding_idx)
+    twin.weight.data, twin.weight_scale.data = quantize_rows(layer.weight)
     return twin

@@ -6,12 +6,13 @@ consumers' columns by the same factors then leaves the float model as it was.
 """
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
 
-from .layers import Batch
+from .layers import Batch, linear
 
 aten = torch.ops.aten
 _TRANSPARENT = {
@@ -64,16 +65,15 @@ def find_folds(model: nn.Module, batch: Batch, linears: tuple[str, ...]) -> list
     ]
 
 
-def _layer(node: fx.Node, parameters: dict[str, str]) -> str | None:
+def _layer(node: fx.Node, parameters: Mapping[str, str]) -> str | None:
     """The module name of a Linear or LayerNorm node with a weight of its own."""
-    position = {aten.linear.default: 1, aten.layer_norm.default: 2}.get(node.target)
-    if position is None or len(node.args) <= position or not isinstance(node.args[position], fx.Node):
-        return None
-    name = parameters.get(node.args[position].name, "")
+    position = 1 if node.target == aten.linear.default else 2 if node.target == aten.layer_norm.default else None
+    weight = node.args[position] if position is not None and len(node.args) > position else None
+    name = parameters.get(weight.name, "") if isinstance(weight, fx.Node) else ""
     return name.removesuffix(".weight") if name.endswith(".weight") else None
 
 
-def _consumers(node: fx.Node, parameters: dict[str, str]) -> list[str] | None:
+def _consumers(node: fx.Node, parameters: Mapping[str, str]) -> list[str] | None:
     """Linear layers that read `node` channel by channel; None when anything else reads it too."""
     found: list[str] = []
     for user in node.users:
@@ -93,5 +93,5 @@ def _consumers(node: fx.Node, parameters: dict[str, str]) -> list[str] | None:
 
 
 def _same_width(model: nn.Module, producer: str, consumers: list[str]) -> bool:
-    width = model.get_submodule(producer).weight.shape[0]
-    return all(model.get_submodule(name).in_features == width for name in consumers)
+    width = linear(model, producer).weight.shape[0]
+    return all(linear(model, name).in_features == width for name in consumers)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,16 @@ class Quantizable:
     float_layers: Mapping[str, str] = field(default_factory=dict)
 
 
+def linear(model: nn.Module, name: str) -> nn.Linear:
+    """The Linear of that name."""
+    return cast(nn.Linear, model.get_submodule(name))
+
+
+def embedding(model: nn.Module, name: str) -> nn.Embedding:
+    """The Embedding of that name."""
+    return cast(nn.Embedding, model.get_submodule(name))
+
+
 def find_quantizable(model: nn.Module, batch: Batch) -> Quantizable:
     """Run one batch and see which Linear and Embedding layers take part.
 
@@ -28,9 +39,7 @@ def find_quantizable(model: nn.Module, batch: Batch) -> Quantizable:
     Raises:
         UnsupportedError: no Linear layer can run in int8.
     """
-    candidates = {
-        name: module for name, module in model.named_modules() if type(module) in (nn.Linear, nn.Embedding)
-    }
+    candidates = {name: module for name, module in model.named_modules() if type(module) in (nn.Linear, nn.Embedding)}
     called: dict[str, None] = {}
     handles = [
         module.register_forward_pre_hook(lambda *_, name=name: called.setdefault(name))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .graph import Fold
+from .layers import linear
 from .observers import InputStatistics
 
 
@@ -21,7 +22,7 @@ def smoothing_factors(
     for fold in folds:
         stats = statistics[fold.consumers[0]]
         activation = torch.maximum(stats.channel_min.abs(), stats.channel_max.abs()).clamp(min=1e-5)
-        weights = [model.get_submodule(name).weight.detach().float().abs().amax(0) for name in fold.consumers]
+        weights = [linear(model, name).weight.detach().float().abs().amax(0) for name in fold.consumers]
         weight = torch.stack(weights).amax(0).clamp(min=1e-5)
         factors[fold.producer] = (activation**alpha / weight ** (1 - alpha)).clamp(min=1e-5)
     return factors
@@ -39,14 +40,13 @@ def fold_into(model: nn.Module, folds: Sequence[Fold], factors: Mapping[str, Ten
         if fold.producer not in factors:
             continue
         factor = factors[fold.producer]
-        producer = model.get_submodule(fold.producer)
+        producer = linear(model, fold.producer)  # or a LayerNorm, which has the same two parameters
         by_row = factor if producer.weight.dim() == 1 else factor[:, None]
         _replace(producer, "weight", producer.weight / by_row)
         if producer.bias is not None:
             _replace(producer, "bias", producer.bias / factor)
         for name in fold.consumers:
-            consumer = model.get_submodule(name)
-            _replace(consumer, "weight", consumer.weight * factor)
+            _replace(linear(model, name), "weight", linear(model, name).weight * factor)
 
 
 def _replace(module: nn.Module, name: str, value: Tensor) -> None:

@@ -13,16 +13,15 @@ from torch.nn import functional as F
 
 from .modules import Int8Linear, PostOp
 
-EQUAL = (
-    1e-4  # largest relative difference of one layer: the fused erf and tanh are oneDNN's, the others torch's
-)
+EQUAL = 1e-4  # largest relative difference of one layer: the fused erf and tanh are oneDNN's, the others torch's
 SAME_ANSWER = 0.02  # relative difference of the logits once a code may round the other way
 
 
-def fuse(model: nn.Module, example: Mapping[str, Tensor] | None) -> None:
-    """Fuse in place wherever it is proved equal. `example`: a tiny input of the model, or None where none is known."""
+def fuse(model: nn.Module) -> None:
+    """Fuse in place wherever it is proved equal. What needs a forward is tried on the model's `dummy_inputs`, if any."""
     for parent in list(model.modules()):
         _fuse_activation(parent)
+    example = getattr(model, "dummy_inputs", None)
     if example is not None:
         _fuse_requantization(model, example)
 

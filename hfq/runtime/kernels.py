@@ -18,9 +18,7 @@ from ..errors import UsageError
 
 PostOp = Literal["relu", "gelu", "gelu_tanh"]
 SYMMETRIC_RANGE = 127.5  # compressed-tensors divides a token's absolute maximum by this: (127 + 128) / 2
-DYNAMIC_ROWS = (
-    512  # tokens quantized and multiplied at a time: their floats stay in cache, and out of the peak
-)
+DYNAMIC_ROWS = 512  # tokens quantized and multiplied at a time: their floats stay in cache, and out of the peak
 _ONEDNN_POST_OPS: dict[PostOp | None, tuple[str, str]] = {
     None: ("none", ""),
     "relu": ("relu", ""),
@@ -221,9 +219,7 @@ def _onednn_is_exact() -> bool:
     scale = torch.ones(columns)
     kernel = OneDnnKernel()
     try:
-        with (
-            warnings.catch_warnings()
-        ):  # torch warns once that quantized tensors will go; quantize_uint8 knows
+        with warnings.catch_warnings():  # torch warns once that quantized tensors will go; quantize_uint8 knows
             warnings.simplefilter("ignore", UserWarning)
             codes = quantize_uint8(torch.full((rows, depth), 255.0), 1.0, 0)
             y = _qlinear(codes, kernel.pack(weight, scale), scale, None, input_scale=1.0, zero_point=0)
@@ -258,6 +254,4 @@ def quantize_uint8(x: Tensor, scale: float, zero_point: int) -> Tensor:
         return (x / scale).round().add_(zero_point).clamp_(0, 255).to(torch.uint8)
     quantized = torch.quantize_per_tensor(x, scale, zero_point, torch.quint8)
     # A view of the codes: int_repr() would copy them, which takes longer than quantizing did.
-    return torch.empty(0, dtype=torch.uint8).set_(
-        quantized.untyped_storage(), 0, quantized.shape, quantized.stride()
-    )
+    return torch.empty(0, dtype=torch.uint8).set_(quantized.untyped_storage(), 0, quantized.shape, quantized.stride())

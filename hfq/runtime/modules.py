@@ -61,8 +61,9 @@ class Int8Linear(nn.Module):
             self.weight = _frozen(weight)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "weight" and self.__dict__.get("_packed") is not None:
-            return _frozen(self._packed.unpack())  # for model code that looks at a weight's dtype or device
+        packed: _Packed | None = self.__dict__.get("_packed")
+        if name == "weight" and packed is not None:
+            return _frozen(packed.unpack())  # for model code that looks at a weight's dtype or device
         return super().__getattr__(name)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -155,9 +156,7 @@ def memory_mib(model: nn.Module) -> float:
     for tensor in [*model.parameters(), *model.buffers()]:
         seen[id(tensor)] = tensor.numel() * tensor.element_size()
     packed = sum(
-        m.in_features * m.out_features
-        for m in model.modules()
-        if isinstance(m, Int8Linear) and m._packed is not None
+        m.in_features * m.out_features for m in model.modules() if isinstance(m, Int8Linear) and m._packed is not None
     )
     return (sum(seen.values()) + packed) / 2**20
 

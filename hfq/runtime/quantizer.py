@@ -25,28 +25,31 @@ class Int8HfQuantizer(CompressedTensorsHfQuantizer):
             _on_cpu(kwargs.get("device_map"))
             and not self.quantization_config.dequantize
             and self.quantization_config.is_quantization_compressed
-            and all(map(_is_int8, self.quantization_config.quantization_config.config_groups.values()))
+            and all(map(_is_int8, self._groups().values()))
         )
         if self.runs_int8:
             # The tensors are loaded as they are, into modules that hold them as they are.
             self.serialized_names: dict[str, list[str]] = {}
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if not self.runs_int8:
             super()._process_model_before_weight_loading(model, **kwargs)
             return
-        config = self.quantization_config.quantization_config
-        for scheme in config.config_groups.values():
-            for name, module in list(match_named_modules(model, scheme.targets, config.ignore)):
+        ignore = self.compressor.quantization_config.ignore
+        for scheme in self._groups().values():
+            for name, module in list(match_named_modules(model, scheme.targets, ignore)):
                 model.set_submodule(name, _int8_twin(module, scheme))
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.runs_int8:
             model.requires_grad_(False)
             pack_all(model)
             leave_file(model)
-            fuse(model, model.dummy_inputs)
+            fuse(model)
         return super()._process_model_after_weight_loading(model, **kwargs)
+
+    def _groups(self) -> dict[str, QuantizationScheme]:
+        return self.compressor.quantization_config.config_groups
 
     def get_load_operations(self) -> dict:
         return {} if self.runs_int8 else super().get_load_operations()
@@ -56,13 +59,11 @@ class Int8HfQuantizer(CompressedTensorsHfQuantizer):
         return not self.runs_int8 and super().is_trainable
 
 
-def _int8_twin(module: nn.Module, scheme: QuantizationScheme) -> nn.Module:
+def _int8_twin(module: nn.Linear | nn.Embedding, scheme: QuantizationScheme) -> nn.Module:
     if isinstance(module, nn.Embedding):
         return Int8Embedding(module.num_embeddings, module.embedding_dim, padding_idx=module.padding_idx)
     activation: Activation = "dynamic" if scheme.input_activations.dynamic else "static"
-    return Int8Linear(
-        module.in_features, module.out_features, bias=module.bias is not None, activation=activation
-    )
+    return Int8Linear(module.in_features, module.out_features, bias=module.bias is not None, activation=activation)
 
 
 def _on_cpu(device_map: Any) -> bool:

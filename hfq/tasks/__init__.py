@@ -29,9 +29,7 @@ def find_task(config: dict[str, Any], requested: str | None) -> str:
         try:
             task = TasksManager.infer_task_from_model(architecture)
         except ValueError as error:
-            raise UnsupportedError(
-                f"No task is known for the architecture {architectures[0]}. Pass --task."
-            ) from error
+            raise UnsupportedError(f"No task is known for the architecture {architectures[0]}. Pass --task.") from error
     if task not in TASKS:
         raise UnsupportedError(
             f"Task {task!r} ({', '.join(architectures)}) is not supported. Expected one of: {', '.join(TASKS)}."

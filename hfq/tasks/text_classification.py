@@ -47,9 +47,7 @@ class TextClassification:
                 f"This checkpoint is for {problem or 'regression (one label)'}; hfq measures single-label classification."
             )
 
-    def text_columns(
-        self, features: Mapping[str, Any], requested: Sequence[str], label_column: str
-    ) -> list[str]:
+    def text_columns(self, features: Mapping[str, Any], requested: Sequence[str], label_column: str) -> list[str]:
         """The columns to read, in order.
 
         Raises:
@@ -59,9 +57,7 @@ class TextClassification:
             for name in requested:
                 _require_column(name, features, "--text-column")
             if len(requested) > 2:
-                raise DataError(
-                    f"--text-column was given {len(requested)} times; a model reads one text or a pair."
-                )
+                raise DataError(f"--text-column was given {len(requested)} times; a model reads one text or a pair.")
             return list(requested)
         texts = [name for name, feature in features.items() if _is_text(feature) and name != label_column]
         for pair in KNOWN_PAIRS:

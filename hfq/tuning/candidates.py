@@ -31,7 +31,7 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        parts = [self.approach]
+        parts: list[str] = [self.approach]
         if self.approach == "static":
             parts.append(self.observer)
         if self.alpha is not None:
@@ -46,9 +46,7 @@ class Candidate:
 class Space:
     """Turns candidates into plans, from what calibration saw. Observers run once for each layer."""
 
-    def __init__(
-        self, model: nn.Module, layers: Quantizable, statistics: Statistics, folds: Sequence[Fold]
-    ) -> None:
+    def __init__(self, model: nn.Module, layers: Quantizable, statistics: Statistics, folds: Sequence[Fold]) -> None:
         self.model = model
         self.layers = layers
         self.statistics = statistics

@@ -78,6 +78,4 @@ def _line(row: Mapping[str, object]) -> str:
 
 
 def _unwritable(path: Path, error: OSError) -> ExportError:
-    return ExportError(
-        f"{path} cannot be written: {error.strerror or error}. Free space or choose another --output."
-    )
+    return ExportError(f"{path} cannot be written: {error.strerror or error}. Free space or choose another --output.")

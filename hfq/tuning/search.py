@@ -168,9 +168,7 @@ def tune(
     return Outcome(chosen, found[chosen], bool(accepted), stopped)
 
 
-def _bisect(
-    order: Sequence[str], keep: Callable[[tuple[str, ...]], Candidate]
-) -> Generator[Candidate, bool, bool]:
+def _bisect(order: Sequence[str], keep: Callable[[tuple[str, ...]], Candidate]) -> Generator[Candidate, bool, bool]:
     """The fewest of the most sensitive layers that have to be kept, at most half of all. Returns whether any sufficed."""
     low, high, met = 0, len(order) // 2 + 1, False
     while high - low > 1:

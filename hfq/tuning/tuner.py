@@ -8,10 +8,11 @@ from torch import Tensor
 from ..quantization.calibration import calibrate, encoder_output, sensitivity
 from ..quantization.convert import int8_linear, quantize_model
 from ..quantization.graph import find_folds
-from ..quantization.layers import find_quantizable
+from ..quantization.layers import find_quantizable, linear
 from ..quantization.observers import OBSERVERS
 from ..quantization.scheme import Plan
 from ..report import Trial
+from ..runtime.fusion import fuse
 from ..session import Session
 from ..ui import Reporter
 from .acceptance import Goal
@@ -33,9 +34,7 @@ def find(session: Session, goal: Goal, *, log: TrialLog, ui: Reporter) -> Found:
     """Search for a plan that meets `goal`. The float model is read, never changed."""
     recipe, model = session.recipe, session.model
     inputs = [_inputs(batch) for batch in session.calibration]
-    ui.stage(
-        f"Calibration on {len(session.data.calibration)} examples of {session.data.info.calibration_split!r}"
-    )
+    ui.stage(f"Calibration on {len(session.data.calibration)} examples of {session.data.info.calibration_split!r}")
     space = _calibrate(session, inputs, ui)
     output_error = _output_error(session, space, inputs, log=log)
     ui.stage("Ranking by output error on the calibration slice")
@@ -45,12 +44,13 @@ def find(session: Session, goal: Goal, *, log: TrialLog, ui: Reporter) -> Found:
 
     def sensitive(candidate: Candidate) -> list[str]:
         linears = space.plan(candidate).linears
-        twins = {name: int8_linear(model.get_submodule(name), scheme) for name, scheme in linears.items()}
+        twins = {name: int8_linear(linear(model, name), scheme) for name, scheme in linears.items()}
         found = sensitivity(model, twins, inputs)
         return sorted(found, key=found.__getitem__, reverse=True)
 
     def run_trial(candidate: Candidate) -> Score:
         quantized = quantize_model(model, space.plan(candidate), space.folds)
+        fuse(quantized)  # evaluate what will be loaded
         found = session.evaluate(quantized, session.evaluation)
         return Score(found.score, found.duration_s)
 
@@ -75,9 +75,7 @@ def _calibrate(session: Session, inputs: list[dict[str, Tensor]], ui: Reporter) 
     layers = find_quantizable(session.model, inputs[0])
     example = {name: tensor[:2] for name, tensor in inputs[0].items()}
     folds = find_folds(session.model, example, layers.linears)
-    statistics = calibrate(
-        session.model, layers.linears, inputs, track=lambda b: ui.track(b, text="calibrating")
-    )
+    statistics = calibrate(session.model, layers.linears, inputs, track=lambda b: ui.track(b, text="calibrating"))
     ui.note(
         f"{len(layers.linears)} linear and {len(layers.embeddings)} embedding layers can run in int8; "
         f"{len(folds)} SmoothQuant folds"

@@ -1,0 +1,414 @@
+"""Commands, nothing else: flags become a recipe, errors become one message and an exit code.
+
+Exit codes: 0 done; 1 it could not be done; 2 wrong arguments; 3 no trial met the accuracy goal; 130 interrupted.
+"""
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import __version__
+from .errors import GoalNotMetError, HfqError
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+
+app = typer.Typer(
+    name="hfq",
+    help="INT8 export for the Hugging Face Hub: calibrated, tuned to an accuracy goal, measured, published.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+
+class Approach(str, Enum):
+    auto = "auto"
+    static = "static"
+    dynamic = "dynamic"
+
+
+class Criterion(str, Enum):
+    relative = "relative"
+    absolute = "absolute"
+
+
+Checkpoint = Annotated[str, typer.Argument(help="Hub id or folder of a checkpoint.", show_default=False)]
+Dataset = Annotated[str | None, typer.Option(help="Hub id, folder or file (CSV, JSON, Parquet).", show_default=False)]
+Subset = Annotated[
+    str | None, typer.Option(help="Dataset configuration, such as mrpc of nyu-mll/glue.", show_default=False)
+]
+Split = Annotated[
+    str | None,
+    typer.Option(help="Split to evaluate on.  \\[default: validation, else test]", show_default=False),
+]
+TextColumn = Annotated[
+    list[str] | None, typer.Option(help="Text column; repeat it for a pair, in order.", show_default=False)
+]
+LabelColumn = Annotated[str | None, typer.Option(help="Column of labels.", show_default=False)]
+Metric = Annotated[
+    str | None,
+    typer.Option(
+        help="accuracy, f1, precision, recall or matthews_correlation.  \\[default: accuracy]",
+        show_default=False,
+    ),
+]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(help="Longest input in tokens.  \\[default: the model's limit]", show_default=False),
+]
+BatchSize = Annotated[int | None, typer.Option(help="Examples a batch.  \\[default: 32]", show_default=False)]
+Seed = Annotated[int | None, typer.Option(help="Seed of every random choice.  \\[default: 42]", show_default=False)]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the checkpoint.", show_default=False)]
+Task = Annotated[str | None, typer.Option(help="Task.  \\[default: found from the architecture]", show_default=False)]
+Threads = Annotated[int | None, typer.Option(help="CPU threads.  \\[default: torch's]", show_default=False)]
+Accelerator = Annotated[
+    str | None,
+    typer.Option(help="Lightning accelerator of evaluations.  \\[default: cpu]", show_default=False),
+]
+Devices = Annotated[
+    int | None, typer.Option(help="Lightning devices of evaluations.  \\[default: 1]", show_default=False)
+]
+Strategy = Annotated[
+    str | None, typer.Option(help="Lightning strategy of evaluations.  \\[default: auto]", show_default=False)
+]
+Token = Annotated[
+    str | None, typer.Option(help="Hub token.  \\[default: HF_TOKEN or `hf auth login`]", show_default=False)
+]
+RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code from the checkpoint's repository.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output.")]
+To = Annotated[str | None, typer.Option(help="Repository.  \\[default: YOU/CHECKPOINT-int8]", show_default=False)]
+Private = Annotated[bool, typer.Option("--private", help="Create the repository private.")]
+CreatePr = Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing to main.")]
+Push = Annotated[bool, typer.Option("--push", help="Publish the result on the Hub.")]
+LocalHub = Annotated[
+    bool,
+    typer.Option("--local-hub", help="Start a Hub on loopback and push there: nothing leaves this machine."),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run; no trial is repeated.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"hfq {__version__}")
+        raise typer.Exit
+
+
+@app.command(
+    epilog="""**Examples**
+
+hfq quantize Intel/bert-base-uncased-mrpc --push
+
+hfq quantize ./my-checkpoint --dataset ./data --output ./out
+
+hfq quantize ./my-checkpoint --dataset nyu-mll/glue --subset mrpc --calibration-split train --split validation"""
+)
+def quantize(
+    checkpoint: Checkpoint,
+    dataset: Dataset = None,
+    subset: Subset = None,
+    split: Split = None,
+    calibration_split: Annotated[
+        str | None, typer.Option(help="Split to calibrate on.  \\[default: train]", show_default=False)
+    ] = None,
+    text_column: TextColumn = None,
+    label_column: LabelColumn = None,
+    metric: Metric = None,
+    approach: Annotated[
+        Approach | None,
+        typer.Option(help="Post-training quantization to search.  \\[default: auto]", show_default=False),
+    ] = None,
+    calibration_samples: Annotated[
+        int | None, typer.Option(help="Examples to calibrate on.  \\[default: 100]", show_default=False)
+    ] = None,
+    tolerable_loss: Annotated[
+        float | None, typer.Option(help="Largest accuracy loss.  \\[default: 0.01]", show_default=False)
+    ] = None,
+    criterion: Annotated[
+        Criterion | None, typer.Option(help="How the loss counts.  \\[default: relative]", show_default=False)
+    ] = None,
+    max_trials: Annotated[
+        int | None, typer.Option(help="Most evaluations to spend.  \\[default: 600]", show_default=False)
+    ] = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(help="Most seconds of tuning; 0 is no limit.  \\[default: 0]", show_default=False),
+    ] = None,
+    explore: Annotated[bool, typer.Option("--explore", help="Evaluate every candidate, then choose.")] = False,
+    allow_loss: Annotated[
+        bool,
+        typer.Option("--allow-loss", help="Save the best trial even if it misses the goal; the card says so."),
+    ] = False,
+    max_length: MaxLength = None,
+    batch_size: BatchSize = None,
+    seed: Seed = None,
+    revision: Revision = None,
+    task: Task = None,
+    threads: Threads = None,
+    accelerator: Accelerator = None,
+    devices: Devices = None,
+    strategy: Strategy = None,
+    output: Annotated[
+        str | None, typer.Option(help="Folder to write.  \\[default: CHECKPOINT-int8]", show_default=False)
+    ] = None,
+    push: Push = False,
+    to: To = None,
+    private: Private = False,
+    create_pr: CreatePr = False,
+    token: Token = None,
+    trust_remote_code: RemoteCode = False,
+    save_recipe: Annotated[
+        Path | None,
+        typer.Option(help="Also write the recipe of this run, for `hfq run`.", show_default=False),
+    ] = None,
+    local_hub: LocalHub = False,
+    resume: Resume = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize a checkpoint to INT8, measure it, write it to a folder, and publish it with --push."""
+    from .recipe import make_recipe, write_recipe
+
+    flags = {
+        "checkpoint": checkpoint, "dataset": dataset, "subset": subset, "split": split, "calibration_split": calibration_split,
+        "text_columns": text_column, "label_column": label_column, "metric": metric, "approach": approach and approach.value,
+        "calibration_samples": calibration_samples, "tolerable_loss": tolerable_loss,
+        "criterion": criterion and criterion.value, "max_trials": max_trials, "timeout": timeout, "explore": explore,
+        "allow_loss": allow_loss, "max_length": max_length, "batch_size": batch_size, "seed": seed, "revision": revision, "task": task,
+        "threads": threads, "accelerator": accelerator, "devices": devices, "strategy": strategy, "output": output, "push": push, "to": to,
+        "private": private, "create_pr": create_pr, "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
+    recipe = make_recipe(_given(flags))
+    if save_recipe:
+        write_recipe(recipe, save_recipe)
+    _run(recipe, token=token, local_hub=local_hub, resume=resume, as_json=as_json)
+
+
+@app.command(epilog="**Examples**\n\nhfq run pipelines/demo.yaml --local-hub")
+def run(
+    recipe: Annotated[Path, typer.Argument(help="Recipe, a YAML file.", show_default=False)],
+    output: Annotated[
+        str | None, typer.Option(help="Folder to write, instead of the recipe's.", show_default=False)
+    ] = None,
+    push: Push = False,
+    token: Token = None,
+    local_hub: LocalHub = False,
+    resume: Resume = False,
+    as_json: Json = False,
+) -> None:
+    """Run a recipe: the flags of `hfq quantize`, in a file."""
+    from .recipe import make_recipe, read_recipe
+
+    found = read_recipe(recipe)
+    changed = {**found.model_dump(), **_given({"output": output, "push": push})}
+    _run(make_recipe(changed), token=token, local_hub=local_hub, resume=resume, as_json=as_json)
+
+
+@app.command(epilog="**Examples**\n\nhfq inspect ./out\n\nhfq inspect me/bert-mrpc-int8 --json")
+def inspect(
+    checkpoint: Checkpoint,
+    revision: Revision = None,
+    token: Token = None,
+    as_json: Json = False,
+) -> None:
+    """Show what is int8 and what is not, scales, sizes, config and provenance."""
+    from .inspection import describe, show
+    from .source import pull
+
+    found = describe(pull(checkpoint, revision=revision, token=token, trust_remote_code=True))
+    if as_json:
+        _print(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        show(found)
+
+
+@app.command(name="eval", epilog="**Examples**\n\nhfq eval ./out --dataset ./data --split test")
+def evaluate(
+    checkpoint: Checkpoint,
+    dataset: Dataset = None,
+    subset: Subset = None,
+    split: Split = None,
+    text_column: TextColumn = None,
+    label_column: LabelColumn = None,
+    metric: Metric = None,
+    max_length: MaxLength = None,
+    batch_size: BatchSize = None,
+    seed: Seed = None,
+    revision: Revision = None,
+    task: Task = None,
+    threads: Threads = None,
+    accelerator: Accelerator = None,
+    devices: Devices = None,
+    strategy: Strategy = None,
+    token: Token = None,
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Measure accuracy, seconds and memory of any checkpoint, quantized or not."""
+    from .inspection import show_evaluation
+    from .pipeline import evaluate_checkpoint
+    from .recipe import make_recipe
+    from .ui import Reporter
+
+    flags = {
+        "checkpoint": checkpoint, "dataset": dataset, "subset": subset, "split": split, "text_columns": text_column,
+        "label_column": label_column, "metric": metric, "max_length": max_length, "batch_size": batch_size, "seed": seed,
+        "revision": revision, "task": task, "threads": threads, "accelerator": accelerator, "devices": devices, "strategy": strategy,
+        "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
+    found = evaluate_checkpoint(make_recipe(_given(flags)), recipes=_recipes(), ui=Reporter(), token=token)
+    if as_json:
+        _print(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        show_evaluation(found)
+
+
+@app.command(name="push", epilog="**Examples**\n\nhfq push ./out --to me/bert-mrpc-int8")
+def push_command(
+    folder: Annotated[Path, typer.Argument(help="Folder that `hfq quantize` wrote.", show_default=False)],
+    to: To = None,
+    private: Private = False,
+    create_pr: CreatePr = False,
+    token: Token = None,
+    local_hub: LocalHub = False,
+) -> None:
+    """Publish a quantized folder in one atomic commit. The same content twice makes no second commit."""
+    from .report import read_report
+    from .ui import Reporter
+
+    report = read_report(folder)
+    with _hub(local_hub) as hub_token:
+        _publish(
+            folder,
+            name=report.checkpoint.id,
+            to=to,
+            private=private,
+            create_pr=create_pr,
+            token=hub_token or token,
+            ui=Reporter(),
+        )
+
+
+def main() -> None:
+    """The `hfq` command."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are forked after the tokenizer ran
+    try:
+        app()
+    except HfqError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("Interrupted. Nothing was published; run the same command with --resume to go on.", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away: nothing left to say
+        sys.exit(1)
+    except OSError as error:
+        _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
+
+
+def _run(recipe: "Recipe", *, token: str | None, local_hub: bool, resume: bool, as_json: bool) -> None:
+    from .ui import Reporter
+
+    ui = Reporter()
+    if recipe.push and not local_hub:
+        from .hub import resolve_repo_id
+
+        resolve_repo_id(recipe.to, default_name=f"{recipe.name}-int8", token=token)  # before minutes of work, not after
+    from .pipeline import quantize
+
+    try:
+        result = quantize(recipe, recipes=_recipes(), ui=ui, token=token, resume=resume, command=_command())
+    except GoalNotMetError as error:
+        if as_json and error.details:
+            _print(json.dumps(error.details, indent=2, ensure_ascii=False))
+        raise
+    ui.stage(f"Done: {result.folder}")
+    from .inspection import show_result
+
+    show_result(result.report, ui.console)
+    if recipe.push or local_hub:
+        with _hub(local_hub) as hub_token:
+            _publish(
+                result.folder, name=recipe.name, to=recipe.to, private=recipe.private, create_pr=recipe.create_pr,
+                token=hub_token or token, ui=ui,
+            )  # fmt: skip
+    if as_json:
+        _print(result.report.to_json().rstrip())
+
+
+@contextmanager
+def _hub(local: bool) -> Iterator[str | None]:
+    """A Hub on loopback for the length of the block, with its token; or the configured Hub, and None."""
+    if not local:
+        yield None
+        return
+    from huggingface_hub import constants
+
+    from .local_hub import LocalHub as Server
+
+    with Server() as server:
+        constants.ENDPOINT = server.url
+        constants.HF_HUB_DISABLE_XET = True
+        yield server.token
+
+
+def _publish(
+    folder: Path, *, name: str, to: str | None, private: bool, create_pr: bool, token: str | None, ui: Any
+) -> None:
+    from .hub import push_folder
+
+    ui.stage("Publish")
+    pushed = push_folder(
+        folder,
+        repo_id=to,
+        default_name=f"{name.split('/')[-1]}-int8",
+        token=token,
+        private=private,
+        create_pr=create_pr,
+        message=f"INT8 export by hfq {__version__}",
+    )
+    ui.note(f"{pushed.url} at {pushed.commit}" if pushed.changed else f"{pushed.url} holds this already: no commit")
+
+
+def _given(flags: dict[str, Any]) -> dict[str, Any]:
+    """Flags that were used: the others keep the recipe's defaults."""
+    return {name: value for name, value in flags.items() if value not in (None, False, [])}
+
+
+def _recipes() -> Path:
+    from .resources import resource
+
+    return resource("pipelines")
+
+
+def _command() -> str:
+    """This command line, without the token."""
+    words, hide = [], False
+    for word in sys.argv[1:]:
+        if hide or word.startswith("--token="):
+            hide = False
+            continue
+        if word == "--token":
+            hide = True
+            continue
+        words.append(word)
+    return shlex.join(["hfq", *words])
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+def _fail(message: str, code: int) -> None:
+    sys.stderr.write(f"hfq: {message}\n")
+    sys.exit(code)

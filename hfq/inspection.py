@@ -1,0 +1,147 @@
+"""What `hfq inspect`, `hfq eval` and a finished run show: a checkpoint's layers, sizes and provenance, as tables."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from safetensors import safe_open
+
+from .errors import SourceError
+from .report import REPORT_FILE, Report
+from .source import Checkpoint
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Facts about a checkpoint, from its files alone: nothing is loaded into a model.
+
+    Raises:
+        SourceError: `hfq.json` is there but is not JSON.
+    """
+    layers, float_bytes = [], 0
+    for path in checkpoint.weights:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            for name in sorted(names):
+                view = file.get_slice(name)
+                if view.get_dtype() != "I8" or not name.endswith(".weight"):
+                    float_bytes += file.get_tensor(name).nbytes
+                    continue
+                layers.append(_layer(file, name.removesuffix(".weight"), names, view.get_shape()))
+    return {
+        "checkpoint": checkpoint.info.id,
+        "revision": checkpoint.info.revision,
+        "architectures": checkpoint.config.get("architectures"),
+        "size_mb": checkpoint.size_mb,
+        "int8_mb": sum(layer["rows"] * layer["columns"] for layer in layers) / 2**20,
+        "other_mb": float_bytes / 2**20,
+        "layers": layers,
+        "float_layers": (checkpoint.config.get("quantization_config") or {}).get("ignore", []),
+        "quantization_config": checkpoint.config.get("quantization_config"),
+        "provenance": _provenance(checkpoint),
+    }
+
+
+def show(found: Mapping[str, Any]) -> None:
+    """Print what `describe` found."""
+    console = Console()
+    console.print(f"[bold]{found['checkpoint']}[/]  {', '.join(found['architectures'] or [])}  {found['revision']}")
+    console.print(
+        f"{found['size_mb']:.1f} MiB: {found['int8_mb']:.1f} int8 weights, {found['other_mb']:.1f} scales and float tensors"
+    )
+    if not found["layers"]:
+        console.print("No layer is int8.")
+        return
+    table = Table("Layer", "Runs as", "Shape", "Weight scale", "Input scale", "Zero point", box=None)
+    for layer in found["layers"]:
+        low, high = layer["weight_scale"]
+        table.add_row(
+            layer["name"],
+            layer["kind"],
+            f"{layer['rows']} × {layer['columns']}",
+            f"{low:.2e} … {high:.2e}",
+            f"{layer['input_scale']:.4f}" if layer["input_scale"] is not None else "",
+            str(layer["input_zero_point"]) if layer["input_zero_point"] is not None else "",
+        )
+    console.print(table)
+    console.print(f"Float: {', '.join(found['float_layers']) or 'none'}")
+    config = found["quantization_config"] or {}
+    for name, group in (config.get("config_groups") or {}).items():
+        console.print(f"{name}: {group.get('format')} for {_short(group['targets'])}", markup=False)
+    made = found["provenance"]
+    if made:
+        data, base = made["dataset"], made["checkpoint"]
+        console.print(
+            f"Made by hfq {made['hfq_version']} on {made['created']} from {base['id']} ({base['revision']})",
+            markup=False,
+        )
+        console.print(
+            f"Chosen: {made['chosen']}; calibrated on {data['calibration_samples']} examples of {data['id']} {data['calibration_split']!r}",
+            markup=False,
+        )
+
+
+def show_result(report: Report, console: Console) -> None:
+    """Print the seed's table for a finished run."""
+    before, after = report.baseline, report.quantized
+    table = Table("Info Type", "Baseline FP32", "Quantized INT8", "Ratio", box=None)
+    metric = report.metric.replace("_", " ").capitalize()
+    table.add_row(
+        f"{metric} ({report.dataset.split})",
+        f"{before.accuracy:.4f}",
+        f"{after.accuracy:.4f}",
+        f"{after.accuracy / before.accuracy:.4f}" if before.accuracy else "",
+    )
+    if before.holdout_accuracy is not None and after.holdout_accuracy is not None:
+        table.add_row(
+            f"{metric} ({report.dataset.holdout_split}, held out)",
+            f"{before.holdout_accuracy:.4f}",
+            f"{after.holdout_accuracy:.4f}",
+            "",
+        )
+    for label, a, b in (
+        ("Duration (s)", before.duration_s, after.duration_s),
+        ("Memory (MB)", before.memory_mb, after.memory_mb),
+        ("Size on disk (MB)", before.size_mb, after.size_mb),
+        ("Peak memory (MB)", before.peak_memory_mb, after.peak_memory_mb),
+    ):
+        table.add_row(label, f"{a:.2f}", f"{b:.2f}", f"{b / a:.2f}" if a else "")
+    console.print(table)
+
+
+def show_evaluation(found: Mapping[str, Any]) -> None:
+    """Print what `hfq eval` measured."""
+    table = Table(show_header=False, box=None)
+    for name, value in found.items():
+        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+    Console().print(table)
+
+
+def _layer(file: Any, name: str, names: set[str], shape: list[int]) -> dict[str, Any]:
+    scale = file.get_tensor(f"{name}.weight_scale") if f"{name}.weight_scale" in names else None
+    static = f"{name}.input_scale" in names
+    embedding = scale is not None and f"{name}.bias" not in names and "embedding" in name
+    return {
+        "name": name,
+        "kind": "static" if static else "embedding" if embedding else "dynamic",
+        "rows": shape[0],
+        "columns": shape[1],
+        "weight_scale": [scale.min().item(), scale.max().item()] if scale is not None else [0.0, 0.0],
+        "input_scale": file.get_tensor(f"{name}.input_scale").item() if static else None,
+        "input_zero_point": file.get_tensor(f"{name}.input_zero_point").item() if static else None,
+    }
+
+
+def _provenance(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    path = checkpoint.path / REPORT_FILE
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{path} cannot be read as JSON: {error}") from error
+
+
+def _short(targets: list[str]) -> str:
+    return ", ".join(targets[:3]) + (f" and {len(targets) - 3} more" if len(targets) > 3 else "")

@@ -1,0 +1,348 @@
+"""What a push leaves on the Hub, what it leaves alone, and what it says when it cannot."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from factories import make_folder, make_report
+from huggingface_hub import HfApi, constants
+
+from hfq.errors import ExportError, HubError, SourceError, UsageError
+from hfq.hub import PushResult, push_folder, resolve_repo_id
+from hfq.local_hub import LocalHub
+
+USER = "hfq-user"
+COMMIT = r"/commit/"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_folder(tmp_path / "out")
+
+
+@pytest.fixture
+def repo_id(request: pytest.FixtureRequest) -> str:
+    """A repository of its own for each test; the Hub is one for all."""
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", request.node.name.removeprefix("test_"))
+    return f"{USER}/{name[:90].strip('-')}"
+
+
+@pytest.fixture(autouse=True)
+def token_stays_secret(
+    hub: LocalHub, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> Iterator[None]:
+    yield
+    output = capfd.readouterr()
+    assert hub.token not in output.out + output.err + caplog.text
+
+
+def push(folder: Path, repo_id: str | None, **changes: Any) -> PushResult:
+    options = {
+        "default_name": "model-int8",
+        "token": None,
+        "private": False,
+        "create_pr": False,
+        "message": "Upload INT8",
+    }
+    return push_folder(folder, repo_id=repo_id, **{**options, **changes})
+
+
+def refusal(folder: Path, repo_id: str | None, **changes: Any) -> str:
+    """The message of a push that fails. It never shows the token."""
+    with pytest.raises(HubError) as caught:
+        push(folder, repo_id, **changes)
+    message = str(caught.value)
+    assert (changes.get("token") or "hf_") not in message
+    return message
+
+
+def exists(repo_id: str) -> bool:
+    return HfApi().repo_exists(repo_id)
+
+
+def commits_sent(hub: LocalHub) -> int:
+    return sum(method == "POST" and COMMIT in path for method, path, _ in hub.requests)
+
+
+def test_creates_the_repository_with_every_file_in_one_commit(hub: LocalHub, folder: Path, repo_id: str) -> None:
+    (folder / "sub").mkdir()
+    (folder / "sub" / "notes.txt").write_text("x")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "hidden").write_text("x")
+    result = push(folder, repo_id)
+    assert (result.created, result.changed) == (True, True)
+    assert result.url == f"{hub.url}/{repo_id}"
+    found = hub.files(repo_id)
+    del found[".gitattributes"]
+    local = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    del local[".cache/hidden"]
+    assert found == {name: path.read_bytes() for name, path in local.items()}
+    assert [commit.title for commit in hub.commits(repo_id)][:-1] == ["Upload INT8"]
+    assert hub.commits(repo_id)[0].sha == result.commit
+
+
+def test_same_content_again_makes_no_commit_and_sends_nothing(hub: LocalHub, folder: Path, repo_id: str) -> None:
+    first = push(folder, repo_id)
+    hub.reset()
+    again = push(folder, repo_id)
+    assert again == replace(first, created=False, changed=False)
+    assert {method for method, path, _ in hub.requests if "validate-yaml" not in path} == {"GET"}
+
+
+def test_a_change_is_one_more_commit_of_that_file_alone(hub: LocalHub, folder: Path, repo_id: str) -> None:
+    push(folder, repo_id)
+    hub.reset()
+    (folder / "config.json").write_text('{"model_type": "BERT"}\n')
+    result = push(folder, repo_id)
+    assert (result.created, result.changed) == (False, True)
+    assert commits_sent(hub) == 1
+    assert not any(method == "PUT" for method, _, _ in hub.requests)
+    assert hub.files(repo_id)["config.json"] == (folder / "config.json").read_bytes()
+
+
+def test_name_defaults_to_the_users_own_namespace(hub: LocalHub, folder: Path) -> None:
+    assert push(folder, None, default_name="bert-int8").url == f"{hub.url}/{USER}/bert-int8"
+    assert push(folder, "other-int8").url == f"{hub.url}/{USER}/other-int8"
+    assert resolve_repo_id(None, default_name="bert-int8", token=None) == f"{USER}/bert-int8"
+
+
+def test_impossible_names_are_refused_before_any_request(hub: LocalHub, folder: Path) -> None:
+    for name in ("a/b/c", "../up", "spaces in it", "me/x--y"):
+        with pytest.raises(UsageError, match="cannot name a repository"):
+            push(folder, name)
+    assert hub.requests == []
+
+
+def test_private(hub: LocalHub, folder: Path, repo_id: str) -> None:
+    push(folder, repo_id, private=True)
+    assert HfApi().model_info(repo_id).private
+    assert not push(folder, repo_id, private=True).changed
+
+
+def test_private_is_not_pushed_to_a_public_repository(hub: LocalHub, folder: Path, repo_id: str) -> None:
+    hub.create_repo(repo_id)
+    assert "public already" in refusal(folder, repo_id, private=True)
+    assert len(hub.commits(repo_id)) == 1
+
+
+def test_pull_request_leaves_main_alone_and_is_not_opened_twice(hub: LocalHub, folder: Path, repo_id: str) -> None:
+    push(folder, repo_id)
+    before = hub.commits(repo_id)
+    (folder / "config.json").write_text("{}\n")
+    result = push(folder, repo_id, create_pr=True)
+    assert result.changed
+    assert result.url == f"{hub.url}/{repo_id}/discussions/1"
+    assert hub.commits(repo_id) == before
+    assert hub.files(repo_id, "refs/pr/1")["config.json"] == b"{}\n"
+
+    assert push(folder, repo_id, create_pr=True) == replace(result, changed=False)
+    assert len(list(HfApi().get_repo_discussions(repo_id))) == 1
+
+
+def test_pull_request_to_somebody_elses_repository(hub: LocalHub, folder: Path, repo_id: str) -> None:
+    push(folder, repo_id)
+    stranger = hub.add_user("stranger")
+    (folder / "config.json").write_text("{}\n")
+    message = refusal(folder, repo_id, token=stranger)
+    assert "may not do this" in message and "--create-pr" in message
+    assert push(folder, repo_id, token=stranger, create_pr=True).changed
+
+
+@pytest.mark.parametrize("weights", ["pytorch_model.bin", "model.safetensors", "onnx/model.onnx"])
+def test_somebody_elses_weights_are_refused(
+    hub: LocalHub, folder: Path, tmp_path: Path, repo_id: str, weights: str
+) -> None:
+    theirs = tmp_path / "theirs" / weights
+    theirs.parent.mkdir(parents=True)
+    theirs.write_bytes(b"precious")
+    hub.commit_folder(repo_id, tmp_path / "theirs")
+    before = hub.commits(repo_id)
+    for create_pr in (False, True):
+        message = refusal(folder, repo_id, create_pr=create_pr)
+        assert weights in message and "hfq did not write it" in message and "--to" in message
+    assert hub.commits(repo_id) == before
+
+
+def test_somebody_elses_card_is_not_overwritten(hub: LocalHub, folder: Path, tmp_path: Path, repo_id: str) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "README.md").write_text("mine\n")
+    hub.commit_folder(repo_id, tmp_path / "theirs")
+    assert "README.md" in refusal(folder, repo_id)
+    assert hub.files(repo_id)["README.md"] == b"mine\n"
+
+
+def test_an_empty_repository_is_filled(hub: LocalHub, folder: Path, repo_id: str) -> None:
+    hub.create_repo(repo_id)
+    result = push(folder, repo_id)
+    assert (result.created, result.changed) == (False, True)
+
+
+def test_stale_shards_go_and_other_files_stay(hub: LocalHub, folder: Path, tmp_path: Path, repo_id: str) -> None:
+    index = "model.safetensors.index.json"
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    (folder / "model-00002-of-00002.safetensors").write_bytes(b"second")
+    (folder / index).write_text("{}")
+    push(folder, repo_id)
+    extra = tmp_path / "extra"
+    extra.mkdir()
+    for name in ("adapter.safetensors", "notes.md"):
+        (extra / name).write_text("kept")
+    hub.commit_folder(repo_id, extra)
+    hub.reset()
+
+    push(make_folder(tmp_path / "small", weights=b"small"), repo_id)
+    assert commits_sent(hub) == 1
+    left = {name for name in hub.files(repo_id) if "safetensors" in name or name.endswith(".md")}
+    assert left == {"model.safetensors", "adapter.safetensors", "notes.md", "README.md"}
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "advice"),
+    [
+        (401, "token is not valid", "hf auth login"),
+        (403, "may not do this", "write access"),
+        (404, "no such namespace or repository", "Check --to"),
+        (409, "name is taken", "Push again"),
+        (412, "somebody else pushed", "push again"),
+        (413, "refuses the request", "push again"),
+        (429, "no more requests", "Wait 7 seconds"),
+        (500, "Hub itself failed", "push again later"),
+        (503, "Hub itself failed", "push again later"),
+    ],
+)
+def test_failed_commit_says_why_and_leaves_nothing(
+    hub: LocalHub, folder: Path, repo_id: str, status: int, said: str, advice: str
+) -> None:
+    echo = json.dumps({"error": f"Bearer {hub.token} is no good"}).encode()
+    hub.fail("POST", COMMIT, status, headers={"Retry-After": "7"}, body=echo)
+    message = refusal(folder, repo_id, token=hub.token)
+    assert said in message and advice in message
+    assert f"Pushing out to {repo_id} failed" in message and f"127.0.0.1 answered {status}" in message
+    assert not exists(repo_id)
+
+
+def test_failed_commit_leaves_an_existing_repository_as_it_was(hub: LocalHub, folder: Path, repo_id: str) -> None:
+    push(folder, repo_id)
+    before = hub.commits(repo_id)
+    (folder / "model.safetensors").write_bytes(b"new")
+    hub.fail("POST", COMMIT, 500)
+    refusal(folder, repo_id)
+    assert hub.commits(repo_id) == before
+    assert push(folder, repo_id).changed
+
+
+def test_failed_upload_is_explained_too(hub: LocalHub, folder: Path, repo_id: str) -> None:
+    (folder / "model.safetensors").write_bytes(b"never seen by this Hub")
+    hub.fail("PUT", "/lfs/", 403)
+    assert "may not do this" in refusal(folder, repo_id)
+    assert not exists(repo_id)
+
+
+def test_a_passing_failure_is_retried(hub: LocalHub, folder: Path, repo_id: str) -> None:
+    hub.fail("POST", "/preupload/", 503)
+    assert push(folder, repo_id).changed
+
+
+def test_interruption_leaves_nothing(
+    hub: LocalHub, folder: Path, repo_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(HfApi, "create_commit", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        push(folder, repo_id)
+    assert not exists(repo_id)
+
+
+def test_repository_that_cannot_be_removed_again_is_named(hub: LocalHub, folder: Path, repo_id: str) -> None:
+    hub.fail("POST", COMMIT, 500)
+    hub.fail("DELETE", "/api/repos/delete", 403)
+    message = refusal(folder, repo_id)
+    assert "Hub itself failed" in message
+    assert f"{hub.url}/{repo_id}, which this push created, could not be removed" in message
+
+
+def test_commit_whose_answer_is_lost_is_kept(hub: LocalHub, folder: Path, repo_id: str) -> None:
+    hub.fail("POST", COMMIT, cut_after=0)
+    assert "cannot be reached" in refusal(folder, repo_id)
+    assert "model.safetensors" in hub.files(repo_id)
+    assert not push(folder, repo_id).changed
+
+
+def test_somebody_pushes_in_the_meantime(
+    hub: LocalHub, folder: Path, tmp_path: Path, repo_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(folder, repo_id)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "notes.md").write_text("theirs")
+    upload: Callable[..., None] = HfApi.preupload_lfs_files
+
+    def upload_late(*args: Any, **kwargs: Any) -> None:
+        hub.commit_folder(repo_id, tmp_path / "theirs")
+        upload(*args, **kwargs)
+
+    monkeypatch.setattr(HfApi, "preupload_lfs_files", upload_late)
+    (folder / "config.json").write_text("{}\n")
+    assert "somebody else pushed to it in the meantime" in refusal(folder, repo_id)
+    assert hub.files(repo_id)["config.json"] != b"{}\n"
+    assert hub.commits(repo_id)[0].title == "Upload folder"
+
+
+@pytest.mark.parametrize("name", ["with/namespace", None])
+def test_bad_token(hub: LocalHub, folder: Path, name: str | None) -> None:
+    message = refusal(folder, name, token="hf_notavalidtokenatall")
+    assert "the token is not valid" in message and "hf auth login" in message
+
+
+def test_no_token(hub: LocalHub, folder: Path, repo_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    message = refusal(folder, repo_id)
+    assert "no token" in message and "hf auth login" in message and "--token" in message
+    assert hub.requests == []
+
+
+def test_foreign_namespace(hub: LocalHub, folder: Path) -> None:
+    message = refusal(folder, "google/bert-int8")
+    assert "may not do this" in message and 'namespace "google"' in message
+
+
+def test_no_network(folder: Path, repo_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    message = refusal(folder, repo_id)
+    assert "http://127.0.0.1:9 cannot be reached" in message and "Check the network" in message
+
+
+def test_offline_mode(folder: Path, repo_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE is set" in refusal(folder, repo_id)
+
+
+def test_invalid_card_is_refused_before_anything_is_made(hub: LocalHub, folder: Path, repo_id: str) -> None:
+    (folder / "README.md").write_text("---\nlanguage: Klingon!\n---\n# x\n")
+    message = refusal(folder, repo_id)
+    assert "README.md is not valid" in message and "language" in message and "{" not in message
+    assert [path for _, path, _ in hub.requests] == ["/api/validate-yaml"]
+
+
+def test_incomplete_folders_are_refused(hub: LocalHub, tmp_path: Path, repo_id: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SourceError, match=r"no hfq\.json"):
+        push(tmp_path / "empty", repo_id)
+    for name in ("README.md", "model.safetensors"):
+        folder = make_folder(tmp_path / f"without-{name}")
+        (folder / name).unlink()
+        with pytest.raises(ExportError, match=f"has no {name}"):
+            push(folder, repo_id)
+    assert hub.requests == []
+
+
+def test_a_folder_that_holds_the_token_is_not_published(hub: LocalHub, tmp_path: Path, repo_id: str) -> None:
+    folder = make_folder(tmp_path / "out", make_report(command=f"hfq quantize x --token {hub.token}"))
+    with pytest.raises(ExportError, match=r"hfq\.json contains your token"):
+        push(folder, repo_id)
+    assert hub.requests == []
