@@ -20,6 +20,7 @@ from .errors import GoalNotMetError, HfqError
 
 if TYPE_CHECKING:
     from .recipe import Recipe
+    from .ui import Reporter
 
 app = typer.Typer(
     name="hfq",
@@ -284,20 +285,16 @@ def push_command(
     local_hub: LocalHub = False,
 ) -> None:
     """Publish a quantized folder in one atomic commit. The same content twice makes no second commit."""
+    from .card import model_name
+    from .pipeline import renew_card
     from .report import read_report
     from .ui import Reporter
 
     report = read_report(folder)
     with _hub(local_hub) as hub_token:
-        _publish(
-            folder,
-            name=report.checkpoint.id,
-            to=to,
-            private=private,
-            create_pr=create_pr,
-            token=hub_token or token,
-            ui=Reporter(),
-        )
+        target = _target(to, model_name(report).removesuffix("-int8"), hub_token or token)
+        renew_card(folder, report, repo_id=target)
+        _publish(folder, to=target, private=private, create_pr=create_pr, token=hub_token or token, ui=Reporter())
 
 
 def main() -> None:
@@ -320,35 +317,37 @@ def _run(recipe: "Recipe", *, token: str | None, local_hub: bool, resume: bool, 
     from .ui import Reporter
 
     ui = Reporter()
-    if recipe.push and not local_hub:
-        from .hub import resolve_repo_id
-
-        resolve_repo_id(recipe.to, default_name=f"{recipe.name}-int8", token=token)  # before minutes of work, not after
+    with _hub(local_hub) as hub_token:
+        if recipe.push or local_hub:  # a name that cannot be pushed to costs seconds now, minutes later
+            recipe = recipe.model_copy(update={"to": _target(recipe.to, recipe.name, hub_token or token)})
+    from .inspection import show_result
     from .pipeline import quantize
 
     try:
         result = quantize(recipe, recipes=_recipes(), ui=ui, token=token, resume=resume, command=_command())
     except GoalNotMetError as error:
-        if as_json and error.details:
+        if as_json:
             _print(json.dumps(error.details, indent=2, ensure_ascii=False))
         raise
     ui.stage(f"Done: {result.folder}")
-    from .inspection import show_result
-
     show_result(result.report, ui.console)
     if recipe.push or local_hub:
         with _hub(local_hub) as hub_token:
             _publish(
-                result.folder, name=recipe.name, to=recipe.to, private=recipe.private, create_pr=recipe.create_pr,
-                token=hub_token or token, ui=ui,
-            )  # fmt: skip
+                result.folder,
+                to=recipe.to,
+                private=recipe.private,
+                create_pr=recipe.create_pr,
+                token=hub_token or token,
+                ui=ui,
+            )
     if as_json:
         _print(result.report.to_json().rstrip())
 
 
 @contextmanager
 def _hub(local: bool) -> Iterator[str | None]:
-    """A Hub on loopback for the length of the block, with its token; or the configured Hub, and None."""
+    """For the length of the block, a Hub on loopback with its token; or the configured Hub, and None."""
     if not local:
         yield None
         return
@@ -356,14 +355,23 @@ def _hub(local: bool) -> Iterator[str | None]:
 
     from .local_hub import LocalHub as Server
 
+    configured = constants.ENDPOINT, constants.HF_HUB_DISABLE_XET
     with Server() as server:
-        constants.ENDPOINT = server.url
-        constants.HF_HUB_DISABLE_XET = True
-        yield server.token
+        constants.ENDPOINT, constants.HF_HUB_DISABLE_XET = server.url, True
+        try:
+            yield server.token
+        finally:
+            constants.ENDPOINT, constants.HF_HUB_DISABLE_XET = configured
+
+
+def _target(to: str | None, name: str, token: str | None) -> str:
+    from .hub import resolve_repo_id
+
+    return resolve_repo_id(to, default_name=f"{name}-int8", token=token)
 
 
 def _publish(
-    folder: Path, *, name: str, to: str | None, private: bool, create_pr: bool, token: str | None, ui: Any
+    folder: Path, *, to: str | None, private: bool, create_pr: bool, token: str | None, ui: "Reporter"
 ) -> None:
     from .hub import push_folder
 
@@ -371,7 +379,7 @@ def _publish(
     pushed = push_folder(
         folder,
         repo_id=to,
-        default_name=f"{name.split('/')[-1]}-int8",
+        default_name=folder.resolve().name,
         token=token,
         private=private,
         create_pr=create_pr,
@@ -392,16 +400,12 @@ def _recipes() -> Path:
 
 
 def _command() -> str:
-    """This command line, without the token."""
+    """This command line, without the token and without where things lie on this machine."""
     words, hide = [], False
     for word in sys.argv[1:]:
-        if hide or word.startswith("--token="):
-            hide = False
-            continue
-        if word == "--token":
-            hide = True
-            continue
-        words.append(word)
+        if not (hide or word.startswith("--token")):
+            words.append(Path(word).name if word.startswith(("/", "~")) else word)
+        hide = word == "--token"
     return shlex.join(["hfq", *words])
 
 

@@ -224,6 +224,13 @@ def _write_checkpoint(
     return report
 
 
+def renew_card(folder: Path, report: Report, *, repo_id: str) -> None:
+    """Name the repository in a card that was written before it was known. A card somebody edited stays."""
+    card = folder / "README.md"
+    if card.is_file() and card.read_text(encoding="utf-8") == render_card(report, repo_id=None):
+        write_text(card, render_card(report, repo_id=repo_id))
+
+
 def _dependencies(session: Session) -> dict[str, object]:
     """What the result of a trial depends on: a log made with anything else is not resumed."""
     recipe = session.recipe.model_dump(

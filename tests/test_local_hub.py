@@ -316,9 +316,7 @@ def test_a_pull_request_leaves_main_alone(hub, api, repo):
     assert set(hub.files(repo, "refs/pr/1")) == {".gitattributes", "b.txt", "b.bin"}
     assert set(hub.files(repo)) == {".gitattributes"}
     assert [(pr.title, pr.author) for pr in api.get_repo_discussions(repo)] == [("Offer", "contributor")]
-    assert [ref.ref for ref in api.list_repo_refs(repo, include_pull_requests=True).pull_requests] == [
-        "refs/pr/1"
-    ]
+    assert [ref.ref for ref in api.list_repo_refs(repo, include_pull_requests=True).pull_requests] == ["refs/pr/1"]
     commit_file(api, repo, "c.txt", revision="refs/pr/1")
     assert "c.txt" in hub.files(repo, "refs/pr/1")
 
@@ -585,9 +583,7 @@ def test_from_pretrained(hub, api, repo, tmp_path):
         BertTokenizerFast,
     )
 
-    config = BertConfig(
-        vocab_size=7, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
-    )
+    config = BertConfig(vocab_size=7, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     model = BertForSequenceClassification(config)
     model.save_pretrained(tmp_path)
     vocabulary = tmp_path / "vocab.txt"
@@ -617,9 +613,7 @@ def test_a_hub_with_a_folder_remembers(tmp_path, folder):
     with LocalHub(tmp_path / "hub") as hub:
         api = HfApi(endpoint=hub.url, token=hub.token)
         api.create_repo("kept", private=True)
-        api.create_commit(
-            "hfq-user/kept", [CommitOperationAdd("a.bin", b"a")], commit_message="One", create_pr=True
-        )
+        api.create_commit("hfq-user/kept", [CommitOperationAdd("a.bin", b"a")], commit_message="One", create_pr=True)
         sha = api.upload_folder(repo_id="hfq-user/kept", folder_path=folder).oid
         files = hub.files("hfq-user/kept")
     with LocalHub(tmp_path / "hub") as hub:

@@ -174,9 +174,7 @@ class Routes:
         return None
 
 
-def answer(
-    hub: Hub, routes: list[Routes], method: str, target: str, headers: Message, body: Iterator[bytes]
-) -> Reply:
+def answer(hub: Hub, routes: list[Routes], method: str, target: str, headers: Message, body: Iterator[bytes]) -> Reply:
     """What the hub says to a request."""
     path, _, query = target.partition("?")
     method = "GET" if method == "HEAD" else method

@@ -19,9 +19,7 @@ routes = Routes()
 @routes("GET", "/api/whoami-v2")
 def whoami(hub: Hub, call: Call) -> Reply:
     user = hub.account(call)
-    orgs = [
-        {"type": "org", "id": org, "name": org, "fullname": org, "roleInOrg": "write"} for org in user.orgs
-    ]
+    orgs = [{"type": "org", "id": org, "name": org, "fullname": org, "roleInOrg": "write"} for org in user.orgs]
     token = {"type": "access_token", "accessToken": {"displayName": "local", "role": "write"}}
     account = {"type": "user", "id": user.name, "name": user.name, "fullname": user.name, "isPro": False}
     return Reply.json({**account, "orgs": orgs, "auth": token})

@@ -179,9 +179,7 @@ class LocalHub:
             self._faults.clear()
             self._requests.clear()
 
-    def _answer(
-        self, method: str, target: str, headers: Message, body: Iterator[bytes]
-    ) -> tuple[Reply, int | None]:
+    def _answer(self, method: str, target: str, headers: Message, body: Iterator[bytes]) -> tuple[Reply, int | None]:
         """The reply to a request, and after how many bytes to cut it off."""
         fault = self._next_fault(method, target)
         if fault and fault.reply:

@@ -36,9 +36,7 @@ _REF_NAME = re.compile(r"(?!.*(\.\.|//|/$|\.lock$))[\w.-][\w./-]*", re.ASCII)
 class RefusedError(HubError):
     """The Hub's no to a request. Clients tell one 404 from another by `code`."""
 
-    def __init__(
-        self, status: int, message: str, *, code: str | None = None, commit: str | None = None
-    ) -> None:
+    def __init__(self, status: int, message: str, *, code: str | None = None, commit: str | None = None) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
@@ -169,9 +167,7 @@ class Store:
             raise RefusedError(404, "Repository not found", code="RepoNotFound")
         return repo
 
-    def create(
-        self, repo_type: str, repo_id: str, *, author: str, private: bool, gated: bool = False
-    ) -> Repo:
+    def create(self, repo_type: str, repo_id: str, *, author: str, private: bool, gated: bool = False) -> Repo:
         """A new repository with the commit that the Hub makes in one."""
         names = repo_id.split("/")
         if repo_type not in REPO_TYPES or len(names) != 2 or not all(map(_REPO_NAME.fullmatch, names)):
@@ -285,9 +281,7 @@ class Store:
         file = File(sha256, self.blob(sha256).stat().st_size, oid="", lfs=True)
         return replace(file, oid=_git_hash("blob", file.pointer))
 
-    def add_blob(
-        self, chunks: Iterable[bytes], *, expected: tuple[str, int] | None = None
-    ) -> tuple[str, int]:
+    def add_blob(self, chunks: Iterable[bytes], *, expected: tuple[str, int] | None = None) -> tuple[str, int]:
         """Store content, and return its sha256 and size.
 
         Raises:
@@ -356,9 +350,7 @@ def folder_oids(files: Files) -> dict[str, str]:
     return oids
 
 
-def _seal(
-    files: Files, title: str, *, author: str, description: str = "", parent: str | None = None
-) -> Commit:
+def _seal(files: Files, title: str, *, author: str, description: str = "", parent: str | None = None) -> Commit:
     """A commit under the name that git would give it."""
     now = datetime.now(timezone.utc)
     signature = f"{author} <{author}@localhost> {now.timestamp():.0f} +0000"

@@ -86,7 +86,7 @@ def strategy(
             if (yield candidate) and not explore:
                 return
         order = sensitive(best)
-        if dynamic:
+        if dynamic and errors[dynamic] < errors[best]:
             for candidate in _mixed(best, order, output_error, start=errors[best], end=errors[dynamic]):
                 if (yield candidate) and not explore:
                     return

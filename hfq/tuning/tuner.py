@@ -40,7 +40,7 @@ def find(session: Session, goal: Goal, *, log: TrialLog, ui: Reporter) -> Found:
     ui.stage("Ranking by output error on the calibration slice")
     errors = rank(recipe.approach, list(OBSERVERS), output_error, can_smooth=bool(space.folds))
     for candidate, error in errors.items():
-        ui.note(f"{candidate.name:<40} {error:.5f}")
+        ui.note(f"{candidate.name:<40} {error:.2e}")
 
     def sensitive(candidate: Candidate) -> list[str]:
         linears = space.plan(candidate).linears

@@ -3,7 +3,7 @@
 It is here so that the demo recipe has a real model to export without a network. It is not part of `hfq`.
 Repeat it (about two minutes on one CPU core, no network):
 
-    python pipelines/demo/train.py --output pipelines/demo/checkpoint
+    python pipelines/demo/train.py --output pipelines/demo/bert-mini-sms-spam
 
 Training messages that also occur in validation or test (the corpus repeats itself) are left out, so that the
 accuracy is measured on messages the model has not seen.
@@ -74,7 +74,7 @@ def evaluate(model: BertForSequenceClassification, data: pd.DataFrame, tokenizer
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the demo checkpoint.")
-    parser.add_argument("--output", type=Path, default=HERE / "checkpoint")
+    parser.add_argument("--output", type=Path, default=HERE / "bert-mini-sms-spam")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
