@@ -5,18 +5,20 @@ Exit codes: 0 done; 1 it could not be done; 2 wrong arguments; 3 no trial met th
 
 import json
 import os
+import re
 import shlex
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from . import __version__
-from .errors import GoalNotMetError, HfqError
+from .errors import GoalNotMetError, HfqError, HubError, UsageError
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -83,7 +85,12 @@ Strategy = Annotated[
     str | None, typer.Option(help="Lightning strategy of evaluations.  \\[default: auto]", show_default=False)
 ]
 Token = Annotated[
-    str | None, typer.Option(help="Hub token.  \\[default: HF_TOKEN or `hf auth login`]", show_default=False)
+    str | None,
+    typer.Option(
+        help="Hub token.  \\[default: HF_TOKEN or `hf auth login`]",
+        show_default=False,
+        callback=lambda token: _clean_token(token),
+    ),
 ]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code from the checkpoint's repository.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output.")]
@@ -297,20 +304,48 @@ def push_command(
         _publish(folder, to=target, private=private, create_pr=create_pr, token=hub_token or token, ui=Reporter())
 
 
+class _Interrupted(BaseException):
+    """Ctrl-C, as a type that typer and Lightning do not know: each would end the command in its own way."""
+
+
 def main() -> None:
     """The `hfq` command."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are forked after the tokenizer ran
+    signal.signal(signal.SIGINT, _interrupt)
+    prepare_libraries()
     try:
         app()
     except HfqError as error:
         _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _fail("Interrupted. Nothing was published; run the same command with --resume to go on.", 130)
+    except _Interrupted:
+        _fail("Interrupted.", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away: nothing left to say
         sys.exit(1)
     except OSError as error:
         _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
+
+
+def prepare_libraries() -> None:
+    """Set what libraries read from the environment when they are imported. What the user set stays."""
+    quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error"}
+    quiet["DATASETS_VERBOSITY"] = "critical"  # its errors are raised too
+    if not sys.stderr.isatty():
+        quiet |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    workers = {"TOKENIZERS_PARALLELISM": "false"}  # they are forked after the tokenizer ran
+    for name, value in {**quiet, **workers}.items():
+        os.environ.setdefault(name, value)
+
+
+def _interrupt(*_: object) -> None:
+    raise _Interrupted
+
+
+def _clean_token(token: str | None) -> str | None:
+    """Refuse what cannot be sent in a header: the HTTP client would, and show the token in its message."""
+    for source, value in (("--token", token), ("HF_TOKEN", os.environ.get("HF_TOKEN"))):
+        if value and not re.fullmatch("[!-~]*", value.strip()):
+            raise UsageError(f"{source} holds characters that are in no token. Copy it again from your Hub settings.")
+    return token and token.strip()
 
 
 def _run(recipe: "Recipe", *, token: str | None, local_hub: bool, resume: bool, as_json: bool) -> None:
@@ -329,18 +364,23 @@ def _run(recipe: "Recipe", *, token: str | None, local_hub: bool, resume: bool, 
         if as_json:
             _print(json.dumps(error.details, indent=2, ensure_ascii=False))
         raise
+    except _Interrupted:
+        _fail("Interrupted. Nothing was published; run the same command with --resume to go on.", 130)
     ui.stage(f"Done: {result.folder}")
     show_result(result.report, ui.console)
     if recipe.push or local_hub:
-        with _hub(local_hub) as hub_token:
-            _publish(
-                result.folder,
-                to=recipe.to,
-                private=recipe.private,
-                create_pr=recipe.create_pr,
-                token=hub_token or token,
-                ui=ui,
-            )
+        try:
+            with _hub(local_hub) as hub_token:
+                _publish(
+                    result.folder,
+                    to=recipe.to,
+                    private=recipe.private,
+                    create_pr=recipe.create_pr,
+                    token=hub_token or token,
+                    ui=ui,
+                )
+        except HubError as error:
+            raise HubError(f"{error} {result.folder} is complete: `hfq push` publishes it without a new run.") from error
     if as_json:
         _print(result.report.to_json().rstrip())
 
@@ -367,6 +407,7 @@ def _hub(local: bool) -> Iterator[str | None]:
 def _target(to: str | None, name: str, token: str | None) -> str:
     from .hub import resolve_repo_id
 
+    resolve_repo_id(None, default_name="any", token=token)  # asks the Hub whose token it is
     return resolve_repo_id(to, default_name=f"{name}-int8", token=token)
 
 
@@ -390,7 +431,7 @@ def _publish(
 
 def _given(flags: dict[str, Any]) -> dict[str, Any]:
     """Flags that were used: the others keep the recipe's defaults."""
-    return {name: value for name, value in flags.items() if value not in (None, False, [])}
+    return {name: value for name, value in flags.items() if value is not None and value is not False and value != []}
 
 
 def _recipes() -> Path:
@@ -413,6 +454,6 @@ def _print(text: str) -> None:
     sys.stdout.write(text + "\n")
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     sys.stderr.write(f"hfq: {message}\n")
     sys.exit(code)

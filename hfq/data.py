@@ -1,14 +1,15 @@
 """Second stage: the dataset, its columns and labels, as token ids for calibration and evaluation."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from .errors import DataError
+from .errors import DataError, UsageError
 from .recipe import Recipe, is_path, read_recipe
 from .report import DatasetInfo
-from .source import Checkpoint
+from .source import Checkpoint, is_network_error
 from .tasks.text_classification import LabelMap, TextClassification
 
 if TYPE_CHECKING:
@@ -82,10 +83,11 @@ def load_task_data(
     )
     labels = task.align(features[label_column], distinct)
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=recipe.trust_remote_code)
-    max_length = recipe.max_length or _max_length(tokenizer, checkpoint.config)
+    max_length = _max_length(recipe.max_length, tokenizer, checkpoint.config)
+    vocabulary = checkpoint.config.get("vocab_size")
 
     def encode(name: str, rows: "Dataset") -> Examples:
-        return _encode(rows, name, text_columns, label_column, labels, tokenizer, max_length)
+        return _encode(rows, name, text_columns, label_column, labels, tokenizer, max_length, vocabulary)
 
     evaluation = encode(split, splits[split])
     slice_rows = splits[calibration_split].shuffle(seed=recipe.seed)
@@ -146,13 +148,25 @@ def find_dataset(checkpoint: Checkpoint, recipe: Recipe, *, recipes: Path) -> Da
 
 
 def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Any:
-    """The checkpoint's tokenizer, from its folder only."""
+    """The checkpoint's tokenizer, from its folder only.
+
+    Raises:
+        DataError: its files are missing or damaged, or it cannot pad.
+    """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raises bare Exception for a broken file
-        raise DataError(f"The tokenizer of {checkpoint.info.id} cannot be loaded: {error}") from error
+        raise DataError(
+            f"The tokenizer of {checkpoint.info.id} cannot be loaded: {error}. Download it again."
+        ) from error
+    files = list(tokenizer.vocab_files_names.values())  # without them transformers makes one up; some need none
+    if files and not any((checkpoint.path / name).is_file() for name in files):
+        raise DataError(
+            f"{checkpoint.info.id} has no tokenizer: expected {' or '.join(files)}. "
+            "Save it there with `AutoTokenizer.from_pretrained(…).save_pretrained(…)`."
+        )
     if tokenizer.pad_token is None:
         raise DataError(f"The tokenizer of {checkpoint.info.id} has no padding token, so examples cannot be batched.")
     return tokenizer
@@ -187,6 +201,7 @@ def _from_recipes(checkpoint: str, recipes: Path) -> DatasetReference | None:
 def _load(reference: DatasetReference, token: str | None) -> "tuple[DatasetDict, str | None]":
     import datasets
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     revision = None
     try:
@@ -197,10 +212,30 @@ def _load(reference: DatasetReference, token: str | None) -> "tuple[DatasetDict,
             splits = datasets.load_dataset(reference.id, reference.subset, revision=revision, token=token)
     except DataError:
         raise
+    except RepositoryNotFoundError as error:
+        raise DataError(
+            f"Dataset {reference.id} is not on the Hub, or is private. Name another with --dataset; for a private one "
+            "pass --token or set HF_TOKEN."
+        ) from error
     except Exception as error:  # datasets raises dozens of types; the user needs one message
-        message = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise DataError(f"Dataset {reference.id} cannot be loaded: {message}") from error
+        if is_network_error(error):
+            raise DataError(
+                f"The Hub could not be reached for dataset {reference.id}: {_reason(error)}. Check the network."
+            ) from error
+        raise DataError(
+            f"Dataset {reference.id} cannot be loaded: {_reason(error)}. "
+            "Expected a Hub id, a folder, or a CSV, JSON or Parquet file, of rows with text and label."
+        ) from error
     return splits, revision
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what went wrong first: datasets wraps it in errors that say only that one occurred."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    message = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    empty = re.fullmatch(r'Instruction "(.+)" corresponds to no data!', message)
+    return f"split {empty[1]!r} is empty" if empty else message.rstrip(".")
 
 
 def _load_path(path: Path, subset: str | None) -> "DatasetDict":
@@ -211,7 +246,7 @@ def _load_path(path: Path, subset: str | None) -> "DatasetDict":
     if not path.exists():
         raise DataError(f"Dataset {path} does not exist. Expected a folder, a CSV, JSON or Parquet file, or a Hub id.")
     if path.suffix not in READERS:
-        raise DataError(f"Dataset {path} is not a CSV, JSON or Parquet file.")
+        raise DataError(f"Dataset {path} is not a CSV, JSON or Parquet file. Convert it to one.")
     separator = {"sep": "\t"} if path.suffix == ".tsv" else {}
     return datasets.load_dataset(READERS[path.suffix], data_files=str(path), **separator)
 
@@ -259,6 +294,7 @@ def _encode(
     labels: LabelMap,
     tokenizer: Any,
     max_length: int,
+    vocabulary: int | None,
 ) -> Examples:
     if len(rows) == 0:
         raise DataError(f"Split {split!r} is empty.")
@@ -272,23 +308,38 @@ def _encode(
         )
     texts = [list(rows[name]) for name in text_columns]
     for name, column in zip(text_columns, texts, strict=True):
-        if None in column:
-            raise DataError(f"Row {column.index(None)} of split {split!r} has no text in column {name!r}.")
+        for row, value in enumerate(column):
+            if not isinstance(value, str):
+                raise DataError(
+                    f"Row {row} (from 0) of split {split!r} has {value!r} in column {name!r}, and not a text. "
+                    "Mend or remove such rows, or name another column with --text-column."
+                )
     encoded = tokenizer(*texts, truncation=True, max_length=max_length)
+    largest = max(max(row, default=0) for row in encoded["input_ids"])
+    if vocabulary and largest >= vocabulary:
+        raise DataError(
+            f"The tokenizer gives token ids up to {largest}, but the model has only {vocabulary} (vocab_size in "
+            "config.json). Take both from the same checkpoint."
+        )
     order = sorted(range(len(ids)), key=lambda i: len(encoded["input_ids"][i]))
     encodings = [{name: encoded[name][i] for name in encoded} for i in order]
     return Examples(encodings, [cast(int, ids[i]) for i in order])
 
 
-def _max_length(tokenizer: Any, config: Mapping[str, Any]) -> int:
+def _max_length(requested: int | None, tokenizer: Any, config: Mapping[str, Any]) -> int:
     positions = config.get("max_position_embeddings")
     padding_rows = (
         (config.get("pad_token_id") or 0) + 1
         if config.get("model_type") in ("roberta", "xlm-roberta", "camembert", "mpnet")
         else 0
     )
-    limits = [tokenizer.model_max_length, positions - padding_rows if isinstance(positions, int) else LONGEST]
-    return min(LONGEST if limit > 10**6 else limit for limit in limits)
+    model_limit = positions - padding_rows if isinstance(positions, int) else None
+    if requested is None:
+        limits = (tokenizer.model_max_length, model_limit or LONGEST)
+        return min(LONGEST if limit > 10**6 else limit for limit in limits)
+    if model_limit and requested > model_limit:
+        raise UsageError(f"--max-length {requested} is more than this model takes: at most {model_limit} tokens.")
+    return requested
 
 
 def majority_accuracy(labels: Sequence[int]) -> float:

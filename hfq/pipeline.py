@@ -4,8 +4,8 @@ Publishing is a step of its own (`hfq.hub`): what is pushed is a folder that is 
 """
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from .tuning.log import TrialLog
 from .tuning.search import Outcome
 from .tuning.tuner import Found, find
 from .ui import Reporter
+
+TRIALS_FILE = "trials.jsonl"
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,11 @@ def quantize(
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
-    session = open_session(recipe, recipes=recipes, ui=ui, token=token)
-    baseline = _baseline(session, ui)
-    goal = Goal(baseline.score, recipe.tolerable_loss, recipe.criterion)
     with _work_folder(output) as work:
-        log = TrialLog(work / "trials.jsonl", depends_on=_dependencies(session), resume=resume)
+        session = open_session(recipe, recipes=recipes, ui=ui, token=token)
+        baseline = _baseline(session, ui)
+        goal = Goal(baseline.score, recipe.tolerable_loss, recipe.criterion)
+        log = TrialLog(work / TRIALS_FILE, depends_on=_dependencies(session), resume=resume)
         found = find(session, goal, log=log, ui=ui)
         if not found.outcome.met:
             _goal_missed(session, goal, found.outcome, log, ui)
@@ -208,7 +210,7 @@ def _write_checkpoint(
             },
         ),
         majority_accuracy=majority_accuracy(session.data.evaluation.labels),
-        logit_difference=measured.logit_difference,
+        logit_difference=found.outcome.trial.logit_difference,
         timed_examples=measured.timed_examples,
         batch_size=recipe.batch_size,
         seed=recipe.seed,
@@ -217,7 +219,7 @@ def _write_checkpoint(
         hardware=hardware(),
         versions=package_versions(),
         warnings=list(ui.warnings),
-        stock_agreement=measured.stock_agreement,
+        stock_agreement=found.outcome.trial.stock_agreement,
     )
     write_text(folder / REPORT_FILE, report.to_json())
     write_text(folder / "README.md", render_card(report, repo_id=recipe.to))
@@ -253,6 +255,8 @@ def _dependencies(session: Session) -> dict[str, object]:
 
 
 def _check_output(output: Path) -> None:
+    if output.name in ("", ".."):
+        raise UsageError(f"--output {output} is no name for a new folder. Choose another.")
     if output.is_dir() and any(output.iterdir()) and not (output / REPORT_FILE).is_file():
         raise UsageError(f"{output} exists and was not written by hfq. Choose another --output, or remove it.")
     if output.exists() and not output.is_dir():
@@ -261,19 +265,41 @@ def _check_output(output: Path) -> None:
 
 @contextmanager
 def _work_folder(output: Path) -> Iterator[Path]:
-    """A folder beside the output, so that the last step is a rename. It stays behind only to be resumed from."""
+    """A folder beside the output, so that the last step is a rename.
+
+    A run that fails takes it away again. It stays if it was there before, or if the run was interrupted or missed
+    its goal after trials had begun: `--resume` reads its trial log.
+    """
     work = output.with_name(f"{output.name}.hfq-work")
+    created = [folder for folder in (work, *work.parents) if not folder.exists()]
     try:
         work.mkdir(parents=True, exist_ok=True)
         lock = FileLock(work / ".lock", timeout=0)
-        with lock:
-            yield work
+        lock.acquire()
     except Timeout as error:
         raise UsageError(f"Another hfq is writing {output}. Wait for it, or choose another --output.") from error
-    except PermissionError as error:
-        raise ExportError(
-            f"{output.parent.resolve()} is not writable: {error.strerror}. Choose another --output."
-        ) from error
+    except OSError as error:
+        _remove(created)
+        raise ExportError(f"{output} cannot be written: {error.strerror}. Choose another --output.") from error
+    try:
+        yield work
+    except BaseException as error:
+        shutil.rmtree(work / "export", ignore_errors=True)
+        resumable = isinstance(error, GoalNotMetError) or not isinstance(error, Exception)
+        if not (resumable and (work / TRIALS_FILE).exists()):
+            _remove(created)
+        raise
+    finally:
+        lock.release()
+
+
+def _remove(created: Sequence[Path]) -> None:
+    """Take away a new folder and those that were made to hold it, deepest first, unless they hold something else."""
+    for folder in created[:1]:
+        shutil.rmtree(folder, ignore_errors=True)
+    for folder in created[1:]:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _replace(output: Path, finished: Path) -> None:

@@ -3,6 +3,8 @@
 A token is never part of it: recipes are committed and published.
 """
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +12,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import UsageError
+
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 
 
 class Recipe(BaseModel):
@@ -37,7 +41,7 @@ class Recipe(BaseModel):
     allow_loss: bool = Field(False, description="save the best trial even when the goal is not met")
     max_length: int | None = Field(None, ge=2, description="tokens; the model's own limit when absent")
     batch_size: int = Field(32, ge=1)
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, lt=2**32)
     threads: int | None = Field(None, ge=1)
     accelerator: str = Field("cpu", description="Lightning accelerator of the evaluations")
     devices: int = Field(1, ge=1)
@@ -77,24 +81,34 @@ def is_path(reference: str) -> bool:
     return reference.startswith((".", "/", "~")) or Path(reference).exists()
 
 
-def make_recipe(values: dict[str, Any], *, origin: str = "the command line") -> Recipe:
-    """A validated recipe.
+def make_recipe(values: dict[str, Any], *, origin: str | None = None) -> Recipe:
+    """A validated recipe, of a file (`origin`) or of flags.
 
     Raises:
-        UsageError: naming each wrong key of `origin`, what it holds and what was expected.
+        UsageError: naming each wrong key, what it holds and what was expected.
     """
-    if "token" in values:
-        raise UsageError(f"{origin} holds a token. Pass --token or set HF_TOKEN: recipes are kept and published.")
+    if "token" in values or any(_TOKEN.search(str(value)) for value in values.values()):
+        raise UsageError(
+            f"{origin or 'A flag other than --token'} holds a token, and recipes are kept and published. "
+            "Pass it with --token, or set HF_TOKEN."
+        )
     try:
         return Recipe(**values)
     except ValidationError as error:
-        problems = [
-            f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']} (got {e['input']!r})"
-            if e["loc"]
-            else e["msg"].removeprefix("Value error, ")
-            for e in error.errors()
-        ]
-        raise UsageError(f"{origin} cannot be run: " + "; ".join(problems)) from error
+        problems = [_problem(row, is_flag=origin is None) for row in error.errors()]
+        raise UsageError(f"{origin or 'This command'} cannot be run: {'; '.join(problems)}.") from error
+
+
+def _problem(row: Mapping[str, Any], *, is_flag: bool) -> str:
+    if not row["loc"]:
+        return row["msg"].removeprefix("Value error, ")
+    key = ".".join(map(str, row["loc"]))
+    if row["type"] == "missing":
+        return f"{key!r} is missing"
+    if row["type"] == "extra_forbidden":
+        return f"{key!r} is no key of a recipe (keys: {', '.join(Recipe.model_fields)})"
+    name = f"--{key.replace('_', '-')}" if is_flag else key
+    return f"{name}: {row['msg'].replace('Input', 'it', 1)} (got {row['input']!r})"
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -110,10 +124,10 @@ def read_recipe(path: Path) -> Recipe:
             f"Recipe {path} cannot be read: {error.strerror}. Expected a YAML file; see pipelines/."
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"Recipe {path} is not YAML: {error}") from error
+        raise UsageError(f"Recipe {path} is not YAML: {' '.join(str(error).split())}. Mend it; see pipelines/.") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UsageError(
-            f"Recipe {path} holds {type(values).__name__}; expected keys and values such as 'checkpoint: …'."
+            f"Recipe {path} holds {type(values).__name__ if values else 'nothing'}; expected keys and values such as 'checkpoint: …'."
         )
     for key in ("checkpoint", "dataset"):
         value = values.get(key)
@@ -128,4 +142,4 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(yaml.safe_dump(recipe.model_dump(exclude_defaults=True), sort_keys=False), encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"The recipe cannot be written to {path}: {error.strerror}.") from error
+        raise UsageError(f"The recipe cannot be written to {path}: {error.strerror}. Choose another --save-recipe.") from error

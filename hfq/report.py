@@ -64,7 +64,9 @@ class Trial:
     """One candidate that was evaluated on the whole evaluation split.
 
     `duration_s`: its forward passes there. `loss`: as the criterion counts it. `output_error`: squared error of
-    the encoder's output on the calibration slice, relative to the float model's output.
+    the encoder's output on the calibration slice, relative to the float model's output. `stock_agreement`: share of
+    examples on which int8 kernels and stock transformers, which dequantizes, give the same answer, and
+    `logit_difference` their mean absolute difference; None where the goal was missed anyway.
     """
 
     name: str
@@ -73,6 +75,8 @@ class Trial:
     accepted: bool
     output_error: float | None = None
     loss: float | None = None
+    stock_agreement: float | None = None
+    logit_difference: float | None = None
 
 
 @dataclass(frozen=True)
@@ -126,8 +130,7 @@ class Layers:
 class Report:
     """Everything about one run. `command` repeats it.
 
-    `stock_agreement` and `logit_difference` compare the int8 kernels with stock transformers, which
-    dequantizes: the share of timed examples with the same answer, and the mean absolute logit difference.
+    `stock_agreement` and `logit_difference` are the chosen trial's.
     `ranking`: output error on the calibration slice of each candidate that was considered.
     """
 
@@ -146,7 +149,7 @@ class Report:
     comparisons: list[Comparison]
     layers: Layers
     majority_accuracy: float
-    logit_difference: float
+    logit_difference: float | None
     timed_examples: int
     batch_size: int
     seed: int

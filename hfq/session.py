@@ -1,5 +1,6 @@
 """One checkpoint, its float model and its data, loaded and batched: what tuning and measuring read."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def open_session(recipe: Recipe, *, recipes: Path, ui: Reporter, token: str | No
     )
     if checkpoint.is_quantized and not quantized:
         raise UsageError(
-            f"{recipe.checkpoint} is quantized already: config.json has a quantization_config. Expected a float checkpoint."
+            f"{recipe.checkpoint} is quantized already: config.json has a quantization_config. Expected the float checkpoint that it was made from."
         )
     task_name = find_task(checkpoint.config, recipe.task)
     ui.note(f"{task_name}, {checkpoint.size_mb:.1f} MiB, revision {checkpoint.info.revision[:19]}")
@@ -98,14 +99,24 @@ def load_model(checkpoint: Checkpoint, auto_class: str, *, trust_remote_code: bo
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, all in one message
         )
     except Exception as error:  # transformers raises many types for one cause: these files are not that model
         message = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise SourceError(f"transformers cannot load {checkpoint.info.id} as {auto_class}: {message}") from error
-    missing = sorted(info["missing_keys"])
-    if missing:
+    if misfits := sorted(info["mismatched_keys"]):
+        shapes = [f"{name} is {list(there)} and not {list(expected)}" for name, there, expected in misfits]
         raise SourceError(
-            f"{checkpoint.info.id} lacks weights that {auto_class} needs, which would be random: {', '.join(missing[:5])}"
-            f"{' …' if len(missing) > 5 else ''}. Expected a checkpoint that was fine-tuned for this task."
+            f"The weights of {checkpoint.info.id} do not fit its config.json: {_few(shapes)}. "
+            "Take both files from the same checkpoint."
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise SourceError(
+            f"{checkpoint.info.id} lacks weights that {auto_class} needs, which would be random: {_few(missing)}. "
+            "Expected a checkpoint that was fine-tuned for this task."
         )
     return model.eval().requires_grad_(False)
+
+
+def _few(items: Sequence[str]) -> str:
+    return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")

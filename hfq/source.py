@@ -122,14 +122,25 @@ def _download(reference: str, revision: str | None, token: str | None, trust_rem
     except EntryNotFoundError as error:
         raise SourceError(f"{reference} could not be pulled whole: {_first_line(error)}") from error
     except HfHubHTTPError as error:
-        raise SourceError(f"The Hub refused {reference}: {_first_line(error)}") from error
-    except OSError as error:
-        raise SourceError(f"{reference} could not be pulled: {_first_line(error)}. Is the network up?") from error
+        status = error.response.status_code
+        remedy = "Log in again with `hf auth login`, or give another token." if status == 401 else "Try again later."
+        raise SourceError(
+            f"The Hub refused {reference} ({status}): {error.server_message or _first_line(error)}. {remedy}"
+        ) from error
     except Exception as error:
-        if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "httpcore", "httpcore2", "hf_xet"):
-            raise
-        raise SourceError(f"The Hub could not be reached for {reference}: {_first_line(error)}") from error
+        if is_network_error(error):
+            raise SourceError(
+                f"The Hub could not be reached for {reference}: {_first_line(error)}. Check the network."
+            ) from error
+        if isinstance(error, OSError):
+            raise SourceError(f"{reference} could not be pulled: {_first_line(error)}") from error
+        raise
     return Path(path), str(info.sha)
+
+
+def is_network_error(error: BaseException) -> bool:
+    """Whether an HTTP client raised this because it could not reach or understand the other side."""
+    return type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2", "hf_xet")
 
 
 def _read_config(path: Path, reference: str) -> dict[str, Any]:
@@ -137,11 +148,13 @@ def _read_config(path: Path, reference: str) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise SourceError(f"{reference} has no config.json: not a transformers checkpoint.") from error
+        raise SourceError(
+            f"{reference} has no config.json. Expected a transformers checkpoint: config.json and safetensors weights."
+        ) from error
     except (OSError, ValueError) as error:
-        raise SourceError(f"{file} cannot be read as JSON: {error}") from error
+        raise SourceError(f"{file} cannot be read as JSON: {error}. Download it again.") from error
     if not isinstance(config, dict):
-        raise SourceError(f"{file} holds {type(config).__name__}; expected an object.")
+        raise SourceError(f"{file} holds a {type(config).__name__}; expected an object. Download it again.")
     return config
 
 

@@ -5,6 +5,7 @@ Memory does not grow with the slice: two passes, one for the extremes, one for h
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -65,16 +66,27 @@ def sensitivity(model: nn.Module, twins: Mapping[str, Int8Linear], batches: Sequ
     return {name: error[name] / max(power[name], 1e-30) for name in twins}
 
 
-def encoder_output(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
-    """What the encoder hands to the classification head, real tokens only: float32 `[tokens, hidden]`.
+@dataclass(frozen=True)
+class EncoderOutput:
+    """What the encoder hands to the head. `tokens`: float32 `[real tokens, hidden]`; `first`: `[examples, hidden]`."""
 
-    The logits, `[examples, labels]`, for a model without a `base_model`.
-    """
-    outputs: list[Tensor] = []
+    tokens: Tensor
+    first: Tensor
+
+    def error(self, reference: "EncoderOutput") -> float:
+        """Squared error relative to `reference`: of all tokens, and as heavily of the first, which most heads read."""
+        return (_relative(self.tokens, reference.tokens) + _relative(self.first, reference.first)) / 2
+
+
+def encoder_output(model: nn.Module, batches: Iterable[Batch]) -> EncoderOutput:
+    """Run `batches` and keep the encoder's output; the logits, for a model without a `base_model`."""
+    tokens: list[Tensor] = []
+    first: list[Tensor] = []
     mask: Tensor | None = None
 
     def keep(_: nn.Module, __: tuple[Tensor, ...], output: Sequence[Tensor]) -> None:
-        outputs.append(real_tokens(output[0], mask))
+        tokens.append(real_tokens(output[0], mask))
+        first.append((output[0][:, 0] if output[0].dim() == 3 else output[0]).float())
 
     encoder = getattr(model, "base_model", model)
     handle = encoder.register_forward_hook(keep)
@@ -85,7 +97,7 @@ def encoder_output(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
                 model(**batch)
     finally:
         handle.remove()
-    return torch.cat(outputs)
+    return EncoderOutput(torch.cat(tokens), torch.cat(first))
 
 
 def watch(model: nn.Module, layers: Sequence[str], batches: Iterable[Batch], see: Watch) -> None:
@@ -112,6 +124,10 @@ def _hooks(model: nn.Module, layers: Sequence[str], see: Watch) -> Iterator[Call
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _relative(value: Tensor, reference: Tensor) -> float:
+    return ((value - reference).square().sum() / reference.square().sum().clamp(min=1e-30)).item()
 
 
 def real_tokens(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -111,9 +111,10 @@ class TextClassification:
         raise self._mismatch(values)
 
     def _by_name(self, names: Mapping[Any, str]) -> LabelMap:
-        ours = {_key(name): i for i, name in enumerate(self.label_names)}
-        if all(_key(name) in ours for name in names.values()):
-            ids = {value: ours[_key(name)] for value, name in names.items()}
+        key = _key if len(set(map(_key, self.label_names))) == len(self.label_names) else str  # "A" and "a" may differ
+        ours = {key(name): i for i, name in enumerate(self.label_names)}
+        if all(key(name) in ours for name in names.values()):
+            ids = {value: ours[key(name)] for value, name in names.items()}
             return LabelMap(ids, f"by name ({self._names()})")
         generic = all(name == f"LABEL_{i}" for i, name in enumerate(self.label_names))
         if generic and len(names) == len(self.label_names) and all(isinstance(value, int) for value in names):

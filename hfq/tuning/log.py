@@ -61,7 +61,7 @@ class TrialLog:
 
 def _read(path: Path, header: Mapping[str, object]) -> list[dict]:
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(errors="replace").splitlines()
     except OSError:
         return []
     rows = []

@@ -12,8 +12,9 @@ from .acceptance import Goal
 from .candidates import ALPHAS, Candidate
 from .log import TrialLog
 
-FINALISTS = 2  # fully static candidates that get an evaluation, best output error first
-GAP_CLOSED = (0.5, 0.8)  # of the output error between all static and all dynamic, by layers made dynamic
+FINALISTS = 1  # fully static candidates that get an evaluation, best output error first
+GAP_CLOSED = (0.3, 0.6, 0.85)  # of the output error between all static and all dynamic, by layers made dynamic
+STABLE = 0.99  # of the answers; a candidate below it meets the goal by luck of rounding, so the search goes on
 HOPELESS = 3.0  # a candidate with this many times the best output error is not worth one
 Strategy = Generator[Candidate, bool, None]  # yields a candidate, is told whether it met the goal
 
@@ -39,10 +40,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Score:
-    """What evaluating a quantized model found."""
+    """What evaluating a quantized model found; the last two as in `hfq.report.Trial`."""
 
     accuracy: float
     duration_s: float
+    stock_agreement: float | None = None
+    logit_difference: float | None = None
 
 
 def rank(
@@ -111,6 +114,7 @@ def _mixed(
     How many layers is bisected on the output error, not on evaluations: the fewest that close a given share of
     the gap between all static (`start`) and all dynamic (`end`).
     """
+    tried = set()
     for share in GAP_CLOSED:
         target = start - share * (start - end)
         low, high = 0, len(order)
@@ -118,7 +122,8 @@ def _mixed(
             middle = (low + high) // 2
             enough = output_error(replace(best, dynamic_layers=tuple(order[:middle]))) <= target
             low, high = (low, middle) if enough else (middle, high)
-        if 0 < high < len(order):
+        if high < len(order) and high not in tried:
+            tried.add(high)
             yield replace(best, dynamic_layers=tuple(order[:high]))
 
 
@@ -155,17 +160,31 @@ def tune(
                 goal.met(score.accuracy),
                 output_error(candidate),
                 goal.loss(score.accuracy),
+                score.stock_agreement,
+                score.logit_difference,
             )
             log.add(trial)
         found[candidate] = trial
         tell(trial)
-        verdict = trial.accepted
-    accepted = {candidate: trial for candidate, trial in found.items() if trial.accepted}
+        verdict = trial.accepted and _stable(trial)
+    chosen = _choose(found)
+    return Outcome(chosen, found[chosen], found[chosen].accepted, stopped)
+
+
+def _choose(found: Mapping[Candidate, Trial]) -> Candidate:
+    """The cheapest that meets the goal and is stable, else the stablest that meets it, else the most accurate."""
+    accepted = [candidate for candidate, trial in found.items() if trial.accepted]
+    stable = [candidate for candidate in accepted if _stable(found[candidate])]
+    if stable:
+        return min(stable, key=lambda candidate: (*_cost(candidate), -found[candidate].accuracy))
     if accepted:
-        chosen = min(accepted, key=lambda c: (*_cost(c), -(found[c].accuracy or 0)))
-    else:
-        chosen = max(found, key=lambda c: found[c].accuracy or 0)
-    return Outcome(chosen, found[chosen], bool(accepted), stopped)
+        return max(accepted, key=lambda candidate: found[candidate].stock_agreement or 0.0)
+    return max(found, key=lambda candidate: found[candidate].accuracy)
+
+
+def _stable(trial: Trial) -> bool:
+    """Whether the answers survive another order of summation: other kernels, or stock transformers, give them too."""
+    return trial.stock_agreement is None or trial.stock_agreement >= STABLE
 
 
 def _bisect(order: Sequence[str], keep: Callable[[tuple[str, ...]], Candidate]) -> Generator[Candidate, bool, bool]:

@@ -1,10 +1,14 @@
 """Calibrate a session's model, rank the candidates, and run the trials."""
 
+import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from torch import Tensor
 
+from ..export import export
+from ..measurement import compare_with_stock
 from ..quantization.calibration import calibrate, encoder_output, sensitivity
 from ..quantization.convert import int8_linear, quantize_model
 from ..quantization.graph import find_folds
@@ -14,6 +18,7 @@ from ..quantization.scheme import Plan
 from ..report import Trial
 from ..runtime.fusion import fuse
 from ..session import Session
+from ..source import pull
 from ..ui import Reporter
 from .acceptance import Goal
 from .candidates import Candidate, Space
@@ -43,19 +48,30 @@ def find(session: Session, goal: Goal, *, log: TrialLog, ui: Reporter) -> Found:
         ui.note(f"{candidate.name:<40} {error:.2e}")
 
     def sensitive(candidate: Candidate) -> list[str]:
-        linears = space.plan(candidate).linears
+        linears = space.plan(replace(candidate, alpha=None)).linears  # the float model's inputs are not smoothed
         twins = {name: int8_linear(linear(model, name), scheme) for name, scheme in linears.items()}
         found = sensitivity(model, twins, inputs)
         return sorted(found, key=found.__getitem__, reverse=True)
 
     def run_trial(candidate: Candidate) -> Score:
-        quantized = quantize_model(model, space.plan(candidate), space.folds)
+        plan = space.plan(candidate)
+        quantized = quantize_model(model, plan, space.folds)
         fuse(quantized)  # evaluate what will be loaded
         found = session.evaluate(quantized, session.evaluation)
-        return Score(found.score, found.duration_s)
+        if not goal.met(found.score):
+            return Score(found.score, found.duration_s)
+        with tempfile.TemporaryDirectory(dir=log.path.parent) as parent:
+            folder = Path(parent) / session.checkpoint.path.name
+            export(quantized, plan, session.checkpoint, folder=folder)
+            stock = compare_with_stock(
+                session, quantized, pull(str(folder), trust_remote_code=recipe.trust_remote_code)
+            )
+        return Score(found.score, found.duration_s, stock.agreement, stock.logit_difference)
 
     def tell(trial: Trial) -> None:
         verdict = "meets the goal" if trial.accepted else "misses the goal"
+        if trial.stock_agreement is not None:
+            verdict += f", stock transformers agrees on {trial.stock_agreement:.2%}"
         ui.note(f"{trial.name:<40} {recipe.metric} {trial.accuracy:.4f}, loss {trial.loss:+.4f}: {verdict}")
 
     ui.stage(f"Trials: {recipe.criterion} loss of at most {recipe.tolerable_loss:g}")
@@ -91,13 +107,11 @@ def _output_error(
     Not the logits: a fine-tuned classifier is saturated on its own training data, so they hide most of the error.
     """
     reference = encoder_output(session.model, inputs)
-    power = reference.square().sum()
 
     def output_error(candidate: Candidate) -> float:
         if candidate.name not in log.ranking:
             quantized = quantize_model(session.model, space.plan(candidate), space.folds)
-            difference = encoder_output(quantized, inputs).sub_(reference)
-            log.rank(candidate.name, (difference.square().sum() / power).item())
+            log.rank(candidate.name, encoder_output(quantized, inputs).error(reference))
         return log.ranking[candidate.name]
 
     return output_error

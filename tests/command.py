@@ -1,0 +1,124 @@
+"""The `hfq` command in tests: as a user starts it, or forked from a process that has imported the libraries.
+
+Importing them takes four seconds, so the second way is for the many runs that are over soon. It is the same `main`
+in a process of its own, with its own working folder, environment, standard output and standard error.
+"""
+
+import gc
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HFQ = str(Path(sys.executable).with_name("hfq"))
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "pipelines" / "demo"
+CHECKPOINT = DEMO / "bert-mini-sms-spam"
+
+
+@dataclass(frozen=True)
+class Done:
+    """A command that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def hfq(*args: object, cwd: Path, env: Mapping[str, str | None] | None = None, command: str = HFQ) -> Done:
+    """Run the command as a user does. `env`: changes to the environment; None takes a variable away."""
+    done = subprocess.run(
+        [command, *map(str, args)], cwd=cwd, env=environment(env), capture_output=True, text=True, timeout=300
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def environment(changes: Mapping[str, str | None] | None = None) -> dict[str, str]:
+    """This process's environment with changes; None takes a variable away."""
+    return {name: value for name, value in {**os.environ, **(changes or {})}.items() if value is not None}
+
+
+class Forkserver:
+    """Runs the command in forks of a process that has imported the libraries, and nothing else, before."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def hfq(self, *args: object, cwd: Path, env: Mapping[str, str | None] | None = None) -> Done:
+        """Like `hfq` above. Variables that a library reads when it is imported, as HF_ENDPOINT, cannot be changed."""
+        assert self._process.stdin and self._process.stdout
+        with tempfile.TemporaryDirectory() as folder:
+            out, err = Path(folder) / "out", Path(folder) / "err"
+            request = {
+                "args": [str(arg) for arg in args],
+                "cwd": str(cwd),
+                "env": environment(env),
+                "out": str(out),
+                "err": str(err),
+            }
+            print(json.dumps(request), file=self._process.stdin, flush=True)
+            code = int(self._process.stdout.readline())
+            return Done(code, out.read_text(), err.read_text())
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
+
+
+def copy_checkpoint(to: Path) -> Path:
+    """The demo checkpoint, to be changed."""
+    return Path(shutil.copytree(CHECKPOINT, to))
+
+
+def write_slice(to: Path, **rows: int) -> Path:
+    """The demo's data, cut to so many rows a split: `write_slice(path, train=100, validation=50)`."""
+    to.mkdir(parents=True)
+    for split, count in rows.items():
+        lines = (DEMO / "data" / f"{split}.csv").read_text(encoding="utf-8").splitlines(keepends=True)
+        (to / f"{split}.csv").write_text("".join(lines[: count + 1]), encoding="utf-8")
+    return to
+
+
+def _serve() -> None:
+    from hfq.cli import main, prepare_libraries
+
+    prepare_libraries()
+    import datasets  # noqa: F401
+    from optimum.exporters.tasks import TasksManager  # noqa: F401
+    from transformers import AutoTokenizer, BertForSequenceClassification  # noqa: F401
+
+    import hfq.pipeline  # noqa: F401
+
+    gc.freeze()  # or each fork would copy all that was imported, to look for garbage in it
+    answers = os.dup(1)
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            _become(json.loads(line))
+            main()
+            sys.exit(0)
+        _, status = os.waitpid(child, 0)
+        os.write(answers, b"%d\n" % os.waitstatus_to_exitcode(status))
+
+
+def _become(request: Mapping[str, Any]) -> None:
+    """Give this process what the command is to find."""
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["env"])
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for number, path in ((1, request["out"]), (2, request["err"])):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.argv = ["hfq", *request["args"]]
+
+
+if __name__ == "__main__":
+    _serve()
