@@ -380,7 +380,9 @@ def _run(recipe: "Recipe", *, token: str | None, local_hub: bool, resume: bool, 
                     ui=ui,
                 )
         except HubError as error:
-            raise HubError(f"{error} {result.folder} is complete: `hfq push` publishes it without a new run.") from error
+            raise HubError(
+                f"{error} {result.folder} is complete: `hfq push` publishes it without a new run."
+            ) from error
     if as_json:
         _print(result.report.to_json().rstrip())
 

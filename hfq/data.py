@@ -176,7 +176,7 @@ def _from_model_index(card: Mapping[str, Any]) -> DatasetReference | None:
     for model in card.get("model-index") or []:
         for result in (model or {}).get("results") or []:
             dataset = (result or {}).get("dataset") or {}
-            if isinstance(dataset.get("type"), str):
+            if isinstance(dataset.get("type"), str) and dataset["type"] != "local":  # what our cards call a folder
                 subset = dataset.get("config") or dataset.get("args")
                 return DatasetReference(
                     dataset["type"], subset if isinstance(subset, str) else None, dataset.get("split")

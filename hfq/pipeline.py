@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from . import __version__
 from .benchmark import Subject, measure, timed_batches
@@ -288,6 +289,8 @@ def _work_folder(output: Path) -> Iterator[Path]:
         resumable = isinstance(error, GoalNotMetError) or not isinstance(error, Exception)
         if not (resumable and (work / TRIALS_FILE).exists()):
             _remove(created)
+        if isinstance(error, SafetensorError):
+            raise ExportError(f"{output} cannot be written: {error}. Free space or choose another --output.") from error
         raise
     finally:
         lock.release()

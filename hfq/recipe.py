@@ -3,6 +3,7 @@
 A token is never part of it: recipes are committed and published.
 """
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -112,7 +113,7 @@ def _problem(row: Mapping[str, Any], *, is_flag: bool) -> str:
 
 
 def read_recipe(path: Path) -> Recipe:
-    """Read YAML. A checkpoint, dataset or output that starts with './' is looked for beside the recipe.
+    """Read YAML. A checkpoint or dataset that starts with './' or '../' is looked for beside the recipe.
 
     Raises:
         UsageError: the file is missing, not YAML, or not a recipe.
@@ -124,22 +125,31 @@ def read_recipe(path: Path) -> Recipe:
             f"Recipe {path} cannot be read: {error.strerror}. Expected a YAML file; see pipelines/."
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"Recipe {path} is not YAML: {' '.join(str(error).split())}. Mend it; see pipelines/.") from error
+        raise UsageError(
+            f"Recipe {path} is not YAML: {' '.join(str(error).split())}. Mend it; see pipelines/."
+        ) from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UsageError(
             f"Recipe {path} holds {type(values).__name__ if values else 'nothing'}; expected keys and values such as 'checkpoint: …'."
         )
     for key in ("checkpoint", "dataset"):
         value = values.get(key)
-        if isinstance(value, str) and value.startswith("./"):
+        if isinstance(value, str) and value.startswith(("./", "../")):
             values[key] = str(path.parent / value)
     return make_recipe(values, origin=f"Recipe {path}")
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
-    """Write what differs from the defaults, as YAML that `hfq run` takes."""
+    """Write what differs from the defaults, as YAML that `hfq run` takes. Paths become relative to the recipe."""
+    values = recipe.model_dump(exclude_defaults=True)
+    for key in ("checkpoint", "dataset"):
+        value = values.get(key, "~")
+        if is_path(value) and not value.startswith(("/", "~")):
+            values[key] = f"./{os.path.relpath(value, path.parent)}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(recipe.model_dump(exclude_defaults=True), sort_keys=False), encoding="utf-8")
+        path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"The recipe cannot be written to {path}: {error.strerror}. Choose another --save-recipe.") from error
+        raise UsageError(
+            f"The recipe cannot be written to {path}: {error.strerror}. Choose another --save-recipe."
+        ) from error

@@ -127,14 +127,14 @@ def _download(reference: str, revision: str | None, token: str | None, trust_rem
         raise SourceError(
             f"The Hub refused {reference} ({status}): {error.server_message or _first_line(error)}. {remedy}"
         ) from error
+    except OSError as error:
+        raise SourceError(f"{reference} could not be pulled: {_first_line(error)}") from error
     except Exception as error:
-        if is_network_error(error):
-            raise SourceError(
-                f"The Hub could not be reached for {reference}: {_first_line(error)}. Check the network."
-            ) from error
-        if isinstance(error, OSError):
-            raise SourceError(f"{reference} could not be pulled: {_first_line(error)}") from error
-        raise
+        if not is_network_error(error):
+            raise
+        raise SourceError(
+            f"The Hub could not be reached for {reference}: {_first_line(error)}. Check the network."
+        ) from error
     return Path(path), str(info.sha)
 
 

@@ -4,6 +4,7 @@ Importing them takes four seconds, so the second way is for the many runs that a
 in a process of its own, with its own working folder, environment, standard output and standard error.
 """
 
+import atexit
 import gc
 import json
 import os
@@ -13,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,14 @@ class Forkserver:
     def close(self) -> None:
         """End the process."""
         self._process.communicate()
+
+
+@cache
+def forkserver() -> Forkserver:
+    """The one for all tests, started for the first that asks."""
+    server = Forkserver()
+    atexit.register(server.close)
+    return server
 
 
 def copy_checkpoint(to: Path) -> Path:

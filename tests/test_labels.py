@@ -346,7 +346,6 @@ def test_unknown_dataset_is_an_error_that_lists_what_was_looked_at(tmp_path: Pat
         assert looked_at in message
 
 
-@pytest.mark.xfail(reason="hfq's own card of a local dataset is taken for the Hub's dataset 'local'", strict=True)
 def test_dataset_that_only_its_author_has_is_not_looked_for(tmp_path: Path) -> None:
     card = {"model-index": [{"name": "m", "results": [{"dataset": {"name": "sms", "type": "local", "split": "test"}}]}]}
     with pytest.raises(DataError, match="No dataset is known"):

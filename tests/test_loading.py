@@ -25,6 +25,7 @@ from hfq.errors import ExportError, SourceError, UnsupportedError
 from hfq.export import export
 from hfq.quantization.convert import quantize_model
 from hfq.quantization.scheme import Plan
+from hfq.runtime.kernels import select_kernel
 from hfq.runtime.modules import Int8Embedding, memory_mib
 from hfq.source import Checkpoint, pull
 from hfq.tuning.candidates import Candidate
@@ -285,6 +286,9 @@ def test_dequantizing_on_request_gives_a_float_model(exports: Exports) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.xfail(
+    select_kernel().name == "portable", reason="the portable kernel keeps the weight where the file is", strict=True
+)
 @pytest.mark.parametrize("plan", ["static", "sharded"])
 def test_loaded_model_does_not_hold_its_file(exports: Exports, plan: str) -> None:
     assert int8_linears(exports.models[plan])

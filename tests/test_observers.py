@@ -11,6 +11,7 @@ from hfq.quantization.observers import OBSERVERS, InputStatistics, Range, affine
 from hfq.quantization.scheme import LinearScheme
 from hfq.runtime.kernels import quantize_uint8
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 CLIPPING = ("percentile-99.99", "percentile-99.999", "mse", "entropy")
 
 
@@ -72,6 +73,16 @@ def test_mse_loses_least_of_all_observers(outlier: float) -> None:
     errors = {name: squared_error(x, observer(stats)) for name, observer in OBSERVERS.items()}
     assert errors["mse"] <= 1.02 * min(errors.values())  # it reads a histogram, not the values
     assert errors["mse"] < 0.9 * errors["min-max"]
+
+
+def test_mse_gives_up_a_far_outlier_among_very_many_values() -> None:
+    x = normal()
+    x[0] = 50.0
+    stats = observe(x)
+    stats.histogram = torch.cat([stats.histogram[:-1] * 1000, stats.histogram[-1:]])
+    low, high = OBSERVERS["mse"](stats)
+    assert low < -3
+    assert 3 < high < 8
 
 
 @pytest.mark.parametrize("name", OBSERVERS)

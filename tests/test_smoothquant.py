@@ -118,6 +118,11 @@ class ReadsAWeight(Moves):
         return super().forward(x) + self.first.weight.sum()
 
 
+class NormsTwice(Moves):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.norm(self.first(self.norm(x))))
+
+
 def heads(x: Tensor) -> Tensor:
     return x.view(2, 8, 2, 4).transpose(1, 2)
 
@@ -142,6 +147,7 @@ UNSEEN = pytest.mark.xfail(reason="a fold is believed by the shape of the graph,
         pytest.param(Moves(lambda x: x + x.mean(-1, keepdim=True)), 1, id="added up"),
         pytest.param(Moves(F.gelu), 1, id="function"),
         pytest.param(Moves(lambda x: x * x.sigmoid()), 1, id="read twice"),
+        pytest.param(NormsTwice(F.relu), 0, id="shared norm"),
         pytest.param(Moves(lambda x: x.transpose(1, 2)), 1, id="exchanged with tokens", marks=UNSEEN),
         pytest.param(Moves(lambda x: heads(x).permute(0, 2, 3, 1).reshape(2, 8, 8)), 1, id="reordered", marks=UNSEEN),
         pytest.param(Moves(mask), 1, id="attention mask", marks=UNSEEN),

@@ -12,8 +12,8 @@ from .acceptance import Goal
 from .candidates import ALPHAS, Candidate
 from .log import TrialLog
 
-FINALISTS = 1  # fully static candidates that get an evaluation, best output error first
-GAP_CLOSED = (0.3, 0.6, 0.85)  # of the output error between all static and all dynamic, by layers made dynamic
+FINALISTS = 2  # fully static candidates that get an evaluation, best output error first
+GAP_CLOSED = (0.35, 0.8)  # of the output error between all static and all dynamic, by layers made dynamic
 STABLE = 0.99  # of the answers; a candidate below it meets the goal by luck of rounding, so the search goes on
 HOPELESS = 3.0  # a candidate with this many times the best output error is not worth one
 Strategy = Generator[Candidate, bool, None]  # yields a candidate, is told whether it met the goal
