@@ -187,7 +187,8 @@ def _from_model_index(card: Mapping[str, Any]) -> DatasetReference | None:
 def _from_datasets(card: Mapping[str, Any]) -> DatasetReference | None:
     names = card.get("datasets") or []
     names = [names] if isinstance(names, str) else names
-    return DatasetReference(names[0]) if len(names) == 1 else None
+    named = isinstance(names, list) and len(names) == 1 and isinstance(names[0], str)
+    return DatasetReference(names[0]) if named else None
 
 
 def _from_recipes(checkpoint: str, recipes: Path) -> DatasetReference | None:

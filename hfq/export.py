@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -55,7 +55,7 @@ def export(model: nn.Module, plan: Plan, checkpoint: Checkpoint, *, folder: Path
 def quantization_config(model: nn.Module, plan: Plan) -> dict[str, Any]:
     """The `quantization_config` of config.json: one group a scheme, everything else under `ignore`."""
     schemes = {name: scheme.approach for name, scheme in plan.linears.items()}
-    ignore = [n for n, m in model.named_modules() if type(m) in (nn.Linear, nn.Embedding)]
+    ignore = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)]
     used = sorted(set(schemes.values()), reverse=True)
     groups: dict[str, dict[str, Any]] = {}
     for approach in used:
@@ -122,10 +122,17 @@ def _umask() -> int:
 
 
 def _check(path: Path, tensors: Mapping[str, Tensor], names: Iterable[str]) -> None:
-    with safe_open(path, framework="pt") as file:
-        if set(file.keys()) != set(names):
-            raise ExportError(f"{path} does not hold the tensors that were written to it.")
-        for name in names:
-            written = file.get_tensor(name)
-            if written.dtype != tensors[name].dtype or not torch.equal(written, tensors[name]):
-                raise ExportError(f"{path} does not read back what was written: {name} differs. Check the disk.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            if set(file.keys()) != set(names):
+                raise ExportError(f"{path} does not hold the tensors that were written to it. Check the disk.")
+            for name in names:
+                if not _bytes(file.get_tensor(name)).equal(_bytes(tensors[name])):
+                    raise ExportError(f"{path} does not read back what was written: {name} differs. Check the disk.")
+    except SafetensorError as error:
+        raise ExportError(f"{path} cannot be read back: {error}. Check the disk.") from error
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """As they are on disk: NaN equals itself there, and -0.0 is not 0.0."""
+    return tensor.reshape(-1).view(torch.uint8)

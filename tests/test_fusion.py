@@ -180,10 +180,7 @@ def test_layer_read_by_one_other_returns_codes() -> None:
         ReadsItTwice,
         ReadsALayerTwice,
         ChangesItInPlace,
-        pytest.param(
-            ReturnsItToo,
-            marks=pytest.mark.xfail(reason="only the first output is compared before and after", strict=True),
-        ),
+        ReturnsItToo,
     ],
 )
 def test_layer_whose_answer_is_read_elsewhere_returns_floats(kind: type[Block]) -> None:

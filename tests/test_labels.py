@@ -352,9 +352,6 @@ def test_dataset_that_only_its_author_has_is_not_looked_for(tmp_path: Path) -> N
         find(card, tmp_path)
 
 
-@pytest.mark.xfail(
-    reason="only lists of names are expected", strict=True, raises=(AttributeError, KeyError, AssertionError)
-)
 @pytest.mark.parametrize("datasets", [{"imdb": 1}, [{"name": "imdb"}]], ids=str)
 def test_strange_datasets_of_a_card_are_passed_over(recipes: Path, datasets: Any) -> None:
     assert find({"datasets": datasets}, recipes) == DatasetReference("sst2", "plain", "dev")

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from models import int8_linears, logits, make_space, relative_error, tiny, token_batches
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, CompressedTensorsConfig
@@ -25,7 +24,6 @@ from hfq.errors import ExportError, SourceError, UnsupportedError
 from hfq.export import export
 from hfq.quantization.convert import quantize_model
 from hfq.quantization.scheme import Plan
-from hfq.runtime.kernels import select_kernel
 from hfq.runtime.modules import Int8Embedding, memory_mib
 from hfq.source import Checkpoint, pull
 from hfq.tuning.candidates import Candidate
@@ -251,13 +249,11 @@ def test_bfloat16_is_as_good(exports: Exports) -> None:
     assert relative_error(logits(model, BATCHES), logits(exports.float_model, BATCHES)) < 0.1
 
 
-@pytest.mark.xfail(reason="fused layers take codes in float32 and answer in float32", strict=True, raises=RuntimeError)
 def test_loaded_model_can_be_cast(exports: Exports) -> None:
     model = exports.load("static").to(torch.bfloat16)
     assert relative_error(logits(model, BATCHES), logits(exports.float_model, BATCHES)) < 0.1
 
 
-@pytest.mark.xfail(reason="a fused layer keeps the scale of the layer that was behind it", strict=True)
 def test_loaded_model_takes_the_tensors_of_another(exports: Exports) -> None:
     other = tiny(seed=1, hidden_size=128, intermediate_size=512, vocab_size=2000)
     for name, parameter in other.named_parameters():
@@ -286,9 +282,6 @@ def test_dequantizing_on_request_gives_a_float_model(exports: Exports) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.xfail(
-    select_kernel().name == "portable", reason="the portable kernel keeps the weight where the file is", strict=True
-)
 @pytest.mark.parametrize("plan", ["static", "sharded"])
 def test_loaded_model_does_not_hold_its_file(exports: Exports, plan: str) -> None:
     assert int8_linears(exports.models[plan])
@@ -355,7 +348,6 @@ def test_lost_tensor_is_noticed(exports: Exports, tmp_path: Path, bad_disk: dict
         export_to(tmp_path / "out", exports)
 
 
-@pytest.mark.xfail(reason="safetensors' own error comes through", strict=True, raises=SafetensorError)
 def test_truncated_file_is_noticed(exports: Exports, tmp_path: Path, bad_disk: dict[str, Any]) -> None:
     bad_disk["size"] = 100_000
     with pytest.raises(ExportError):
@@ -363,7 +355,6 @@ def test_truncated_file_is_noticed(exports: Exports, tmp_path: Path, bad_disk: d
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
-@pytest.mark.xfail(reason="NaN is never equal to itself, so the disk is blamed", strict=True)
 def test_nan_is_written_as_it_is(exports: Exports, tmp_path: Path) -> None:
     model = copy.deepcopy(exports.float_model)
     model.bert.embeddings.LayerNorm.bias[0] = torch.nan
@@ -382,7 +373,6 @@ def export_to(folder: Path, exports: Exports) -> None:
     export(quantize_model(exports.float_model, plan, ()), plan, exports.checkpoint, folder=folder)
 
 
-@pytest.mark.xfail(reason="embeddings of a class of their own are not in 'ignore'", strict=True, raises=TypeError)
 def test_embedding_of_another_class_stays_float(tmp_path: Path) -> None:
     model = tiny("RoFormer")  # its positions are a subclass of nn.Embedding with another forward
     model.save_pretrained(tmp_path / "float")

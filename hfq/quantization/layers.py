@@ -1,6 +1,7 @@
 """Which layers of a model can run in int8, and why the others cannot."""
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -14,11 +15,21 @@ Batch = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Quantizable:
-    """Names in execution order, and the float layers by name with the reason they stay float."""
+    """Names in execution order, and the float layers by name with the reason they stay float.
+
+    `pooled`: Linear layers whose input is `[examples, features]`, without tokens.
+    """
 
     linears: tuple[str, ...]
     embeddings: tuple[str, ...]
     float_layers: Mapping[str, str] = field(default_factory=dict)
+    pooled: frozenset[str] = frozenset()
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A copy whose parameters and buffers are the model's own tensors: replace them in it, never write to them."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, memo={id(tensor): tensor for tensor in tensors})
 
 
 def linear(model: nn.Module, name: str) -> nn.Linear:
@@ -40,11 +51,15 @@ def find_quantizable(model: nn.Module, batch: Batch) -> Quantizable:
         UnsupportedError: no Linear layer can run in int8.
     """
     candidates = {name: module for name, module in model.named_modules() if type(module) in (nn.Linear, nn.Embedding)}
-    called: dict[str, None] = {}
-    handles = [
-        module.register_forward_pre_hook(lambda *_, name=name: called.setdefault(name))
-        for name, module in candidates.items()
-    ]
+    called: dict[str, int] = {}  # by name, dimensions of the input
+
+    def note(name: str) -> Callable[..., None]:
+        def before_forward(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            called.setdefault(name, args[0].dim())
+
+        return before_forward
+
+    handles = [module.register_forward_pre_hook(note(name)) for name, module in candidates.items()]
     try:
         with torch.inference_mode():
             model(**batch)
@@ -64,7 +79,8 @@ def find_quantizable(model: nn.Module, batch: Batch) -> Quantizable:
             "hfq quantizes encoders built from torch.nn.Linear and torch.nn.Embedding."
         )
     embeddings = [n for n in called if isinstance(candidates[n], nn.Embedding) and n not in reasons]
-    return Quantizable(tuple(linears), tuple(embeddings), reasons)
+    pooled = frozenset(name for name in linears if called[name] == 2)
+    return Quantizable(tuple(linears), tuple(embeddings), reasons, pooled)
 
 
 def _sharing(model: nn.Module, names: Sequence[str]) -> list[str]:

@@ -32,22 +32,3 @@ def smoothed(stats: InputStatistics, factor: Tensor) -> InputStatistics:
     """Extremes of the input once its channels are divided by `factor`. Its histogram is not known: left empty."""
     low, high = stats.channel_min / factor, stats.channel_max / factor
     return InputStatistics(low, high, low.min().item(), high.max().item(), torch.zeros_like(stats.histogram))
-
-
-def fold_into(model: nn.Module, folds: Sequence[Fold], factors: Mapping[str, Tensor]) -> None:
-    """Rescale producers and consumers in place, in new parameters. The float function does not change."""
-    for fold in folds:
-        if fold.producer not in factors:
-            continue
-        factor = factors[fold.producer]
-        producer = linear(model, fold.producer)  # or a LayerNorm, which has the same two parameters
-        by_row = factor if producer.weight.dim() == 1 else factor[:, None]
-        _replace(producer, "weight", producer.weight / by_row)
-        if producer.bias is not None:
-            _replace(producer, "bias", producer.bias / factor)
-        for name in fold.consumers:
-            _replace(linear(model, name), "weight", linear(model, name).weight * factor)
-
-
-def _replace(module: nn.Module, name: str, value: Tensor) -> None:
-    setattr(module, name, nn.Parameter(value.detach(), requires_grad=False))

@@ -5,16 +5,17 @@ Candidates are found by structure and by what one forward shows, and kept only i
 before: no list of model names, nothing assumed about anybody's `forward`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from .modules import Int8Linear, PostOp
 
 EQUAL = 1e-4  # largest relative difference of one layer: the fused erf and tanh are oneDNN's, the others torch's
-SAME_ANSWER = 0.02  # relative difference of the logits once a code may round the other way
+SAME_ANSWER = 0.02  # relative difference of each output once a code may round the other way
 
 
 def fuse(model: nn.Module) -> None:
@@ -28,17 +29,23 @@ def fuse(model: nn.Module) -> None:
 
 def _fuse_requantization(model: nn.Module, example: Mapping[str, Tensor]) -> None:
     """Let a layer whose output only another static layer reads hand it int8 codes instead of floats."""
-    forward: Callable[[nn.Module], Tensor | None] = lambda m: _logits(m, example)  # noqa: E731
-    before = forward(model)
+    before = _answers(model, example)
     if before is None:
         return
     pairs = _direct_pairs(model, example)
     for producer, consumer in pairs:
         producer.emit_codes_for(consumer)
-    after = forward(model)
-    if after is None or (after - before).norm() > SAME_ANSWER * before.norm():
+    after = _answers(model, example)
+    if after is None or not _same_answers(before, after):
         for producer, _ in pairs:  # something else reads one of these tensors, and got codes
             producer.emit_codes_for(None)
+
+
+def _same_answers(before: list[Tensor], after: list[Tensor]) -> bool:
+    return len(before) == len(after) and all(
+        a.dtype == b.dtype and (a.float() - b.float()).norm() <= SAME_ANSWER * b.float().norm()
+        for a, b in zip(after, before, strict=True)
+    )
 
 
 def _direct_pairs(model: nn.Module, example: Mapping[str, Tensor]) -> list[tuple[Int8Linear, Int8Linear]]:
@@ -52,7 +59,7 @@ def _direct_pairs(model: nn.Module, example: Mapping[str, Tensor]) -> list[tuple
         if isinstance(module, Int8Linear | nn.Linear):
             handles.append(module.register_forward_pre_hook(lambda m, args: read.append((args[0], m))))
     try:
-        _logits(model, example)
+        _answers(model, example)
     finally:
         for handle in handles:
             handle.remove()
@@ -67,10 +74,11 @@ def _direct_pairs(model: nn.Module, example: Mapping[str, Tensor]) -> list[tuple
     return pairs
 
 
-def _logits(model: nn.Module, example: Mapping[str, Tensor]) -> Tensor | None:
+def _answers(model: nn.Module, example: Mapping[str, Tensor]) -> list[Tensor] | None:
+    """Every tensor that the model returns."""
     try:
         with torch.inference_mode():
-            return model(**example)[0].float()
+            return [leaf for leaf in tree_leaves(model(**example)) if isinstance(leaf, Tensor)]
     except Exception:  # the model's own code: an example that does not fit only means that nothing is fused
         return None
 
@@ -81,7 +89,7 @@ def _fuse_activation(parent: nn.Module) -> bool:
         x = torch.randn(4, linear.in_features, generator=torch.Generator().manual_seed(0))
         before = _output(parent, x)
         if before is None:
-            return False
+            continue
         activation = getattr(parent, name)
         linear.post_op = post_op
         setattr(parent, name, nn.Identity())

@@ -125,7 +125,7 @@ class PortableKernel:
     name = "portable"
 
     def pack(self, weight: Tensor, scale: Tensor) -> Tensor:
-        return weight
+        return weight.clone()  # out of the mapped checkpoint file
 
     def unpack(self, packed: Tensor, scale: Tensor, in_features: int) -> Tensor:
         return packed
@@ -190,6 +190,9 @@ def select_kernel() -> Kernel:
     wanted = os.environ.get("HFQ_ISA", "native")
     if wanted not in ("native", "portable"):
         raise UsageError(f"HFQ_ISA is {wanted!r}; expected 'native' (the default) or 'portable'.")
+    with warnings.catch_warnings():  # torch warns once that quantized tensors will go; quantize_uint8 knows
+        warnings.simplefilter("ignore", UserWarning)
+        quantize_uint8(torch.zeros(1), 1.0, 0)
     if wanted == "native" and _onednn_is_exact():
         return OneDnnKernel()
     return PortableKernel()
@@ -219,10 +222,8 @@ def _onednn_is_exact() -> bool:
     scale = torch.ones(columns)
     kernel = OneDnnKernel()
     try:
-        with warnings.catch_warnings():  # torch warns once that quantized tensors will go; quantize_uint8 knows
-            warnings.simplefilter("ignore", UserWarning)
-            codes = quantize_uint8(torch.full((rows, depth), 255.0), 1.0, 0)
-            y = _qlinear(codes, kernel.pack(weight, scale), scale, None, input_scale=1.0, zero_point=0)
+        codes = quantize_uint8(torch.full((rows, depth), 255.0), 1.0, 0)
+        y = _qlinear(codes, kernel.pack(weight, scale), scale, None, input_scale=1.0, zero_point=0)
     except (RuntimeError, AttributeError, NotImplementedError):
         return False
     return bool((y == 255 * 127 * depth).all())

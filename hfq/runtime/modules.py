@@ -34,18 +34,19 @@ class Int8Linear(nn.Module):
             self.input_zero_point = _frozen(torch.empty(1, dtype=torch.int8))
         self.register_parameter("bias", _frozen(torch.empty(out_features)) if bias else None)
         self.post_op: PostOp | None = None
-        self._codes_for: tuple[float, int] | None = None
+        self._reader: tuple[Int8Linear] | None = None  # in a tuple: it is another module's child, not ours
         self._packed: _Packed | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """float `[.., in]` to the same dtype, `[.., out]`. uint8 is taken as the codes of this layer's input scale."""
         packed = self._packed or self.pack()
         with torch.no_grad():
-            return packed(x, self.post_op, self._codes_for)
+            return packed(x, self.post_op)
 
     def emit_codes_for(self, consumer: "Int8Linear | None") -> None:
         """Return uint8 codes of `consumer`'s input scale from now on, instead of floats; None: floats again."""
-        self._codes_for = None if consumer is None else (consumer.input_scale.item(), _code_zero(consumer))
+        self._reader = None if consumer is None else (consumer,)
+        self.unpack()  # the consumer's scale is read when this layer is packed
 
     def pack(self) -> "_Packed":
         """Hand the weight to the kernel and keep no second copy of it. The first forward does it if need be."""
@@ -107,10 +108,12 @@ class _Packed:
         self.bias = None if module.bias is None else module.bias.detach().float().clone()
         self.weight = kernel.pack(module.weight.detach(), self.scale)
         self.static = module.activation == "static"
+        self.dtype = module.weight_scale.dtype  # of answers to codes, which have no float dtype to keep
         if self.static:
-            self.input_scale, self.zero_point = module.input_scale.item(), _code_zero(module)
+            self.input_scale, self.zero_point = _input_codes(module)
+        self.output = _input_codes(module._reader[0]) if module._reader else None
 
-    def __call__(self, x: Tensor, post_op: PostOp | None, codes_for: tuple[float, int] | None) -> Tensor:
+    def __call__(self, x: Tensor, post_op: PostOp | None) -> Tensor:
         if not self.static:
             return self.kernel.dynamic(x, self.weight, self.scale, self.bias, post_op=post_op).to(x.dtype)
         codes = x if x.dtype == torch.uint8 else quantize_uint8(x.float(), self.input_scale, self.zero_point)
@@ -122,9 +125,10 @@ class _Packed:
             input_scale=self.input_scale,
             zero_point=self.zero_point,
             post_op=post_op,
-            output=codes_for,
+            output=self.output,
         )
-        return y if codes_for or x.dtype == torch.uint8 else y.to(x.dtype)
+        y = y.view(*x.shape[:-1], len(self.scale))  # oneDNN drops dimensions of an empty input
+        return y if self.output else y.to(self.dtype if x.dtype == torch.uint8 else x.dtype)
 
     def unpack(self) -> Tensor:
         return self.kernel.unpack(self.weight, self.scale, self.in_features)
@@ -174,9 +178,9 @@ def pack_all(model: nn.Module) -> None:
             module.pack()
 
 
-def _code_zero(module: Int8Linear) -> int:
-    """The uint8 code of zero in `module`'s input: the int8 zero point on disk, shifted by 128."""
-    return int(module.input_zero_point.item()) + 128
+def _input_codes(module: Int8Linear) -> tuple[float, int]:
+    """Scale and zero point of `module`'s input as uint8 codes: the int8 zero point on disk is shifted by 128."""
+    return module.input_scale.item(), int(module.input_zero_point.item()) + 128
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

@@ -68,7 +68,9 @@ class Space:
         for name in self.layers.linears:
             if name in candidate.float_layers:
                 continue
-            if candidate.approach == "dynamic" or name in candidate.dynamic_layers:
+            dynamic = candidate.approach == "dynamic" or name in candidate.dynamic_layers
+            # Without tokens there is no scale per token: stock transformers then takes one for the whole batch.
+            if dynamic and name not in self.layers.pooled:
                 linears[name] = LinearScheme("dynamic")
             elif name in statistics:  # histograms do not survive smoothing, extremes do
                 linears[name] = LinearScheme.static(min_max(statistics[name]))

@@ -25,7 +25,6 @@ class Limits:
 
     max_trials: int
     timeout: float = 0.0
-    explore: bool = False
 
 
 @dataclass(frozen=True)
