@@ -42,8 +42,9 @@ def hfq(*args: object, cwd: Path, env: Mapping[str, str | None] | None = None, c
 
 
 def environment(changes: Mapping[str, str | None] | None = None) -> dict[str, str]:
-    """This process's environment with changes; None takes a variable away."""
-    return {name: value for name, value in {**os.environ, **(changes or {})}.items() if value is not None}
+    """This process's environment with changes; None takes a variable away. One thread: more only wait here."""
+    changed = {"OMP_NUM_THREADS": "1", **os.environ, **(changes or {})}
+    return {name: value for name, value in changed.items() if value is not None}
 
 
 class Forkserver:
@@ -51,7 +52,7 @@ class Forkserver:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, __file__], env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
     def hfq(self, *args: object, cwd: Path, env: Mapping[str, str | None] | None = None) -> Done:
