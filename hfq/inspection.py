@@ -45,7 +45,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def show(found: Mapping[str, Any]) -> None:
     """Print what `describe` found."""
-    console = Console()
+    console = Console(width=max(Console().width, 140))  # layer names are long, and cut they say nothing
     console.print(f"[bold]{found['checkpoint']}[/]  {', '.join(found['architectures'] or [])}  {found['revision']}")
     console.print(
         f"{found['size_mb']:.1f} MiB: {found['int8_mb']:.1f} int8 weights, {found['other_mb']:.1f} scales and float tensors"
