@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -214,3 +215,93 @@ def test_only_an_activation_behind_the_layer_is_fused(linear_first: bool) -> Non
     assert isinstance(model.dense, Int8Linear)
     assert (model.dense.post_op == "relu") is linear_first
     assert torch.allclose(model(x), before, atol=1e-6)
+
+
+def layers_that_share_a_matmul(model: nn.Module) -> list[str]:
+    """Int8 layers whose output is part of the same memory as another's."""
+    made: dict[str, Tensor] = {}
+    handles = [
+        layer.register_forward_hook(lambda _, __, y, name=name: made.update({name: y}))
+        for name, layer in int8_linears(model).items()
+    ]
+    with torch.inference_mode():
+        model(**getattr(model, "example", BATCHES[0]))
+    for handle in handles:
+        handle.remove()
+    memory = [y.untyped_storage().data_ptr() for y in made.values()]
+    return [name for name, y in made.items() if memory.count(y.untyped_storage().data_ptr()) > 1]
+
+
+@pytest.mark.parametrize("approach", ["static", "dynamic"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_query_key_and_value_are_one_matmul(family: str, approach: Any) -> None:
+    model = quantized(tiny(family), Candidate(approach), BATCHES)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = logits(model, BATCHES)
+    fuse(model)
+    assert len(layers_that_share_a_matmul(model)) == 6  # three in each of two transformer layers
+    assert relative_error(logits(model, BATCHES), before) < 0.02
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+class Branches(nn.Module):
+    """Three layers that read the same tensor. How is for subclasses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        for name in ("q", "k", "v"):
+            setattr(self, name, int8_linear(nn.Linear(8, 8, bias=name != "k"), LinearScheme.static((-3.0, 3.0))))
+        self.example = self.dummy_inputs = {"x": torch.randn(5, 8)}
+
+    def forward(self, x: Tensor) -> Any:
+        return self.q(x), self.k(x), self.v(x)
+
+
+class OtherScale(Branches):
+    def __init__(self) -> None:
+        super().__init__()
+        self.v.input_scale *= 2
+
+
+class NeedsContiguousOutput(Branches):
+    def forward(self, x: Tensor) -> Any:
+        return self.q(x).view(-1), self.k(x).view(-1), self.v(x).view(-1)
+
+
+class ChangesTheInputBetween(Branches):
+    def forward(self, x: Tensor) -> Any:
+        x = x.clone()
+        q, k = self.q(x), self.k(x)
+        x *= 0.5
+        return q, k, self.v(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sharing"),
+    [
+        (Branches, ["q", "k", "v"]),
+        (OtherScale, ["q", "k"]),
+        (NeedsContiguousOutput, []),
+        (ChangesTheInputBetween, []),
+    ],
+)
+def test_layers_share_a_matmul_only_where_nothing_changes(kind: type[Branches], sharing: list[str]) -> None:
+    model = kind()
+    before = model(**model.example)
+    fuse(model)
+    assert layers_that_share_a_matmul(model) == sharing
+    assert all(torch.equal(x, y) for x, y in zip(model(**model.example), before, strict=True))
+
+
+def test_layer_that_shares_a_matmul_can_be_called_alone_and_from_many_threads() -> None:
+    model = Branches()
+    alone = Branches()
+    fuse(model)
+    inputs = [torch.randn(5, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(64)]
+    assert torch.equal(model.k(inputs[0]), alone.k(inputs[0]))
+    assert torch.equal(model.k(inputs[0]), alone.k(inputs[0]))  # twice: nobody else has taken the first answer
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(model, inputs))
+    for x, answers in zip(inputs, found, strict=True):
+        assert all(torch.equal(y, z) for y, z in zip(answers, alone(x), strict=True))

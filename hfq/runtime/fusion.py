@@ -1,18 +1,18 @@
-"""Work that int8 layers can do inside their matmul: the activation function that follows, and quantizing for the
-layer that reads the result.
+"""Work that int8 layers can share: a matmul with the activation function that follows it, with quantizing for the
+layer that reads the result, and with the layers that read the same input.
 
 Candidates are found by structure and by what one forward shows, and kept only if the model answers as it did
 before: no list of model names, nothing assumed about anybody's `forward`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from .modules import Int8Linear, PostOp
+from .modules import Int8Linear, PostOp, input_codes, share_matmul
 
 EQUAL = 1e-4  # largest relative difference of one layer: the fused erf and tanh are oneDNN's, the others torch's
 SAME_ANSWER = 0.02  # relative difference of each output once a code may round the other way
@@ -23,22 +23,49 @@ def fuse(model: nn.Module) -> None:
     for parent in list(model.modules()):
         _fuse_activation(parent)
     example = getattr(model, "dummy_inputs", None)
-    if example is not None:
-        _fuse_requantization(model, example)
-
-
-def _fuse_requantization(model: nn.Module, example: Mapping[str, Tensor]) -> None:
-    """Let a layer whose output only another static layer reads hand it int8 codes instead of floats."""
-    before = _answers(model, example)
-    if before is None:
+    before = None if example is None else _answers(model, example)
+    if example is None or before is None:
         return
+    for fusion in (_requantization, _shared_matmuls):
+        apply, undo = fusion(model, example)
+        apply()
+        after = _answers(model, example)
+        if after is None or not _same_answers(before, after):
+            undo()
+
+
+Change = tuple[Callable[[], None], Callable[[], None]]  # do it, and undo it
+
+
+def _requantization(model: nn.Module, example: Mapping[str, Tensor]) -> Change:
+    """Let a layer whose output only another static layer reads hand it int8 codes instead of floats."""
     pairs = _direct_pairs(model, example)
-    for producer, consumer in pairs:
-        producer.emit_codes_for(consumer)
-    after = _answers(model, example)
-    if after is None or not _same_answers(before, after):
-        for producer, _ in pairs:  # something else reads one of these tensors, and got codes
+
+    def apply() -> None:
+        for producer, consumer in pairs:
+            producer.emit_codes_for(consumer)
+
+    def undo() -> None:  # something else reads one of these tensors, and got codes
+        for producer, _ in pairs:
             producer.emit_codes_for(None)
+
+    return apply, undo
+
+
+def _shared_matmuls(model: nn.Module, example: Mapping[str, Tensor]) -> Change:
+    """Let layers that are given the very same tensor (query, key and value) multiply, and quantize it, together."""
+    groups = _common_readers(model, example)
+
+    def apply() -> None:
+        for group in groups:
+            share_matmul(group)
+
+    def undo() -> None:  # somebody needs the output contiguous
+        for group in groups:
+            for layer in group:
+                layer.unpack()
+
+    return apply, undo
 
 
 def _same_answers(before: list[Tensor], after: list[Tensor]) -> bool:
@@ -50,6 +77,34 @@ def _same_answers(before: list[Tensor], after: list[Tensor]) -> bool:
 
 def _direct_pairs(model: nn.Module, example: Mapping[str, Tensor]) -> list[tuple[Int8Linear, Int8Linear]]:
     """(producer, consumer) where the very tensor the one returned is what the other, and no other Linear, was given."""
+    made, read = _flow(model, example)
+    calls = [module for _, module in made]
+    pairs = []
+    for tensor, producer in made:
+        readers = [module for x, module in read if x is tensor]
+        if len(readers) != 1 or calls.count(producer) != 1 or not isinstance(readers[0], Int8Linear):
+            continue
+        if producer.activation == "static" and readers[0].activation == "static":
+            pairs.append((producer, readers[0]))
+    return pairs
+
+
+def _common_readers(model: nn.Module, example: Mapping[str, Tensor]) -> list[list[Int8Linear]]:
+    """Int8 layers that were given the very same tensor, and would quantize it to the same codes."""
+    made, read = _flow(model, example)
+    calls = [module for _, module in made]
+    groups: dict[tuple[object, ...], list[Int8Linear]] = {}
+    for x, module in read:
+        if isinstance(module, Int8Linear) and calls.count(module) == 1 and module.is_plain:
+            codes = input_codes(module) if module.activation == "static" else None
+            groups.setdefault((id(x), codes), []).append(module)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _flow(
+    model: nn.Module, example: Mapping[str, Tensor]
+) -> tuple[list[tuple[Tensor, Int8Linear]], list[tuple[Tensor, nn.Module]]]:
+    """What each int8 layer returned, and what it and each float Linear was given, in the order of one forward."""
     made: list[tuple[Tensor, Int8Linear]] = []
     read: list[tuple[Tensor, nn.Module]] = []
     handles = []
@@ -63,15 +118,7 @@ def _direct_pairs(model: nn.Module, example: Mapping[str, Tensor]) -> list[tuple
     finally:
         for handle in handles:
             handle.remove()
-    calls = [module for _, module in made]
-    pairs = []
-    for tensor, producer in made:
-        readers = [module for x, module in read if x is tensor]
-        if len(readers) != 1 or calls.count(producer) != 1 or not isinstance(readers[0], Int8Linear):
-            continue
-        if producer.activation == "static" and readers[0].activation == "static":
-            pairs.append((producer, readers[0]))
-    return pairs
+    return made, read
 
 
 def _answers(model: nn.Module, example: Mapping[str, Tensor]) -> list[Tensor] | None:

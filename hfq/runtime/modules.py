@@ -3,6 +3,8 @@
 A module's `state_dict` is its checkpoint entry, whatever layout the kernel keeps the weight in.
 """
 
+import threading
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -35,7 +37,7 @@ class Int8Linear(nn.Module):
         self.register_parameter("bias", _frozen(torch.empty(out_features)) if bias else None)
         self.post_op: PostOp | None = None
         self._reader: tuple[Int8Linear] | None = None  # in a tuple: it is another module's child, not ours
-        self._packed: _Packed | None = None
+        self._packed: _Packed | _Slice | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """float `[.., in]` to the same dtype, `[.., out]`. uint8 is taken as the codes of this layer's input scale."""
@@ -48,11 +50,17 @@ class Int8Linear(nn.Module):
         self._reader = None if consumer is None else (consumer,)
         self.unpack()  # the consumer's scale is read when this layer is packed
 
+    @property
+    def is_plain(self) -> bool:
+        """Floats in, floats out, and no activation function: nothing is fused with this layer."""
+        return self.post_op is None and self._reader is None
+
     def pack(self) -> "_Packed":
         """Hand the weight to the kernel and keep no second copy of it. The first forward does it if need be."""
-        self._packed = _Packed(self, select_kernel())
+        packed = _Packed([self], select_kernel())
+        self._packed = packed
         del self.weight
-        return self._packed
+        return packed
 
     def unpack(self) -> None:
         """Take the weight back as a plain `[out, in]` parameter."""
@@ -62,7 +70,7 @@ class Int8Linear(nn.Module):
             self.weight = _frozen(weight)
 
     def __getattr__(self, name: str) -> Any:
-        packed: _Packed | None = self.__dict__.get("_packed")
+        packed: _Packed | _Slice | None = self.__dict__.get("_packed")
         if name == "weight" and packed is not None:
             return _frozen(packed.unpack())  # for model code that looks at a weight's dtype or device
         return super().__getattr__(name)
@@ -98,20 +106,27 @@ class Int8Linear(nn.Module):
 
 
 class _Packed:
-    """One layer's weight in its kernel's layout, with the scales as the kernel wants them."""
+    """Weights in their kernel's layout, with the scales as the kernel wants them.
 
-    def __init__(self, module: Int8Linear, kernel: Kernel) -> None:
+    Of one layer, or of several that read the same input with the same scale: their rows, one after the other.
+    """
+
+    def __init__(self, modules: Sequence[Int8Linear], kernel: Kernel) -> None:
         keep_freed_memory()
+        first = modules[0]
         self.kernel = kernel
-        self.in_features = module.in_features
-        self.scale = module.weight_scale.detach().float().reshape(-1).clone()
-        self.bias = None if module.bias is None else module.bias.detach().float().clone()
-        self.weight = kernel.pack(module.weight.detach(), self.scale)
-        self.static = module.activation == "static"
-        self.dtype = module.weight_scale.dtype  # of answers to codes, which have no float dtype to keep
+        self.in_features = first.in_features
+        self.scale = torch.cat([module.weight_scale.detach().float().reshape(-1) for module in modules])
+        self.bias = None
+        if any(module.bias is not None for module in modules):
+            self.bias = torch.cat([_bias(module) for module in modules])
+        weight = torch.cat([module.weight.detach() for module in modules])
+        self.weight = kernel.pack(weight, self.scale)
+        self.static = first.activation == "static"
+        self.dtype = first.weight_scale.dtype  # of answers to codes, which have no float dtype to keep
         if self.static:
-            self.input_scale, self.zero_point = _input_codes(module)
-        self.output = _input_codes(module._reader[0]) if module._reader else None
+            self.input_scale, self.zero_point = input_codes(first)
+        self.output = input_codes(first._reader[0]) if first._reader else None
 
     def __call__(self, x: Tensor, post_op: PostOp | None) -> Tensor:
         if not self.static:
@@ -132,6 +147,51 @@ class _Packed:
 
     def unpack(self) -> Tensor:
         return self.kernel.unpack(self.weight, self.scale, self.in_features)
+
+
+class _Slice:
+    """One layer's columns of a matmul that it shares: the first layer to be given a tensor computes it for all."""
+
+    def __init__(self, shared: "_Shared", start: int, stop: int) -> None:
+        self.shared = shared
+        self.start, self.stop = start, stop
+
+    def __call__(self, x: Tensor, post_op: PostOp | None) -> Tensor:
+        return self.shared(x, self.start)[..., self.start : self.stop]
+
+    def unpack(self) -> Tensor:
+        return self.shared.packed.unpack()[self.start : self.stop].contiguous()
+
+
+class _Shared:
+    """The products of the last input, until each layer has taken its columns. A thread has its own."""
+
+    def __init__(self, packed: _Packed, layers: int) -> None:
+        self.packed = packed
+        self.layers = layers
+        self.last = threading.local()
+
+    def __call__(self, x: Tensor, layer: int) -> Tensor:
+        last = self.last
+        if getattr(last, "input", None) is not x or layer in last.served:
+            last.input, last.products, last.served = x, self.packed(x, None), set()
+        last.served.add(layer)
+        products = last.products
+        if len(last.served) == self.layers:
+            last.input = last.products = None  # keep no activations alive between forwards
+        return products
+
+
+def share_matmul(modules: Sequence[Int8Linear]) -> None:
+    """Multiply once for all `modules`, which are always given the same tensor and have equal input scales."""
+    for module in modules:
+        module.unpack()
+    shared = _Shared(_Packed(modules, select_kernel()), len(modules))
+    start = 0
+    for module in modules:
+        module._packed = _Slice(shared, start, start + module.out_features)
+        del module.weight
+        start += module.out_features
 
 
 class Int8Embedding(nn.Module):
@@ -178,7 +238,11 @@ def pack_all(model: nn.Module) -> None:
             module.pack()
 
 
-def _input_codes(module: Int8Linear) -> tuple[float, int]:
+def _bias(module: Int8Linear) -> Tensor:
+    return torch.zeros(module.out_features) if module.bias is None else module.bias.detach().float()
+
+
+def input_codes(module: Int8Linear) -> tuple[float, int]:
     """Scale and zero point of `module`'s input as uint8 codes: the int8 zero point on disk is shifted by 128."""
     return module.input_scale.item(), int(module.input_zero_point.item()) + 128
 
