@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .errors import HfqError
+from .quantization.inputs import model_inputs
 from .source import Checkpoint
 
 PASSES = 3
@@ -50,7 +51,7 @@ def timed_batches(batches: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor
     examples = sum(len(batch["labels"]) for batch in batches)
     step = max(1, -(-examples // TIMED_EXAMPLES))
     chosen = list(batches)[::-1][::step][::-1]  # counted from the end: the longest batch sets the memory peak
-    return [{name: tensor for name, tensor in batch.items() if name != "labels"} for batch in chosen]
+    return [model_inputs(batch) for batch in chosen]
 
 
 def measure(subjects: Sequence[Subject], batches: Sequence[dict[str, Tensor]], *, threads: int | None) -> list[Timing]:

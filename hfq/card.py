@@ -20,10 +20,11 @@ from jinja2.sandbox import SandboxedEnvironment
 from markupsafe import Markup
 
 from .errors import UsageError
-from .report import CheckpointInfo, Comparison, DatasetInfo, Report
+from .report import CheckpointInfo, Comparison, DatasetInfo, FitReport, Report
 from .resources import resource
 
 TEMPLATE = "model_cards/card.md.jinja"
+FIT_TEMPLATE = "model_cards/fit.md.jinja"
 TAGS = ["int8", "quantized", "compressed-tensors", "hfq", "cpu"]
 
 # `ModelCard.from_template` runs Jinja without sandbox or escaping: it only joins metadata and finished text.
@@ -41,6 +42,7 @@ _SPECIAL = re.compile(r"[\\`*\[\]{}<>&|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|:(
 _NOT_PLAIN_CODE = re.compile(r"[`|<>&\[\]{}\\*]")
 
 T = TypeVar("T")
+R = TypeVar("R", Report, FitReport)
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,22 @@ def render_card(report: Report, *, repo_id: str | None) -> str:
     return str(ModelCard.from_template(metadata, template_str=_FRAME, body=body))
 
 
-def model_name(report: Report) -> str:
+def render_fit_card(report: FitReport) -> str:
+    """The content of README.md for a model that was quantized as an object: what `report` says, and how to load it."""
+    report = _public(report)
+    body = (
+        _environment()
+        .from_string(resource(FIT_TEMPLATE).read_text(encoding="utf-8"))
+        .render(report=report, float_layers=_by_reason(report.layers.float_layers))
+    )
+    metadata = ModelCardData(tags=TAGS, base_model_relation="quantized")
+    return str(ModelCard.from_template(metadata, template_str=_FRAME, body=body))
+
+
+def model_name(report: Report | FitReport) -> str:
     """What to call the quantized model when nobody says: the base model's own name and `-int8`."""
-    name = re.sub(r"[^A-Za-z0-9._]+|\.{2,}", "-", PurePosixPath(report.checkpoint.id).name)
+    base = report.checkpoint.id if isinstance(report, Report) else report.model
+    name = re.sub(r"[^A-Za-z0-9._]+|\.{2,}", "-", PurePosixPath(base).name)
     return (name[:90].strip("-.") or "model") + "-int8"
 
 
@@ -197,9 +212,10 @@ def _verdict(comparison: Comparison) -> str:
     return "outside noise: a real difference"
 
 
-def _public(report: Report) -> Report:
+def _public(report: R) -> R:
     """The report with every string on one line and free of absolute paths and tokens."""
-    folders = [text for text in (report.checkpoint.id, report.dataset.id) if text.startswith("/")]
+    named: tuple[str, ...] = (report.checkpoint.id, report.dataset.id) if isinstance(report, Report) else ()
+    folders: list[str] = [text for text in named if text.startswith("/")]
 
     def clean(text: str) -> str:
         for folder in folders:  # named first: only we know where a path with spaces ends

@@ -294,13 +294,14 @@ def push_command(
     """Publish a quantized folder in one atomic commit. The same content twice makes no second commit."""
     from .card import model_name
     from .pipeline import renew_card
-    from .report import read_report
+    from .report import Report, read_report
     from .ui import Reporter
 
     report = read_report(folder)
     with _hub(local_hub) as hub_token:
         target = _target(to, model_name(report).removesuffix("-int8"), hub_token or token)
-        renew_card(folder, report, repo_id=target)
+        if isinstance(report, Report):
+            renew_card(folder, report, repo_id=target)
         _publish(folder, to=target, private=private, create_pr=create_pr, token=hub_token or token, ui=Reporter())
 
 

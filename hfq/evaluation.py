@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from .errors import HfqError, UsageError
+from .quantization.inputs import model_inputs
 
 Batch = dict[str, Tensor]
 
@@ -138,7 +139,7 @@ class _Validation(LightningModule):
     def validation_step(self, indexed_batch: tuple[int, Batch], _: int) -> None:
         position, batch = indexed_batch
         labels = batch["labels"]
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        inputs = model_inputs(batch)
         start = time.perf_counter()
         logits = self.model(**inputs).logits.float()
         self.duration.update(time.perf_counter() - start)

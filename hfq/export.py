@@ -15,9 +15,11 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from .errors import ExportError
 from .quantization.scheme import Plan
+from .runtime.swap import stored_type
 from .source import Checkpoint
 
 SHARD_SIZE = "5GB"
@@ -26,7 +28,9 @@ ACTIVATIONS: dict[str, dict[str, Any]] = {
     "static": {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "tensor", "dynamic": False},
     "dynamic": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
 }
+ORDER = ("static", "dynamic", "weight-only")
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja")
+FLOAT_LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, Conv1D)
 NOT_COPIED = ("config.json", "model.safetensors.index.json", "hfq.json")
 
 
@@ -38,10 +42,7 @@ def export(model: nn.Module, plan: Plan, checkpoint: Checkpoint, *, folder: Path
     """
     try:
         folder.mkdir(parents=True)
-        _write_weights(_tensors(model), folder)
-        config = {key: value for key, value in checkpoint.config.items() if key != "torch_dtype"}
-        config |= {"dtype": "float32", "quantization_config": quantization_config(model, plan)}
-        write_text(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        write_weights_and_config(model, plan, checkpoint.config, folder=folder)
         patterns = [*COPIED, "*.py"] if checkpoint.info.remote_code else COPIED
         for path in sorted({path for pattern in patterns for path in checkpoint.path.glob(pattern)}):
             if path.name not in NOT_COPIED:
@@ -52,32 +53,54 @@ def export(model: nn.Module, plan: Plan, checkpoint: Checkpoint, *, folder: Path
         ) from error
 
 
+def write_weights_and_config(model: nn.Module, plan: Plan, config: Mapping[str, Any], *, folder: Path) -> None:
+    """Weights and config.json, of a checkpoint whose float version has `config`.
+
+    Raises:
+        ExportError: the disk is full, or a file does not read back bit for bit.
+        OSError: the folder cannot be written.
+    """
+    _write_weights(_tensors(model), folder)
+    kept = {key: value for key, value in config.items() if key != "torch_dtype"}
+    kept |= {"dtype": "float32", "quantization_config": quantization_config(model, plan)}
+    write_text(folder / "config.json", json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
+
+
 def quantization_config(model: nn.Module, plan: Plan) -> dict[str, Any]:
-    """The `quantization_config` of config.json: one group a scheme, everything else under `ignore`."""
-    schemes = {name: scheme.approach for name, scheme in plan.linears.items()}
-    ignore = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)]
-    used = sorted(set(schemes.values()), reverse=True)
-    groups: dict[str, dict[str, Any]] = {}
-    for approach in used:
-        targets = ["Linear"] if len(used) == 1 else [name for name, kind in schemes.items() if kind == approach]
-        groups[f"group_{len(groups)}"] = {
-            "format": "int-quantized",
-            "targets": targets,
-            "weights": WEIGHTS,
-            "input_activations": ACTIVATIONS[approach],
-        }
-    if plan.embeddings:
-        groups[f"group_{len(groups)}"] = {
-            "format": "naive-quantized",
-            "targets": ["Embedding"],
-            "weights": WEIGHTS,
-        }
+    """The `quantization_config` of config.json: groups of layers with one scheme, everything else under `ignore`."""
+    groups = [_group(kind, scheme, names) for (kind, scheme), names in _by_scheme(model, plan).items()]
     return {
         "quant_method": "compressed-tensors",
         "format": "mixed-precision",
         "quantization_status": "compressed",
-        "config_groups": groups,
-        "ignore": ignore,
+        "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
+        "ignore": [name for name, module in model.named_modules() if isinstance(module, FLOAT_LAYERS)],
+    }
+
+
+def _by_scheme(model: nn.Module, plan: Plan) -> dict[tuple[str, str], list[str]]:
+    """Names of layers, or one type's name where all its layers run alike, by that type and by approach."""
+    found: dict[tuple[str, str], list[str]] = {}
+    kinds = {name: stored_type(model.get_submodule(name)) for name in [*plan.layers, *plan.embeddings]}
+    for name, kind in kinds.items():
+        approach = plan.layers[name].approach if name in plan.layers else "weight-only"
+        found.setdefault((kind, approach), []).append(name)
+    alone = [kind for kind, _ in found]
+    return {
+        (kind, approach): names if alone.count(kind) > 1 else [kind]
+        for (kind, approach), names in sorted(found.items(), key=lambda item: ORDER.index(item[0][1]))
+    }
+
+
+def _group(kind: str, approach: str, targets: list[str]) -> dict[str, Any]:
+    weights = WEIGHTS | {"strategy": "tensor"} if kind == "Conv1D" else WEIGHTS
+    if approach == "weight-only":
+        return {"format": "naive-quantized", "targets": targets, "weights": weights}
+    return {
+        "format": "int-quantized",
+        "targets": targets,
+        "weights": weights,
+        "input_activations": ACTIVATIONS[approach],
     }
 
 
@@ -94,7 +117,12 @@ def write_text(path: Path, text: str) -> None:
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """State by name, contiguous, each shared tensor once (transformers ties the others again when it loads)."""
     tied = set(getattr(model, "all_tied_weights_keys", {}))
-    return {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items() if name not in tied}
+    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items() if name not in tied}
+    memory = [tensor.untyped_storage().data_ptr() for tensor in tensors.values()]
+    return {
+        name: tensor.clone() if memory.count(tensor.untyped_storage().data_ptr()) > 1 else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def _write_weights(tensors: Mapping[str, Tensor], folder: Path) -> None:
@@ -104,7 +132,10 @@ def _write_weights(tensors: Mapping[str, Tensor], folder: Path) -> None:
     for filename, names in split.filename_to_tensors.items():
         path = folder / filename
         temporary = folder / f".{filename}.tmp"
-        save_file({name: tensors[name] for name in names}, temporary, metadata={"format": "pt"})
+        try:
+            save_file({name: tensors[name] for name in names}, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk is one
+            raise ExportError(f"{path} cannot be written: {error}. Free space or choose another --output.") from error
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())  # safetensors makes it private to its owner

@@ -4,15 +4,17 @@ Publishing is a step of its own (`hfq.hub`): what is pushed is a folder that is 
 """
 
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
+from torch import nn
 
 from . import __version__
 from .benchmark import Subject, measure, timed_batches
@@ -21,15 +23,18 @@ from .data import majority_accuracy
 from .errors import ExportError, GoalNotMetError, UsageError
 from .evaluation import Evaluation
 from .export import export, write_text
-from .measurement import hardware, measure_export
+from .measurement import compare_with_stock, hardware, measure_export
 from .quantization.convert import quantize_model
+from .quantization.inputs import model_inputs
+from .quantization.scheme import Plan
 from .recipe import Recipe
 from .report import REPORT_FILE, CriterionInfo, Layers, Report, now, package_versions
 from .session import Session, open_session
 from .source import pull
 from .tuning.acceptance import Goal
 from .tuning.log import TrialLog
-from .tuning.search import Outcome
+from .tuning.options import Limits, Options
+from .tuning.search import Outcome, Score
 from .tuning.tuner import Found, find
 from .ui import Reporter
 
@@ -71,7 +76,18 @@ def quantize(
         baseline = _baseline(session, ui)
         goal = Goal(baseline.score, recipe.tolerable_loss, recipe.criterion)
         log = TrialLog(work / TRIALS_FILE, depends_on=_dependencies(session), resume=resume)
-        found = find(session, goal, log=log, ui=ui)
+        info = session.data.info
+        ui.stage(f"Calibration on {len(session.data.calibration)} examples of {info.calibration_split!r}")
+        found = find(
+            session.model,
+            [model_inputs(batch) for batch in session.calibration],
+            partial(_evaluate, session, goal, work),
+            goal,
+            options=search_options(recipe),
+            log=log,
+            ui=ui,
+            metric=recipe.metric,
+        )
         if not found.outcome.met:
             _goal_missed(session, goal, found.outcome, log, ui)
         report = _write_checkpoint(
@@ -115,6 +131,29 @@ def evaluate_checkpoint(recipe: Recipe, *, recipes: Path, ui: Reporter, token: s
     }
 
 
+def search_options(recipe: Recipe) -> Options:
+    """What a recipe lets the search try."""
+    return Options(
+        approach=recipe.approach,
+        explore=recipe.explore,
+        limits=Limits(recipe.max_trials, recipe.timeout),
+        seed=recipe.seed,
+    )
+
+
+def _evaluate(session: Session, goal: Goal, work: Path, model: nn.Module, plan: Plan) -> Score:
+    """Accuracy of a trial and, if that meets the goal, whether stock transformers gives the same answers."""
+    found = session.evaluate(model, session.evaluation)
+    if not goal.met(found.score):
+        return Score(found.score, found.duration_s)
+    with tempfile.TemporaryDirectory(dir=work) as parent:
+        folder = Path(parent) / session.checkpoint.path.name
+        export(model, plan, session.checkpoint, folder=folder)
+        exported = pull(str(folder), trust_remote_code=session.recipe.trust_remote_code)
+        stock = compare_with_stock(session, model, exported)
+    return Score(found.score, found.duration_s, stock.agreement, stock.logit_difference)
+
+
 def _baseline(session: Session, ui: Reporter) -> Evaluation:
     ui.stage("Baseline")
     baseline = session.evaluate(session.model, session.evaluation)
@@ -131,6 +170,7 @@ def _baseline(session: Session, ui: Reporter) -> Evaluation:
 
 def _goal_missed(session: Session, goal: Goal, outcome: Outcome, log: TrialLog, ui: Reporter) -> None:
     recipe, best = session.recipe, outcome.trial
+    assert best is not None  # the search evaluated something
     message = (
         f"No trial met the goal: at most {goal.tolerable_loss:g} {goal.kind} loss from FP32 {recipe.metric} "
         f"{goal.baseline:.4f}{', within ' + outcome.stopped if outcome.stopped else ''}. Best of {len(log.trials)}: "
@@ -185,7 +225,8 @@ def _write_checkpoint(
     met = goal.met(measured.quantized.accuracy)
     if found.outcome.met and not met:  # what users load decides, not what tuning saw
         _goal_missed(session, goal, found.outcome, log, ui)
-    linears = found.plan.linears
+    schemes, trial = found.plan.layers, found.outcome.trial
+    assert trial is not None  # the search evaluated something
     report = Report(
         hfq_version=__version__,
         task=session.task,
@@ -202,16 +243,14 @@ def _write_checkpoint(
         quantized=measured.quantized,
         comparisons=measured.comparisons,
         layers=Layers(
-            static=[name for name, scheme in linears.items() if scheme.approach == "static"],
-            dynamic=[name for name, scheme in linears.items() if scheme.approach == "dynamic"],
+            static=[name for name, scheme in schemes.items() if scheme.approach == "static"],
+            dynamic=[name for name, scheme in schemes.items() if scheme.approach == "dynamic"],
             embeddings=list(found.plan.embeddings),
-            float_layers={
-                **found.space.layers.float_layers,
-                **dict.fromkeys(found.outcome.candidate.float_layers, "sensitive: kept in float to meet the goal"),
-            },
+            float_layers=found.float_layers,
+            weight_only=[name for name, scheme in schemes.items() if scheme.approach == "weight-only"],
         ),
         majority_accuracy=majority_accuracy(session.data.evaluation.labels),
-        logit_difference=found.outcome.trial.logit_difference,
+        logit_difference=trial.logit_difference,
         timed_examples=measured.timed_examples,
         batch_size=recipe.batch_size,
         seed=recipe.seed,
@@ -220,7 +259,7 @@ def _write_checkpoint(
         hardware=hardware(),
         versions=package_versions(),
         warnings=list(ui.warnings),
-        stock_agreement=found.outcome.trial.stock_agreement,
+        stock_agreement=trial.stock_agreement,
     )
     write_text(folder / REPORT_FILE, report.to_json())
     write_text(folder / "README.md", render_card(report, repo_id=recipe.to))
@@ -289,8 +328,6 @@ def _work_folder(output: Path) -> Iterator[Path]:
         resumable = isinstance(error, GoalNotMetError) or not isinstance(error, Exception)
         if not (resumable and (work / TRIALS_FILE).exists()):
             _remove(created)
-        if isinstance(error, SafetensorError):
-            raise ExportError(f"{output} cannot be written: {error}. Free space or choose another --output.") from error
         raise
     finally:
         lock.release()

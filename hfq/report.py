@@ -66,7 +66,8 @@ class Trial:
     `duration_s`: its forward passes there. `loss`: as the criterion counts it. `output_error`: squared error of
     the encoder's output on the calibration slice, relative to the float model's output. `stock_agreement`: share of
     examples on which int8 kernels and stock transformers, which dequantizes, give the same answer, and
-    `logit_difference` their mean absolute difference; None where the goal was missed anyway.
+    `logit_difference` their mean absolute difference; None where the goal was missed anyway. `memory_mb`: parameters
+    and buffers; `size_mb`: what of them is saved.
     """
 
     name: str
@@ -77,6 +78,8 @@ class Trial:
     loss: float | None = None
     stock_agreement: float | None = None
     logit_difference: float | None = None
+    memory_mb: float | None = None
+    size_mb: float | None = None
 
 
 @dataclass(frozen=True)
@@ -118,12 +121,16 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Layers:
-    """Layer names by how they run. `float_layers` maps a name to why it stays float."""
+    """Layer names by how they run. `float_layers` maps a name to why it stays float.
+
+    `weight_only`: int8 weights, float activations.
+    """
 
     static: list[str]
     dynamic: list[str]
     embeddings: list[str]
     float_layers: dict[str, str]
+    weight_only: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -185,8 +192,66 @@ class Report:
         )
 
 
-def read_report(folder: Path) -> Report:
-    """The report of an exported folder.
+@dataclass(frozen=True)
+class FitMeasurement:
+    """One model in memory. None: there was nothing to evaluate it with. `duration_s`: of that evaluation."""
+
+    accuracy: float | None
+    duration_s: float | None
+    memory_mb: float
+    size_mb: float
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """What `hfq.quantization.fit` did to a model it was given as an object.
+
+    `model`: its class. `tuned`: whether anything was evaluated; `met` is None where nothing was.
+    """
+
+    hfq_version: str
+    model: str
+    approach: str
+    chosen: str
+    tuned: bool
+    met: bool | None
+    criterion: CriterionInfo
+    trials: list[Trial]
+    baseline: FitMeasurement
+    quantized: FitMeasurement
+    layers: Layers
+    calibration_batches: int
+    seed: int
+    created: str
+    hardware: dict[str, Any]
+    versions: dict[str, str]
+    ranking: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "FitReport":
+        """Raises `ValueError`, `TypeError` or `KeyError` when `text` is not such a report."""
+        data = json.loads(text)
+        return cls(
+            **{
+                **data,
+                "criterion": CriterionInfo(**data["criterion"]),
+                "trials": [Trial(**row) for row in data["trials"]],
+                "baseline": FitMeasurement(**data["baseline"]),
+                "quantized": FitMeasurement(**data["quantized"]),
+                "layers": Layers(**data["layers"]),
+            }
+        )
+
+
+def read_report(folder: Path) -> Report | FitReport:
+    """The report of an exported folder: of a run from a checkpoint, or of `fit`.
 
     Raises:
         SourceError: there is none, or it is not one of hfq's.
@@ -197,7 +262,8 @@ def read_report(folder: Path) -> Report:
             f"{folder} has no {REPORT_FILE}: it was not written by hfq. Expected the output of `hfq quantize`."
         )
     try:
-        return Report.from_json(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        return Report.from_json(text) if "checkpoint" in json.loads(text) else FitReport.from_json(text)
     except (ValueError, TypeError, KeyError) as error:
         raise SourceError(
             f"{path} is not a report of this hfq version ({error}). Quantize again to renew it."

@@ -54,8 +54,8 @@ def token_batches(count: int, *, rows: int = 16, length: int = 12, vocabulary: i
 def make_space(model: nn.Module, batches: Sequence[Batch], *, smooth: bool = False) -> Space:
     """What tuning knows of `model` after calibration on `batches`. `smooth`: find SmoothQuant folds, which takes long."""
     layers = find_quantizable(model, batches[0])
-    folds = find_folds(model, batches[0], layers.linears) if smooth else []
-    return Space(model, layers, calibrate(model, layers.linears, batches), folds)
+    folds = find_folds(model, batches[0], layers.layers) if smooth else []
+    return Space(model, layers, calibrate(model, layers.layers, batches), folds)
 
 
 def quantized(model: nn.Module, candidate: Candidate, batches: Sequence[Batch]) -> nn.Module:

@@ -11,7 +11,7 @@ from models import int8_linears, logits, quantized, relative_error, tiny, token_
 from torch import Tensor, nn
 
 from hfq.quantization.convert import int8_linear
-from hfq.quantization.scheme import LinearScheme
+from hfq.quantization.scheme import LayerScheme
 from hfq.runtime.fusion import fuse
 from hfq.runtime.modules import Int8Linear
 from hfq.tuning.candidates import Candidate
@@ -162,7 +162,7 @@ class ReturnsItToo(Block):
 def int8_block(kind: type[Block]) -> Block:
     block = kind()
     for name in ("up", "down", "head"):
-        setattr(block, name, int8_linear(getattr(block, name), LinearScheme.static((-3.0, 3.0))))
+        setattr(block, name, int8_linear(getattr(block, name), LayerScheme.static((-3.0, 3.0))))
     return block.eval()
 
 
@@ -198,7 +198,7 @@ class Activated(nn.Module):
     def __init__(self, *, linear_first: bool) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.dense = int8_linear(nn.Linear(8, 8), LinearScheme.static((-3.0, 3.0)))
+        self.dense = int8_linear(nn.Linear(8, 8), LayerScheme.static((-3.0, 3.0)))
         self.act = nn.ReLU()
         self.linear_first = linear_first
 
@@ -251,7 +251,7 @@ class Branches(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         for name in ("q", "k", "v"):
-            setattr(self, name, int8_linear(nn.Linear(8, 8, bias=name != "k"), LinearScheme.static((-3.0, 3.0))))
+            setattr(self, name, int8_linear(nn.Linear(8, 8, bias=name != "k"), LayerScheme.static((-3.0, 3.0))))
         self.example = self.dummy_inputs = {"x": torch.randn(5, 8)}
 
     def forward(self, x: Tensor) -> Any:

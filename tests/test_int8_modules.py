@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from hfq.errors import UsageError
 from hfq.quantization.convert import int8_embedding, int8_linear
-from hfq.quantization.scheme import LinearScheme, quantize_rows
+from hfq.quantization.scheme import LayerScheme, quantize_rows
 from hfq.runtime.kernels import select_kernel
 from hfq.runtime.modules import Int8Embedding, Int8Linear, memory_mib, pack_all
 
-SCHEMES = {"static": LinearScheme.static((-2.0, 3.0)), "dynamic": LinearScheme("dynamic")}
+SCHEMES = {"static": LayerScheme.static((-2.0, 3.0)), "dynamic": LayerScheme("dynamic")}
 ODD = (7, 5)
 EVEN = (64, 48)
 

@@ -106,7 +106,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
     checkpoint = pull(str(work / "float"))
     space = make_space(float_model, BATCHES[:2], smooth=True)
     plans = {name: space.plan(candidate) for name, candidate in CANDIDATES.items()}
-    plans["float embeddings"] = Plan(plans["static"].linears, ())
+    plans["float embeddings"] = Plan(plans["static"].layers, ())
     for name, plan in plans.items():
         with pytest.MonkeyPatch.context() as patch:
             if name == "sharded":
@@ -184,7 +184,7 @@ def test_plan_decides_what_each_layer_is(exports: Exports, plan: str) -> None:
     model, wanted = exports.models[plan], exports.plans[plan]
     linears = int8_linears(model)
     assert {name: layer.activation for name, layer in linears.items()} == {
-        name: scheme.approach for name, scheme in wanted.linears.items()
+        name: scheme.approach for name, scheme in wanted.layers.items()
     }
     assert {name for name, m in model.named_modules() if isinstance(m, Int8Embedding)} == set(wanted.embeddings)
     assert (len(linears), len(wanted.embeddings)) == (

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from hfq.quantization.calibration import calibrate, encoder_output, sensitivity
 from hfq.quantization.convert import int8_linear
 from hfq.quantization.observers import OBSERVERS, InputStatistics, Range, affine
-from hfq.quantization.scheme import LinearScheme
+from hfq.quantization.scheme import LayerScheme
 from hfq.runtime.kernels import quantize_uint8
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
@@ -38,7 +38,7 @@ def normal(rows: int = 400_000, *, seed: int = 0) -> Tensor:
 
 def restored(x: Tensor, covered: Range) -> Tensor:
     """`x` through the int8 codes that cover a range, as the runtime computes them."""
-    scheme = LinearScheme.static(covered)
+    scheme = LayerScheme.static(covered)
     codes = quantize_uint8(x, scheme.input_scale, scheme.input_zero_point + 128)
     return (codes.float() - (scheme.input_zero_point + 128)) * scheme.input_scale
 
@@ -221,7 +221,7 @@ def test_layer_with_the_coarsest_scale_is_the_most_sensitive() -> None:
     names = [f"bert.encoder.layer.{i}.intermediate.dense" for i in range(2)]
     stats = calibrate(model, names, batches)
     exact, coarse = (
-        LinearScheme.static((factor * stats[name].low, factor * stats[name].high))
+        LayerScheme.static((factor * stats[name].low, factor * stats[name].high))
         for name, factor in zip(names, (1, 20), strict=True)
     )
     twins = {

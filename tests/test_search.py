@@ -12,9 +12,11 @@ import torch
 from hfq.errors import ExportError
 from hfq.report import Trial
 from hfq.tuning.acceptance import Goal, mcnemar_p, paired_interval
-from hfq.tuning.candidates import ALPHAS, Candidate
+from hfq.tuning.candidates import Candidate
 from hfq.tuning.log import TrialLog
-from hfq.tuning.search import FINALISTS, GAP_CLOSED, STABLE, Limits, Outcome, Score, rank, strategy, tune
+from hfq.tuning.options import ALPHAS, Limits, Options
+from hfq.tuning.search import Outcome, Score, rank, tune
+from hfq.tuning.strategies import FINALISTS, GAP_CLOSED, STABLE, Searchable, basic
 
 LAYERS = tuple(f"layer.{i}" for i in range(20))  # the most sensitive first
 MIN_MAX, MSE, ENTROPY = (Candidate("static", observer) for observer in ("min-max", "mse", "entropy"))
@@ -55,17 +57,19 @@ class Search:
         timeout: float = 0,
         agreement: Accuracy | None = None,
     ) -> Outcome:
+        options = Options(approach=approach, explore=explore, limits=Limits(max_trials, timeout))
+
         def evaluate(candidate: Candidate) -> Score:
             self.evaluated.append(candidate)
             return Score(accuracy(candidate), 1.5, agreement(candidate) if agreement else None)
 
         return tune(
-            strategy(errors, lambda _: LAYERS, output_error, approach=approach, explore=explore),
+            basic(Searchable(errors, lambda _: LAYERS, output_error, options)),
             evaluate,
             goal,
             output_error=output_error,
             log=self.log,
-            limits=Limits(max_trials, timeout),
+            options=options,
             tell=self.told.append,
         )
 
@@ -79,6 +83,10 @@ class Search:
 @pytest.fixture
 def search(tmp_path: Path) -> Search:
     return Search(make_log(tmp_path))
+
+
+def observed(approach: str) -> Options:
+    return Options(approach=approach, observers=["min-max", "mse"])
 
 
 def make_log(folder: Path, *, resume: bool = False, **depends_on: Any) -> TrialLog:
@@ -132,7 +140,7 @@ def test_mixed_makes_the_fewest_most_sensitive_layers_dynamic(search: Search) ->
 
 @pytest.mark.parametrize(("approach", "others"), [("static", "dynamic"), ("dynamic", "static")])
 def test_approach_that_was_not_asked_for_is_not_tried(search: Search, approach: str, others: str) -> None:
-    errors = rank(approach, ["min-max", "mse"], output_error, can_smooth=False)
+    errors = rank(observed(approach), output_error, can_smooth=False)
     search.run(lambda _: BAD, errors=errors, approach=approach)
     assert search.tiers == [approach, f"{approach} float"]
     assert others not in {candidate.approach for candidate in errors}
@@ -142,10 +150,10 @@ def test_ranking_tries_smoothing_on_the_best_observer_only() -> None:
     def error(candidate: Candidate) -> float:
         return {"min-max": 0.3, "mse": 0.1}[candidate.observer] + (candidate.alpha or 0) / 100
 
-    ranked = rank("static", ["min-max", "mse"], error, can_smooth=True)
+    ranked = rank(observed("static"), error, can_smooth=True)
     assert list(ranked.values()) == sorted(ranked.values())
     assert {(c.observer, c.alpha) for c in ranked if c.alpha} == {("mse", alpha) for alpha in ALPHAS}
-    assert not [c for c in rank("static", ["min-max", "mse"], error, can_smooth=False) if c.alpha]
+    assert not [c for c in rank(observed("static"), error, can_smooth=False) if c.alpha]
 
 
 @pytest.mark.parametrize("approach", ["static", "dynamic"])

@@ -20,7 +20,7 @@ PRE_NORM = "RobertaPreLayerNorm"
 
 
 def find(model: nn.Module, *, without: str = "") -> list[Fold]:
-    linears = find_quantizable(model, BATCHES[0]).linears
+    linears = find_quantizable(model, BATCHES[0]).layers
     return find_folds(model, BATCHES[0], tuple(name for name in linears if name != without))
 
 

@@ -6,33 +6,37 @@ Memory does not grow with the slice: two passes, one for the extremes, one for h
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from ..runtime.modules import Int8Linear
-from .layers import Batch
+from .inputs import Batch
+from .layers import CONVOLUTIONS, layer_input
 from .observers import BINS, InputStatistics
 
 MOMENTUM = 0.9  # of the moving averages
-Watch = Callable[[str, nn.Module, Tensor, Tensor], None]  # name, layer, real inputs [n, in] and outputs [n, out]
+# Name, layer, real inputs [n, in] and outputs [n, out]; a convolution's are left in the shape it has them.
+Watch = Callable[[str, nn.Module, Tensor, Tensor], None]
 Statistics = Mapping[str, InputStatistics]  # by layer name
 
 
 def calibrate(
     model: nn.Module,
-    linears: Sequence[str],
+    layers: Sequence[str],
     batches: Sequence[Batch],
     *,
     track: Callable[[Iterable[Batch]], Iterable[Batch]] = iter,
 ) -> Statistics:
-    """Observe the inputs of `linears` over `batches` (each a dict of tensors with an `attention_mask`).
+    """Observe the inputs of `layers` over `batches`. Where a batch has an `attention_mask`, padding is left out.
 
     `track` wraps the batches of each pass, for a progress bar.
     """
     ranges: dict[str, InputStatistics] = {}
 
-    def see_range(name: str, _: nn.Module, x: Tensor, __: Tensor) -> None:
+    def see_range(name: str, layer: nn.Module, x: Tensor, _: Tensor) -> None:
+        x = as_rows(layer, x)
         low, high = x.amin(0), x.amax(0)
         seen = ranges.get(name)
         if seen is None:
@@ -48,12 +52,12 @@ def calibrate(
         if stats.high > stats.low:
             stats.histogram += torch.histc(x, bins=BINS, min=stats.low, max=stats.high)
 
-    watch(model, linears, track(batches), see_range)
-    watch(model, linears, track(batches), see_histogram)
+    watch(model, layers, track(batches), see_range)
+    watch(model, layers, track(batches), see_histogram)
     return ranges
 
 
-def sensitivity(model: nn.Module, twins: Mapping[str, Int8Linear], batches: Sequence[Batch]) -> dict[str, float]:
+def sensitivity(model: nn.Module, twins: Mapping[str, nn.Module], batches: Sequence[Batch]) -> dict[str, float]:
     """Each layer's own int8 output error, squared and relative to its output, from one pass of the float model."""
     error: dict[str, float] = dict.fromkeys(twins, 0.0)
     power: dict[str, float] = dict.fromkeys(twins, 0.0)
@@ -79,14 +83,15 @@ class EncoderOutput:
 
 
 def encoder_output(model: nn.Module, batches: Iterable[Batch]) -> EncoderOutput:
-    """Run `batches` and keep the encoder's output; the logits, for a model without a `base_model`."""
+    """Run `batches` and keep the encoder's output; the answer itself, for a model without a `base_model`."""
     tokens: list[Tensor] = []
     first: list[Tensor] = []
     mask: Tensor | None = None
 
-    def keep(_: nn.Module, __: tuple[Tensor, ...], output: Sequence[Tensor]) -> None:
-        tokens.append(real_tokens(output[0], mask))
-        first.append((output[0][:, 0] if output[0].dim() == 3 else output[0]).float())
+    def keep(_: nn.Module, __: tuple[Tensor, ...], output: object) -> None:
+        y = next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+        tokens.append(real_tokens(y, mask))
+        first.append((y[:, 0] if y.dim() == 3 else y.reshape(-1, y.shape[-1])).float())
 
     encoder = getattr(model, "base_model", model)
     handle = encoder.register_forward_hook(keep)
@@ -113,12 +118,16 @@ def _hooks(model: nn.Module, layers: Sequence[str], see: Watch) -> Iterator[Call
     current: list[Tensor | None] = [None]
 
     def hook(name: str) -> Callable[..., None]:
-        def after_forward(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            see(name, module, real_tokens(args[0], current[0]), real_tokens(output, current[0]))
+        def after_forward(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            x = layer_input(args, kwargs)
+            if isinstance(layer, CONVOLUTIONS):
+                see(name, layer, x.float(), output.float())
+            else:
+                see(name, layer, real_tokens(x, current[0]), real_tokens(output, current[0]))
 
         return after_forward
 
-    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in layers]
+    handles = [model.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True) for name in layers]
     try:
         yield lambda mask: current.__setitem__(0, mask)
     finally:
@@ -128,6 +137,13 @@ def _hooks(model: nn.Module, layers: Sequence[str], see: Watch) -> Iterator[Call
 
 def _relative(value: Tensor, reference: Tensor) -> float:
     return ((value - reference).square().sum() / reference.square().sum().clamp(min=1e-30)).item()
+
+
+def as_rows(layer: nn.Module, x: Tensor) -> Tensor:
+    """A layer's input or output as `watch` shows it, to `[n, channels]`."""
+    if isinstance(layer, CONVOLUTIONS):
+        x = x.movedim(-1 - len(layer.kernel_size), -1)
+    return x.reshape(-1, x.shape[-1])
 
 
 def real_tokens(x: Tensor, mask: Tensor | None) -> Tensor:

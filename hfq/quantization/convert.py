@@ -1,41 +1,88 @@
 """Make the int8 model of a plan. Parameters that stay float are shared with the original, not copied."""
 
 from collections.abc import Sequence
+from typing import cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from ..runtime.conv import Int8Conv, Int8Conv1D
 from ..runtime.modules import Int8Embedding, Int8Linear
 from .graph import Fold, fold_into
-from .layers import embedding, linear, twin
-from .scheme import LinearScheme, Plan, quantize_rows
+from .layers import CONVOLUTIONS, embedding, linear, twin
+from .scheme import LayerScheme, Plan, Rows, quantize_rows
 
 
 def quantize_model(model: nn.Module, plan: Plan, folds: Sequence[Fold]) -> nn.Module:
     """A new module with the layers of `plan` in int8; `model` is left as it was."""
     quantized = twin(model)
     fold_into(quantized, folds, plan.smoothing)
-    for name, scheme in plan.linears.items():
-        quantized.set_submodule(name, int8_linear(linear(quantized, name), scheme))
+    for name, scheme in plan.layers.items():
+        layer = linear(quantized, name)
+        quantized.set_submodule(
+            name, int8_layer(layer, scheme, rows=plan.weights.get(name), bias_shift=plan.bias_shifts.get(name))
+        )
     for name in plan.embeddings:
         quantized.set_submodule(name, int8_embedding(embedding(quantized, name)))
     return quantized.eval()
 
 
-def int8_linear(layer: nn.Linear, scheme: LinearScheme) -> Int8Linear:
-    """The int8 twin of `layer`."""
-    int8 = Int8Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, activation=scheme.approach)
-    codes, scale = quantize_rows(layer.weight)
-    int8.weight.data, int8.weight_scale.data = codes, scale
-    if layer.bias is not None:
-        int8.bias.data = layer.bias.detach().float()
-    if scheme.approach == "static":
-        int8.input_scale.fill_(scheme.input_scale)
-        int8.input_zero_point.fill_(scheme.input_zero_point)
+def int8_layer(
+    layer: nn.Module, scheme: LayerScheme, *, rows: Rows | None = None, bias_shift: Tensor | None = None
+) -> nn.Module:
+    """The int8 twin of a Linear, Conv1D or convolution, with `rows` as its weight instead of the nearest codes."""
+    if isinstance(layer, CONVOLUTIONS):
+        return int8_conv(layer, scheme, rows=rows, bias_shift=bias_shift)
+    return int8_linear(layer, scheme, rows=rows, bias_shift=bias_shift)
+
+
+def int8_linear(
+    layer: nn.Module, scheme: LayerScheme, *, rows: Rows | None = None, bias_shift: Tensor | None = None
+) -> Int8Linear:
+    """The int8 twin of a Linear; of a Conv1D, whose weight is stored `[in, out]`, a module that stores it so too."""
+    if isinstance(layer, Conv1D):
+        features_in, features_out = layer.weight.shape
+        int8: Int8Linear = Int8Conv1D(features_in, features_out, activation=scheme.approach)
+        rows = rows or quantize_rows(layer.weight.t(), per_tensor=True)  # stock transformers reads no other layout
+        _fill(int8, layer, scheme, Rows(rows.codes.t().contiguous(), rows.scale[:1, 0].clone()), bias_shift)
+        return int8
+    if not isinstance(layer, nn.Linear):
+        raise TypeError(f"{type(layer).__name__} has no int8 twin.")
+    int8 = Int8Linear(
+        layer.in_features,
+        layer.out_features,
+        bias=layer.bias is not None or bias_shift is not None,
+        activation=scheme.approach,
+    )
+    _fill(int8, layer, scheme, rows or quantize_rows(layer.weight, per_tensor=scheme.per_tensor), bias_shift)
+    return int8
+
+
+def int8_conv(
+    layer: nn.Conv1d | nn.Conv2d, scheme: LayerScheme, *, rows: Rows | None = None, bias_shift: Tensor | None = None
+) -> Int8Conv:
+    """The int8 twin of a convolution."""
+    int8 = Int8Conv.like(layer, activation="static" if scheme.approach == "static" else "weight-only")
+    _fill(int8, layer, scheme, rows or quantize_rows(layer.weight, per_tensor=scheme.per_tensor), bias_shift)
     return int8
 
 
 def int8_embedding(layer: nn.Embedding) -> Int8Embedding:
-    """The int8 twin of `layer`."""
+    """The int8 twin of an Embedding."""
     int8 = Int8Embedding(layer.num_embeddings, layer.embedding_dim, padding_idx=layer.padding_idx)
     int8.weight.data, int8.weight_scale.data = quantize_rows(layer.weight)
     return int8
+
+
+def _fill(int8: nn.Module, layer: nn.Module, scheme: LayerScheme, rows: Rows, bias_shift: Tensor | None) -> None:
+    state = {"weight": rows.codes, "weight_scale": rows.scale}
+    bias = cast(Tensor | None, layer.bias)
+    shifts = [term.detach().float() for term in (bias, bias_shift) if term is not None]
+    if shifts:
+        state["bias"] = torch.stack(shifts).sum(0)
+    if scheme.approach == "static":
+        state["input_scale"] = torch.tensor([scheme.input_scale])
+        state["input_zero_point"] = torch.tensor([scheme.input_zero_point], dtype=torch.int8)
+    for name, value in state.items():
+        setattr(int8, name, nn.Parameter(value, requires_grad=False))

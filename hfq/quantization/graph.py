@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from .layers import Batch, linear, twin
+from .inputs import Batch
+from .layers import linear, twin
 
 aten = torch.ops.aten
 EXACT = 1e-4  # relative difference of the output that float32 rounding accounts for
@@ -28,6 +29,8 @@ _TRANSPARENT = {
     aten.expand.default,
     aten.alias.default,
     aten.detach.default,
+    aten.relu.default,  # a positive factor passes through it
+    aten.relu_.default,
 }
 
 

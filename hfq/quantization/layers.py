@@ -3,24 +3,29 @@
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedError
+from ..runtime.conv import why_not
+from .inputs import Batch
 
-Batch = Mapping[str, Tensor]
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+MATMULS = (nn.Linear, Conv1D)  # transformers' Conv1D is a Linear whose weight is stored transposed
 
 
 @dataclass(frozen=True)
 class Quantizable:
-    """Names in execution order, and the float layers by name with the reason they stay float.
+    """Names in execution order, and the layers that stay float, by name, with the reason.
 
-    `pooled`: Linear layers whose input is `[examples, features]`, without tokens.
+    `layers`: Linear, Conv1D and convolutions. `logits`: the one of them whose output is the answer. `pooled`: those
+    whose input is `[examples, features]`, without tokens.
     """
 
-    linears: tuple[str, ...]
+    layers: tuple[str, ...]
     embeddings: tuple[str, ...]
     float_layers: Mapping[str, str] = field(default_factory=dict)
     pooled: frozenset[str] = frozenset()
@@ -33,8 +38,14 @@ def twin(model: nn.Module) -> nn.Module:
 
 
 def linear(model: nn.Module, name: str) -> nn.Linear:
-    """The Linear of that name."""
+    """The layer of that name, which has a weight and perhaps a bias."""
     return cast(nn.Linear, model.get_submodule(name))
+
+
+def weight_rows(layer: nn.Module) -> Tensor:
+    """The weight with output channels first: `[out, in]`, of a convolution `[out, in / groups, *kernel]`."""
+    weight = cast(Tensor, layer.weight).detach().float()
+    return weight.t().contiguous() if isinstance(layer, Conv1D) else weight
 
 
 def embedding(model: nn.Module, name: str) -> nn.Embedding:
@@ -42,45 +53,78 @@ def embedding(model: nn.Module, name: str) -> nn.Embedding:
     return cast(nn.Embedding, model.get_submodule(name))
 
 
-def find_quantizable(model: nn.Module, batch: Batch) -> Quantizable:
-    """Run one batch and see which Linear and Embedding layers take part.
+def find_quantizable(
+    model: nn.Module,
+    batch: Batch | None,
+    *,
+    first: bool = True,
+    last: bool = False,
+    asked_for: Callable[[str, nn.Module], bool] | None = None,
+) -> Quantizable:
+    """Run one batch and see which layers with an int8 twin take part; without a batch, all are taken to.
 
-    The Linear that makes the logits stays float: it is tiny, and its rounding goes straight into the answer.
+    `first`, `last`: whether the first and the last layer with a matmul may be int8. The last makes the logits: it is
+    tiny, and its rounding goes straight into the answer; it is only left in where nothing else could be int8, or
+    where it is `asked_for`.
 
     Raises:
-        UnsupportedError: no Linear layer can run in int8.
+        UnsupportedError: no layer can run in int8.
     """
-    candidates = {name: module for name, module in model.named_modules() if type(module) in (nn.Linear, nn.Embedding)}
-    called: dict[str, int] = {}  # by name, dimensions of the input
+    kinds = (*MATMULS, *CONVOLUTIONS, nn.Embedding)
+    candidates = {name: module for name, module in model.named_modules() if type(module) in kinds}
+    called = dict.fromkeys(candidates, 0) if batch is None else _called(model, candidates, batch)
+    reasons = {
+        name: f"hfq has no int8 {type(module).__name__}"
+        for name, module in model.named_modules()
+        if name not in candidates and next(module.parameters(recurse=False), None) is not None
+    }
+    reasons |= {name: "not used by the forward pass" for name in candidates if name not in called}
+    reasons |= dict.fromkeys(_sharing(model, [*called]), "shares its weight")
+    for name in called:
+        reason = why_not(candidates[name]) if isinstance(candidates[name], CONVOLUTIONS) else None
+        if reason is not None:
+            reasons[name] = reason
+    embeddings = [n for n in called if isinstance(candidates[n], nn.Embedding) and n not in reasons]
+    ordered = [name for name in called if not isinstance(candidates[name], nn.Embedding)]
+    layers = [name for name in ordered if name not in reasons]
+    wanted = {name for name in layers if asked_for is not None and asked_for(name, candidates[name])}
+    if not first and layers[:1] == ordered[:1] and layers[0] not in wanted:
+        reasons[layers[0]] = "first layer"
+    if not last and len(layers) > 1 and layers[-1] == ordered[-1] and layers[-1] not in wanted:
+        reasons[layers[-1]] = "makes the logits"
+    layers = [name for name in layers if name not in reasons]
+    if not layers:
+        raise UnsupportedError(
+            f"{type(model).__name__} has no layer that can run in int8. hfq quantizes torch.nn.Linear, Embedding, "
+            "Conv1d and Conv2d, and transformers' Conv1D."
+        )
+    pooled = frozenset(name for name in layers if called[name] == 2)
+    return Quantizable(tuple(layers), tuple(embeddings), reasons, pooled)
+
+
+def _called(model: nn.Module, candidates: Mapping[str, nn.Module], batch: Batch) -> dict[str, int]:
+    """By name, in the order they were called, the dimensions of the input."""
+    called: dict[str, int] = {}
 
     def note(name: str) -> Callable[..., None]:
-        def before_forward(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            called.setdefault(name, args[0].dim())
+        def before_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            called.setdefault(name, layer_input(args, kwargs).dim())
 
         return before_forward
 
-    handles = [module.register_forward_pre_hook(note(name)) for name, module in candidates.items()]
+    handles = [module.register_forward_pre_hook(note(name), with_kwargs=True) for name, module in candidates.items()]
     try:
         with torch.inference_mode():
             model(**batch)
     finally:
         for handle in handles:
             handle.remove()
+    return called
 
-    reasons = {name: "not used by the forward pass" for name in candidates if name not in called}
-    linears = [name for name in called if isinstance(candidates[name], nn.Linear)]
-    if linears:
-        reasons[linears.pop()] = "makes the logits"
-    reasons |= {name: "shares its weight" for name in _sharing(model, [*called]) if name not in reasons}
-    linears = [name for name in linears if name not in reasons]
-    if not linears:
-        raise UnsupportedError(
-            f"{type(model).__name__} has no torch.nn.Linear layer that can run in int8. "
-            "hfq quantizes encoders built from torch.nn.Linear and torch.nn.Embedding."
-        )
-    embeddings = [n for n in called if isinstance(candidates[n], nn.Embedding) and n not in reasons]
-    pooled = frozenset(name for name in linears if called[name] == 2)
-    return Quantizable(tuple(linears), tuple(embeddings), reasons, pooled)
+
+def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """What a Linear, Embedding or convolution was called with, by position or by name."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def _sharing(model: nn.Module, names: Sequence[str]) -> list[str]:

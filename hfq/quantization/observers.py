@@ -95,7 +95,10 @@ def entropy(stats: InputStatistics) -> Range:
     if total == 0 or stats.high == stats.low:
         return stats.low, stats.high
     centers = stats.bin_centers()
-    p = stats.histogram.double() / total
+    counts = stats.histogram.double()
+    zero = int(centers.abs().argmin())  # always exact, and after ReLU most of the mass: it must not decide
+    counts[zero] = torch.cat([counts[max(zero - 1, 0) : zero], counts[zero + 1 : zero + 2]]).mean()
+    p = counts / counts.sum().clamp(min=1)
     best_divergence, best = float("inf"), (stats.low, stats.high)
     for ratio in torch.linspace(0.1, 1.0, 91).tolist():
         low, high = stats.low * ratio, stats.high * ratio
@@ -129,7 +132,10 @@ OBSERVERS: dict[str, Observer] = {
 }
 
 
-def affine(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Asymmetric int8 parameters: `x = (code - zero_point) * scale`, code in [-128, 127]; both float32."""
-    scale = ((high - low) / (CODES - 1)).clamp(min=torch.finfo(torch.float32).eps)
-    return scale, (-128 - low / scale).round().clamp(-128, 127)
+def affine(low: Tensor, high: Tensor, *, codes: int = CODES) -> tuple[Tensor, Tensor]:
+    """Asymmetric int8 parameters: `x = (code - zero_point) * scale`; both float32.
+
+    The range takes the middle `codes` of [-128, 127]: all of them by default.
+    """
+    scale = ((high - low) / (codes - 1)).clamp(min=torch.finfo(torch.float32).eps)
+    return scale, (-codes / 2 - low / scale).round().clamp(-128, 127)

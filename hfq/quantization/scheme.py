@@ -2,46 +2,73 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .observers import Range, affine
+from .observers import CODES, Range, affine
 
-Approach = Literal["static", "dynamic"]
+Approach = Literal["static", "dynamic", "weight-only"]
 
 
 @dataclass(frozen=True)
-class LinearScheme:
-    """Int8 weight per channel; activations with one scale (static) or one per token (dynamic)."""
+class LayerScheme:
+    """Int8 weights; activations with one scale (static), one a token (dynamic), or in float (weight-only).
+
+    `per_tensor`: one weight scale for the layer instead of one for each output channel.
+    """
 
     approach: Approach
     input_scale: float = 0.0
     input_zero_point: int = 0
+    per_tensor: bool = False
 
     @classmethod
-    def static(cls, covered: Range) -> "LinearScheme":
-        """The scheme whose int8 codes cover the range `covered`."""
+    def static(
+        cls, covered: Range, *, symmetric: bool = False, codes: int = CODES, per_tensor: bool = False
+    ) -> "LayerScheme":
+        """The scheme whose int8 codes cover the range `covered`.
+
+        `symmetric`: zero point 0. `codes`: how many of the 256 the range is spread over; with 128 the sums of a CPU
+        without VNNI cannot saturate.
+        """
         low, high = covered
-        scale, zero_point = affine(torch.tensor(low), torch.tensor(high))
-        return cls("static", scale.item(), int(zero_point.item()))
+        if symmetric:
+            high = max(-low, high)
+            low = -high
+        scale, zero_point = affine(torch.tensor(low), torch.tensor(high), codes=codes)
+        return cls("static", scale.item(), int(zero_point.item()), per_tensor)
+
+
+class Rows(NamedTuple):
+    """A layer's weight as it is stored: int8 codes `[out, ..]` and float32 scale `[out, 1]`."""
+
+    codes: Tensor
+    scale: Tensor
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole model's quantization. A Linear or Embedding that is not named stays float.
+    """A whole model's quantization. A layer that is not named stays float.
 
-    `smoothing`: for each SmoothQuant fold, by the name of the layer it is folded into, float32 `[channels]`.
+    `smoothing`: for each fold, by the name of the layer it is folded into, float32 `[channels]`. `weights`: of the
+    layers whose weights are not simply rounded. `bias_shifts`: what to add to a layer's bias, float32 `[out]`.
     """
 
-    linears: Mapping[str, LinearScheme]
+    layers: Mapping[str, LayerScheme]
     embeddings: tuple[str, ...]
     smoothing: Mapping[str, Tensor] = field(default_factory=dict)
+    weights: Mapping[str, Rows] = field(default_factory=dict)
+    bias_shifts: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric int8 by row: float `[rows, columns]` to int8 `[rows, columns]` and float32 scale `[rows, 1]`."""
+def quantize_rows(weight: Tensor, *, per_tensor: bool = False) -> Rows:
+    """Symmetric int8 by row of a float weight `[rows, ..]`; with `per_tensor` every row has the same scale."""
     weight = weight.detach().float()
-    scale = (weight.abs().amax(1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).eps)
-    return (weight / scale).round().clamp(-127, 127).to(torch.int8), scale
+    flat = weight.reshape(len(weight), -1)
+    largest = flat.abs().amax(1, keepdim=True)
+    if per_tensor:
+        largest = largest.amax().expand(len(weight), 1)
+    scale = (largest / 127).clamp(min=torch.finfo(torch.float32).eps).contiguous()
+    return Rows((flat / scale).round().clamp(-127, 127).to(torch.int8).view(weight.shape), scale)

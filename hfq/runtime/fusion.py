@@ -95,7 +95,7 @@ def _common_readers(model: nn.Module, example: Mapping[str, Tensor]) -> list[lis
     calls = [module for _, module in made]
     groups: dict[tuple[object, ...], list[Int8Linear]] = {}
     for x, module in read:
-        if isinstance(module, Int8Linear) and calls.count(module) == 1 and module.is_plain:
+        if type(module) is Int8Linear and calls.count(module) == 1 and module.is_plain:
             codes = input_codes(module) if module.activation == "static" else None
             groups.setdefault((id(x), codes), []).append(module)
     return [group for group in groups.values() if len(group) > 1]

@@ -1,12 +1,18 @@
-"""`hfq.load`: an int8 checkpoint with int8 kernels, the class chosen by its task."""
+"""`hfq.load`: an int8 checkpoint with int8 kernels, its class chosen by its task, or given as a float skeleton."""
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UnsupportedError
-from ..source import pull
+from torch import nn
+
+from ..errors import SourceError, UnsupportedError, UsageError
+from ..source import Checkpoint, pull
 from ..tasks import TASKS, find_task
-from .modules import Int8Linear
+from .conv import Int8Conv
+from .fusion import fuse
+from .modules import Int8Linear, leave_file, pack_all
+from .swap import is_int8, swap_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -15,30 +21,66 @@ if TYPE_CHECKING:
 def load(
     checkpoint: str | Path,
     *,
+    model: nn.Module | None = None,
     revision: str | None = None,
     task: str | None = None,
     token: str | None = None,
     trust_remote_code: bool = False,
     **kwargs: Any,
-) -> "PreTrainedModel":
+) -> "PreTrainedModel | nn.Module":
     """Load an int8 checkpoint, by Hub id or folder. Further arguments go to `from_pretrained`.
+
+    Args:
+        model: for a module that is not transformers': one of the class that was quantized, in float and with any
+            weights. It is copied, not changed.
 
     Example:
         >>> model = hfq.load("me/bert-mrpc-int8")
         >>> model(**tokenizer("a", "b", return_tensors="pt")).logits
+        >>> net = hfq.load("./saved_model", model=Net())
 
     Raises:
         SourceError: the checkpoint cannot be pulled or read.
         UnsupportedError: it is not an int8 checkpoint, so there is nothing to run in int8.
+        UsageError: it holds a module of the user's own, and `model` is missing.
     """
     import transformers
 
     found = pull(str(checkpoint), revision=revision, token=token, trust_remote_code=trust_remote_code)
+    if model is not None:
+        return _fill(model, found)
+    if "hfq_module" in found.config:
+        name = found.config["hfq_module"]
+        raise UsageError(f"{checkpoint} holds a {name}, which is not transformers'. Pass one: model={name}(…).")
     auto_class = getattr(transformers, TASKS[find_task(found.config, task)].auto_class)
-    model = auto_class.from_pretrained(found.path, trust_remote_code=trust_remote_code, **kwargs)
-    if not any(isinstance(module, Int8Linear) for module in model.modules()):
+    loaded = auto_class.from_pretrained(found.path, trust_remote_code=trust_remote_code, **kwargs)
+    if not any(isinstance(module, Int8Linear | Int8Conv) for module in loaded.modules()):
         raise UnsupportedError(
             f"{checkpoint} has no layer that runs in int8 here. Expected a checkpoint made by `hfq quantize`; "
             "load a float one with transformers."
         )
+    return loaded
+
+
+def _fill(skeleton: nn.Module, checkpoint: Checkpoint) -> nn.Module:
+    """A copy of `skeleton` with the int8 modules and the tensors of `checkpoint`."""
+    from compressed_tensors.quantization import QuantizationConfig
+    from safetensors.torch import load_file
+
+    settings = checkpoint.config.get("quantization_config")
+    config = QuantizationConfig.model_validate(settings) if settings else None
+    if config is None or not is_int8(config):
+        raise UnsupportedError(f"{checkpoint.path} is not an int8 checkpoint that hfq can run.")
+    model = copy.deepcopy(skeleton).eval().requires_grad_(False)
+    swap_modules(model, config)
+    state = {name: tensor for path in checkpoint.weights for name, tensor in load_file(path).items()}
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise SourceError(
+            f"{checkpoint.path} does not fit model, a {type(skeleton).__name__}: {' '.join(str(error).split())}"
+        ) from error
+    pack_all(model)
+    leave_file(model)
+    fuse(model)
     return model

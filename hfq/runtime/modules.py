@@ -3,20 +3,85 @@
 A module's `state_dict` is its checkpoint entry, whatever layout the kernel keeps the weight in.
 """
 
+import math
 import threading
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .kernels import Kernel, PostOp, keep_freed_memory, quantize_uint8, select_kernel
+from .kernels import Kernel, PortableKernel, PostOp, apply_post_op, keep_freed_memory, quantize_uint8, select_kernel
 
-Activation = Literal["static", "dynamic"]
+Activation = Literal["static", "dynamic", "weight-only"]
 
 
-class Int8Linear(nn.Module):
-    """`y = x W^T + b` with int8 weights (per output channel) and int8 activations.
+class PackedModule(nn.Module):
+    """A module that hands its int8 `weight` to a kernel and keeps no second copy of it.
+
+    State and attributes show the plain weight all the same.
+    """
+
+    weight_scale: nn.Parameter
+    weight_shape: tuple[int, ...]
+    _packed: "PackedWeight | None"
+
+    def make_packed(self) -> "PackedWeight":
+        """The weight in the layout of this CPU's kernel."""
+        raise NotImplementedError
+
+    def pack(self) -> Any:
+        """Hand the weight over. The first forward does it if need be."""
+        packed = self.make_packed()
+        self._packed = packed
+        del self.weight
+        return packed
+
+    def unpack(self) -> None:
+        """Take the weight back as a plain parameter."""
+        if self._packed is not None:
+            weight = self._packed.unpack()
+            self._packed = None
+            self.weight = frozen(weight)
+
+    def __getattr__(self, name: str) -> Any:
+        packed: PackedWeight | None = self.__dict__.get("_packed")
+        if name == "weight" and packed is not None:
+            return frozen(packed.unpack())  # for model code that looks at a weight's dtype or device
+        return super().__getattr__(name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles carry the plain weight: packed tensors are opaque and belong to this CPU."""
+        state = self.__dict__.copy()
+        if self._packed is not None:
+            state["_parameters"] = {**self._parameters, "weight": self.weight}
+            state["_packed"] = None
+        return state
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "PackedModule":
+        moved = fn(self.weight_scale)
+        if moved.device != self.weight_scale.device or moved.dtype != self.weight_scale.dtype:
+            self.unpack()  # what was packed was made from the tensors as they were
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self._packed is not None:
+            destination[f"{prefix}weight"] = self._packed.unpack()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.unpack()
+        super()._load_from_state_dict(*args)
+
+
+class PackedWeight(Protocol):
+    """What a kernel computes with. `unpack` gives the int8 weight back, bit for bit."""
+
+    def unpack(self) -> Tensor: ...
+
+
+class Int8Linear(PackedModule):
+    """`y = x W^T + b` with int8 weights (per output channel) and int8 activations, or float ones with "weight-only".
 
     State: `weight` int8 `[out, in]`, `weight_scale` float32 `[out, 1]`, `bias` float `[out]` or absent;
     with static activations also `input_scale` float32 `[1]` and `input_zero_point` int8 `[1]`.
@@ -29,15 +94,16 @@ class Int8Linear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.activation = activation
-        self.weight = _frozen(torch.empty(out_features, in_features, dtype=torch.int8))
-        self.weight_scale = _frozen(torch.empty(out_features, 1))
+        self.weight_shape = (out_features, in_features)
+        self.weight = frozen(torch.empty(self.weight_shape, dtype=torch.int8))
+        self.weight_scale = frozen(torch.empty(out_features, 1))
         if activation == "static":
-            self.input_scale = _frozen(torch.empty(1))
-            self.input_zero_point = _frozen(torch.empty(1, dtype=torch.int8))
-        self.register_parameter("bias", _frozen(torch.empty(out_features)) if bias else None)
+            self.input_scale = frozen(torch.empty(1))
+            self.input_zero_point = frozen(torch.empty(1, dtype=torch.int8))
+        self.register_parameter("bias", frozen(torch.empty(out_features)) if bias else None)
         self.post_op: PostOp | None = None
         self._reader: tuple[Int8Linear] | None = None  # in a tuple: it is another module's child, not ours
-        self._packed: _Packed | _Slice | None = None
+        self._packed: Any = None  # _Packed or _Slice
 
     def forward(self, x: Tensor) -> Tensor:
         """float `[.., in]` to the same dtype, `[.., out]`. uint8 is taken as the codes of this layer's input scale."""
@@ -55,48 +121,16 @@ class Int8Linear(nn.Module):
         """Floats in, floats out, and no activation function: nothing is fused with this layer."""
         return self.post_op is None and self._reader is None
 
-    def pack(self) -> "_Packed":
-        """Hand the weight to the kernel and keep no second copy of it. The first forward does it if need be."""
-        packed = _Packed([self], select_kernel())
-        self._packed = packed
-        del self.weight
-        return packed
+    def make_packed(self) -> "_Packed":
+        return _Packed([self], select_kernel())
 
-    def unpack(self) -> None:
-        """Take the weight back as a plain `[out, in]` parameter."""
-        if self._packed is not None:
-            weight = self._packed.unpack()
-            self._packed = None
-            self.weight = _frozen(weight)
+    def weight_rows(self) -> tuple[Tensor, Tensor]:
+        """int8 `[out, in]` and float32 `[out]`, as kernels take them."""
+        return self.weight.detach(), self.weight_scale.detach().float().reshape(-1)
 
-    def __getattr__(self, name: str) -> Any:
-        packed: _Packed | _Slice | None = self.__dict__.get("_packed")
-        if name == "weight" and packed is not None:
-            return _frozen(packed.unpack())  # for model code that looks at a weight's dtype or device
-        return super().__getattr__(name)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles carry the plain weight: packed tensors are opaque and belong to this CPU."""
-        state = self.__dict__.copy()
-        if self._packed is not None:
-            state["_parameters"] = {**self._parameters, "weight": self.weight}
-            state["_packed"] = None
-        return state
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "Int8Linear":
-        moved = fn(self.weight_scale)
-        if moved.device != self.weight_scale.device or moved.dtype != self.weight_scale.dtype:
-            self.unpack()  # what was packed was made from the tensors as they were
-        return super()._apply(fn, recurse)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        if self._packed is not None:
-            destination[f"{prefix}weight"] = self._packed.unpack()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self.unpack()
-        super()._load_from_state_dict(*args)
+    def as_stored(self, weight: Tensor) -> Tensor:
+        """The layout in which `weight` int8 `[out, in]` is kept in the state."""
+        return weight
 
     def extra_repr(self) -> str:
         return (
@@ -114,22 +148,27 @@ class _Packed:
     def __init__(self, modules: Sequence[Int8Linear], kernel: Kernel) -> None:
         keep_freed_memory()
         first = modules[0]
-        self.kernel = kernel
+        self.activation = first.activation
+        self.kernel: Kernel = PortableKernel() if self.activation == "weight-only" else kernel
         self.in_features = first.in_features
-        self.scale = torch.cat([module.weight_scale.detach().float().reshape(-1) for module in modules])
+        rows = [module.weight_rows() for module in modules]
+        self.scale = torch.cat([scale for _, scale in rows])
         self.bias = None
         if any(module.bias is not None for module in modules):
             self.bias = torch.cat([_bias(module) for module in modules])
-        weight = torch.cat([module.weight.detach() for module in modules])
-        self.weight = kernel.pack(weight, self.scale)
-        self.static = first.activation == "static"
+        self.weight = self.kernel.pack(torch.cat([codes for codes, _ in rows]), self.scale)
+        self.as_stored = first.as_stored
         self.dtype = first.weight_scale.dtype  # of answers to codes, which have no float dtype to keep
-        if self.static:
+        if self.activation == "static":
             self.input_scale, self.zero_point = input_codes(first)
         self.output = input_codes(first._reader[0]) if first._reader else None
 
     def __call__(self, x: Tensor, post_op: PostOp | None) -> Tensor:
-        if not self.static:
+        if self.activation == "weight-only":
+            weight = self.weight.to(x.dtype) * self.scale[:, None].to(x.dtype)
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return apply_post_op(nn.functional.linear(x, weight, bias), post_op)
+        if self.activation == "dynamic":
             return self.kernel.dynamic(x, self.weight, self.scale, self.bias, post_op=post_op).to(x.dtype)
         codes = x if x.dtype == torch.uint8 else quantize_uint8(x.float(), self.input_scale, self.zero_point)
         y = self.kernel.static(
@@ -146,7 +185,7 @@ class _Packed:
         return y if self.output else y.to(self.dtype if x.dtype == torch.uint8 else x.dtype)
 
     def unpack(self) -> Tensor:
-        return self.kernel.unpack(self.weight, self.scale, self.in_features)
+        return self.as_stored(self.kernel.unpack(self.weight, self.scale, self.in_features))
 
 
 class _Slice:
@@ -202,8 +241,8 @@ class Int8Embedding(nn.Module):
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
         self.padding_idx = padding_idx
-        self.weight = _frozen(torch.empty(num_embeddings, embedding_dim, dtype=torch.int8))
-        self.weight_scale = _frozen(torch.empty(num_embeddings, 1))
+        self.weight = frozen(torch.empty(num_embeddings, embedding_dim, dtype=torch.int8))
+        self.weight_scale = frozen(torch.empty(num_embeddings, 1))
 
     def forward(self, ids: Tensor) -> Tensor:
         """integer ids `[..]` to float `[.., dim]`, in the dtype of the scales."""
@@ -220,9 +259,14 @@ def memory_mib(model: nn.Module) -> float:
     for tensor in [*model.parameters(), *model.buffers()]:
         seen[id(tensor)] = tensor.numel() * tensor.element_size()
     packed = sum(
-        m.in_features * m.out_features for m in model.modules() if isinstance(m, Int8Linear) and m._packed is not None
+        math.prod(m.weight_shape) for m in model.modules() if isinstance(m, PackedModule) and m._packed is not None
     )
     return (sum(seen.values()) + packed) / 2**20
+
+
+def state_mib(model: nn.Module) -> float:
+    """What of a model is saved, MiB."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()) / 2**20
 
 
 def leave_file(model: nn.Module) -> None:
@@ -234,7 +278,7 @@ def leave_file(model: nn.Module) -> None:
 def pack_all(model: nn.Module) -> None:
     """Pack every int8 layer now, so that the first forward is as fast as the second."""
     for module in model.modules():
-        if isinstance(module, Int8Linear) and module._packed is None:
+        if isinstance(module, PackedModule) and module._packed is None:
             module.pack()
 
 
@@ -242,10 +286,10 @@ def _bias(module: Int8Linear) -> Tensor:
     return torch.zeros(module.out_features) if module.bias is None else module.bias.detach().float()
 
 
-def input_codes(module: Int8Linear) -> tuple[float, int]:
+def input_codes(module: PackedModule) -> tuple[float, int]:
     """Scale and zero point of `module`'s input as uint8 codes: the int8 zero point on disk is shifted by 128."""
     return module.input_scale.item(), int(module.input_zero_point.item()) + 128
 
 
-def _frozen(tensor: Tensor) -> nn.Parameter:
+def frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)

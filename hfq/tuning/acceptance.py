@@ -16,10 +16,11 @@ class Goal:
     baseline: float
     tolerable_loss: float
     kind: str = "relative"
+    higher_is_better: bool = True
 
     def loss(self, score: float) -> float:
         """How much worse than the baseline; negative when better."""
-        loss = self.baseline - score
+        loss = self.baseline - score if self.higher_is_better else score - self.baseline
         return loss / abs(self.baseline) if self.kind == "relative" and self.baseline else loss
 
     def met(self, score: float) -> bool:

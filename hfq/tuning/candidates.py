@@ -1,19 +1,26 @@
 """The space that is searched: how a candidate is named, and the quantization plan it stands for."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..quantization.calibration import Statistics
-from ..quantization.graph import Fold
-from ..quantization.layers import Quantizable
-from ..quantization.observers import OBSERVERS, InputStatistics, min_max
-from ..quantization.scheme import Approach, LinearScheme, Plan
+from ..quantization.convert import int8_layer
+from ..quantization.corrections import bias_corrections, correct_weights, input_means
+from ..quantization.equalization import best_factors
+from ..quantization.graph import Fold, fold_into
+from ..quantization.inputs import Batch
+from ..quantization.layers import CONVOLUTIONS, Quantizable, linear, twin, weight_rows
+from ..quantization.observers import CODES, OBSERVERS, InputStatistics, min_max
+from ..quantization.rounding import gptq_rows, second_moments
+from ..quantization.scheme import Approach, LayerScheme, Plan, Rows, quantize_rows
 from ..quantization.smoothquant import smoothed, smoothing_factors
+from .options import ALPHAS, Alpha, Options, Rule
 
-ALPHAS = (0.3, 0.5, 0.7)
+CHUNK = 8  # layers whose second moments are held at a time: 36 MiB each at 3072 inputs
+FEW_CODES = CODES // 2  # with `reduce_range`
 
 
 @dataclass(frozen=True)
@@ -21,13 +28,15 @@ class Candidate:
     """One way to quantize the whole model.
 
     `dynamic_layers` run with a scale per token in an otherwise static model; `float_layers` are kept in float.
+    `gptq`: weights are rounded to the least error of the layer's output instead of to the nearest code.
     """
 
     approach: Approach
     observer: str = "min-max"
-    alpha: float | None = None
+    alpha: Alpha | None = None
     dynamic_layers: tuple[str, ...] = ()
     float_layers: tuple[str, ...] = ()
+    gptq: bool = False
 
     @property
     def name(self) -> str:
@@ -35,7 +44,9 @@ class Candidate:
         if self.approach == "static":
             parts.append(self.observer)
         if self.alpha is not None:
-            parts.append(f"smoothquant-{self.alpha:g}")
+            parts.append(f"smoothquant-{self.alpha if isinstance(self.alpha, str) else f'{self.alpha:g}'}")
+        if self.gptq:
+            parts.append("gptq")
         if self.dynamic_layers:
             parts.append(f"{len(self.dynamic_layers)} layers dynamic")
         if self.float_layers:
@@ -46,37 +57,126 @@ class Candidate:
 class Space:
     """Turns candidates into plans, from what calibration saw. Observers run once for each layer."""
 
-    def __init__(self, model: nn.Module, layers: Quantizable, statistics: Statistics, folds: Sequence[Fold]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Quantizable,
+        statistics: Statistics,
+        folds: Sequence[Fold],
+        *,
+        batches: Sequence[Batch] = (),
+        options: Options | None = None,
+    ) -> None:
         self.model = model
         self.layers = layers
         self.statistics = statistics
         self.folds = tuple(folds)
+        self.batches = batches
+        self.options = options or Options()
+        self._rules: dict[str, Rule] = {
+            name: self.options.rule(name, model.get_submodule(name)) for name in [*layers.layers, *layers.embeddings]
+        }
         self._observed = lru_cache(maxsize=None)(self._observe)
+        self._factors = lru_cache(maxsize=None)(self._smoothing)
+        self._rounded = lru_cache(maxsize=None)(self._round)
 
     def plan(self, candidate: Candidate) -> Plan:
         """The plan of `candidate`."""
-        smoothing = {}
-        statistics: Mapping[str, InputStatistics] = {}
-        if candidate.alpha is not None:
-            smoothing = smoothing_factors(self.model, self.folds, self.statistics, alpha=candidate.alpha)
-            statistics = {
-                name: smoothed(self.statistics[name], smoothing[fold.producer])
-                for fold in self.folds
-                for name in fold.consumers
-            }
-        linears = {}
-        for name in self.layers.linears:
-            if name in candidate.float_layers:
-                continue
-            dynamic = candidate.approach == "dynamic" or name in candidate.dynamic_layers
-            # Without tokens there is no scale per token: stock transformers then takes one for the whole batch.
-            if dynamic and name not in self.layers.pooled:
-                linears[name] = LinearScheme("dynamic")
-            elif name in statistics:  # histograms do not survive smoothing, extremes do
-                linears[name] = LinearScheme.static(min_max(statistics[name]))
-            else:
-                linears[name] = self._observed(candidate.observer, name)
-        return Plan(linears, self.layers.embeddings, smoothing)
+        smoothing: Mapping[str, Tensor] = {} if candidate.alpha is None else self._factors(candidate.alpha)
+        statistics = {
+            name: smoothed(self.statistics[name], smoothing[fold.producer])
+            for fold in self.folds
+            for name in fold.consumers
+            if fold.producer in smoothing
+        }
+        schemes = {
+            name: scheme
+            for name in self.layers.layers
+            if (scheme := self._scheme(name, candidate, statistics.get(name))) is not None
+        }
+        embeddings = tuple(name for name in self.layers.embeddings if "int8" in self._rules[name].precisions)
+        return self._recovered(Plan(schemes, embeddings, smoothing), candidate)
 
-    def _observe(self, observer: str, name: str) -> LinearScheme:
-        return LinearScheme.static(OBSERVERS[observer](self.statistics[name]))
+    def must_stay_float(self) -> dict[str, str]:
+        """Layers that a rule keeps float, with the reason."""
+        return {
+            name: "kept in float by the configuration"
+            for name, rule in self._rules.items()
+            if "int8" not in rule.precisions
+        }
+
+    def _scheme(self, name: str, candidate: Candidate, smooth: InputStatistics | None) -> LayerScheme | None:
+        """None: the layer stays float."""
+        rule = self._rules[name]
+        if "int8" not in rule.precisions or (name in candidate.float_layers and "fp32" in rule.precisions):
+            return None
+        wanted: Approach = "dynamic" if name in candidate.dynamic_layers else candidate.approach
+        if wanted not in rule.approaches:
+            wanted = rule.approaches[0]
+        if wanted == "dynamic" and isinstance(self.model.get_submodule(name), CONVOLUTIONS):
+            wanted = "weight-only"  # there is no token to take a scale of
+        # Without tokens there is no scale per token: stock transformers then takes one for the whole batch.
+        if wanted == "dynamic" and name in self.layers.pooled and name in self.statistics:
+            wanted = "static"
+        if wanted != "static":
+            return LayerScheme(wanted, per_tensor=rule.per_tensor)
+        if smooth is not None:  # histograms do not survive smoothing, extremes do
+            return self._static(rule, min_max(smooth))
+        return self._observed(rule.observer or candidate.observer, name)
+
+    def _observe(self, observer: str, name: str) -> LayerScheme:
+        return self._static(self._rules[name], OBSERVERS[observer](self.statistics[name]))
+
+    def _static(self, rule: Rule, covered: tuple[float, float]) -> LayerScheme:
+        codes = FEW_CODES if self.options.reduce_range else CODES
+        return LayerScheme.static(covered, symmetric=rule.symmetric, codes=codes, per_tensor=rule.per_tensor)
+
+    def _smoothing(self, alpha: Alpha) -> Mapping[str, Tensor]:
+        if isinstance(alpha, str):
+            numbers = [a for a in ALPHAS if not isinstance(a, str)]
+            return best_factors(self.model, self.folds, self.statistics, self.batches, alphas=numbers)
+        return smoothing_factors(self.model, self.folds, self.statistics, alpha=alpha)
+
+    def _recovered(self, plan: Plan, candidate: Candidate) -> Plan:
+        """`plan` with what its weights and biases are corrected by."""
+        weights = (
+            {n: r for n, r in self._rounded(candidate.alpha).items() if n in plan.layers} if candidate.gptq else {}
+        )
+        shifts: dict[str, Tensor] = {}
+        if not (self.options.weight_correction or self.options.bias_correction):
+            return replace(plan, weights=weights)
+        folded = self._folded(candidate.alpha)
+        if self.options.weight_correction:
+            means = input_means(folded, list(plan.layers), self.batches)
+            for name, scheme in plan.layers.items():
+                weight = weight_rows(linear(folded, name))
+                rows = weights.get(name) or quantize_rows(weight, per_tensor=scheme.per_tensor)
+                weights[name], shifts[name] = correct_weights(weight, rows, means[name])
+        if self.options.bias_correction:
+            twins = {
+                name: int8_layer(linear(folded, name), scheme, rows=weights.get(name), bias_shift=shifts.get(name))
+                for name, scheme in plan.layers.items()
+            }
+            for name, shift in bias_corrections(folded, twins, self.batches).items():
+                shifts[name] = shifts[name] + shift if name in shifts else shift
+        return replace(plan, weights=weights, bias_shifts=shifts)
+
+    def _round(self, alpha: Alpha | None) -> Mapping[str, Rows]:
+        """Second-order rounding of every matmul's weight, a few layers at a time."""
+        folded = self._folded(alpha)
+        names = [name for name in self.layers.layers if not isinstance(folded.get_submodule(name), CONVOLUTIONS)]
+        rounded = {}
+        for start in range(0, len(names), CHUNK):
+            chunk = names[start : start + CHUNK]
+            for name, moments in second_moments(folded, chunk, self.batches).items():
+                weight = weight_rows(linear(folded, name))
+                nearest = quantize_rows(weight, per_tensor=self._rules[name].per_tensor)
+                rounded[name] = gptq_rows(weight, moments, nearest=nearest)
+        return rounded
+
+    def _folded(self, alpha: Alpha | None) -> nn.Module:
+        """The float model with its channels rescaled."""
+        folded = twin(self.model)
+        if alpha is not None:
+            fold_into(folded, self.folds, self._factors(alpha))
+        return folded

@@ -1,29 +1,28 @@
-"""Calibrate a session's model, rank the candidates, and run the trials."""
+"""Calibrate a model, rank the candidates, and run the trials. Where batches and scores come from is the caller's."""
 
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from torch import Tensor
+from torch import nn
 
-from ..export import export
-from ..measurement import compare_with_stock
 from ..quantization.calibration import calibrate, encoder_output, sensitivity
-from ..quantization.convert import int8_linear, quantize_model
+from ..quantization.convert import int8_layer, quantize_model
 from ..quantization.graph import find_folds
+from ..quantization.inputs import Batch, head
 from ..quantization.layers import find_quantizable, linear
-from ..quantization.observers import OBSERVERS
 from ..quantization.scheme import Plan
 from ..report import Trial
 from ..runtime.fusion import fuse
-from ..session import Session
-from ..source import pull
+from ..runtime.modules import memory_mib, state_mib
 from ..ui import Reporter
 from .acceptance import Goal
 from .candidates import Candidate, Space
 from .log import TrialLog
-from .search import Limits, Outcome, Score, rank, strategy, tune
+from .options import Options
+from .search import Outcome, Score, rank, tune
+from .strategies import STRATEGIES, Searchable
+
+TRACED = 2  # examples of the batch that the graph is traced with
 
 
 @dataclass(frozen=True)
@@ -34,88 +33,101 @@ class Found:
     outcome: Outcome
     plan: Plan
 
+    @property
+    def float_layers(self) -> dict[str, str]:
+        """Layers that are not in the plan, with the reason."""
+        reasons = {**self.space.layers.float_layers, **self.space.must_stay_float()}
+        kept = [name for name in self.space.layers.layers if name not in self.plan.layers and name not in reasons]
+        return reasons | dict.fromkeys(kept, "sensitive: kept in float to meet the goal")
 
-def find(session: Session, goal: Goal, *, log: TrialLog, ui: Reporter) -> Found:
-    """Search for a plan that meets `goal`. The float model is read, never changed."""
-    recipe, model = session.recipe, session.model
-    inputs = [_inputs(batch) for batch in session.calibration]
-    ui.stage(f"Calibration on {len(session.data.calibration)} examples of {session.data.info.calibration_split!r}")
-    space = _calibrate(session, inputs, ui)
-    output_error = _output_error(session, space, inputs, log=log)
-    ui.stage("Ranking by output error on the calibration slice")
-    errors = rank(recipe.approach, list(OBSERVERS), output_error, can_smooth=bool(space.folds))
-    for candidate, error in errors.items():
-        ui.note(f"{candidate.name:<40} {error:.2e}")
 
-    def sensitive(candidate: Candidate) -> list[str]:
-        linears = space.plan(replace(candidate, alpha=None)).linears  # the float model's inputs are not smoothed
-        twins = {name: int8_linear(linear(model, name), scheme) for name, scheme in linears.items()}
-        found = sensitivity(model, twins, inputs)
-        return sorted(found, key=found.__getitem__, reverse=True)
+def find(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    evaluate: Callable[[nn.Module, Plan], Score],
+    goal: Goal,
+    *,
+    options: Options,
+    log: TrialLog,
+    ui: Reporter,
+    metric: str,
+) -> Found:
+    """Search for a plan that meets `goal`. The float model is read, never changed.
+
+    `batches`: the calibration slice. `evaluate` is given an int8 model that runs, and the plan it was made from.
+    """
+    space = prepare(model, batches, options=options, ui=ui)
+    searchable = ranked(space, log=log, ui=ui)
 
     def run_trial(candidate: Candidate) -> Score:
         plan = space.plan(candidate)
         quantized = quantize_model(model, plan, space.folds)
         fuse(quantized)  # evaluate what will be loaded
-        found = session.evaluate(quantized, session.evaluation)
-        if not goal.met(found.score):
-            return Score(found.score, found.duration_s)
-        with tempfile.TemporaryDirectory(dir=log.path.parent) as parent:
-            folder = Path(parent) / session.checkpoint.path.name
-            export(quantized, plan, session.checkpoint, folder=folder)
-            stock = compare_with_stock(
-                session, quantized, pull(str(folder), trust_remote_code=recipe.trust_remote_code)
-            )
-        return Score(found.score, found.duration_s, stock.agreement, stock.logit_difference)
+        score = evaluate(quantized, plan)
+        return replace(score, memory_mb=memory_mib(quantized), size_mb=state_mib(quantized))
 
     def tell(trial: Trial) -> None:
         verdict = "meets the goal" if trial.accepted else "misses the goal"
         if trial.stock_agreement is not None:
             verdict += f", stock transformers agrees on {trial.stock_agreement:.2%}"
-        ui.note(f"{trial.name:<40} {recipe.metric} {trial.accuracy:.4f}, loss {trial.loss:+.4f}: {verdict}")
+        ui.note(f"{trial.name:<40} {metric} {trial.accuracy:.4f}, loss {trial.loss:+.4f}: {verdict}")
 
-    ui.stage(f"Trials: {recipe.criterion} loss of at most {recipe.tolerable_loss:g}")
+    ui.stage(f"Trials: {goal.kind} loss of at most {goal.tolerable_loss:g}")
     outcome = tune(
-        strategy(errors, sensitive, output_error, approach=recipe.approach, explore=recipe.explore),
+        STRATEGIES[options.strategy](searchable),
         run_trial,
         goal,
-        output_error=output_error,
+        output_error=searchable.output_error,
         log=log,
-        limits=Limits(recipe.max_trials, recipe.timeout),
+        options=options,
         tell=tell,
     )
     return Found(space, outcome, space.plan(outcome.candidate))
 
 
-def _calibrate(session: Session, inputs: list[dict[str, Tensor]], ui: Reporter) -> Space:
-    layers = find_quantizable(session.model, inputs[0])
-    example = {name: tensor[:2] for name, tensor in inputs[0].items()}
-    folds = find_folds(session.model, example, layers.linears)
-    statistics = calibrate(session.model, layers.linears, inputs, track=lambda b: ui.track(b, text="calibrating"))
+def prepare(model: nn.Module, batches: Sequence[Batch], *, options: Options, ui: Reporter) -> Space:
+    """Find what can be int8 and, where activations may need a scale, calibrate. Without batches: by structure alone."""
+    first = batches[0] if batches else None
+    layers = find_quantizable(
+        model, first, first=options.quantize_first, last=options.quantize_last, asked_for=options.wants_int8
+    )
+    folds = find_folds(model, head(first, TRACED), layers.layers) if first and options.alphas else []
+    statistics = calibrate(model, layers.layers, batches, track=lambda b: ui.track(b, text="calibrating"))
     ui.note(
-        f"{len(layers.linears)} linear and {len(layers.embeddings)} embedding layers can run in int8; "
+        f"{len(layers.layers)} matmuls and {len(layers.embeddings)} embeddings can run in int8; "
         f"{len(folds)} SmoothQuant folds"
     )
-    return Space(session.model, layers, statistics, folds)
+    return Space(model, layers, statistics, folds, batches=batches, options=options)
 
 
-def _output_error(
-    session: Session, space: Space, inputs: list[dict[str, Tensor]], *, log: TrialLog
-) -> Callable[[Candidate], float]:
+def ranked(space: Space, *, log: TrialLog, ui: Reporter) -> Searchable:
+    """The candidates by output error on the calibration slice."""
+    ui.stage("Ranking by output error on the calibration slice")
+    output_error = _output_error(space, log=log)
+    errors = rank(space.options, output_error, can_smooth=bool(space.folds))
+    for candidate, error in errors.items():
+        ui.note(f"{candidate.name:<40} {error:.2e}")
+
+    def sensitive(candidate: Candidate) -> list[str]:
+        plain = replace(candidate, alpha=None, gptq=False)  # the float model's inputs are not smoothed
+        twins = {n: int8_layer(linear(space.model, n), scheme) for n, scheme in space.plan(plain).layers.items()}
+        found = sensitivity(space.model, twins, space.batches)
+        return sorted(found, key=found.__getitem__, reverse=True)
+
+    return Searchable(errors, sensitive, output_error, space.options)
+
+
+def _output_error(space: Space, *, log: TrialLog) -> Callable[[Candidate], float]:
     """Squared error of the encoder's output on the calibration slice, relative to the float model's output.
 
     Not the logits: a fine-tuned classifier is saturated on its own training data, so they hide most of the error.
     """
-    reference = encoder_output(session.model, inputs)
+    reference = encoder_output(space.model, space.batches)
 
     def output_error(candidate: Candidate) -> float:
         if candidate.name not in log.ranking:
-            quantized = quantize_model(session.model, space.plan(candidate), space.folds)
-            log.rank(candidate.name, encoder_output(quantized, inputs).error(reference))
+            quantized = quantize_model(space.model, space.plan(candidate), space.folds)
+            log.rank(candidate.name, encoder_output(quantized, space.batches).error(reference))
         return log.ranking[candidate.name]
 
     return output_error
-
-
-def _inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in batch.items() if name != "labels"}

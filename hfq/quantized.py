@@ -1,0 +1,131 @@
+"""The int8 model that `fit` returns: what it was made from, and ways to keep it."""
+
+import copy
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .card import render_fit_card
+from .errors import ExportError
+from .export import write_text, write_weights_and_config
+from .quantization.scheme import Plan
+from .report import REPORT_FILE, FitReport, Trial
+
+_CLASSES: dict[type, type] = {}
+
+
+class Quantized:
+    """Beside what the float model's class does: `trials`, `report`, `save`, `save_pretrained`, `push_to_hub`."""
+
+    _hfq_plan: Plan
+    _hfq_report: FitReport
+
+    @property
+    def trials(self) -> list[Trial]:
+        """Every candidate that was evaluated, in order."""
+        return list(self._hfq_report.trials)
+
+    def report(self) -> FitReport:
+        """What was done, layer by layer, and what it cost."""
+        return self._hfq_report
+
+    def save(self, save_dir: str | Path) -> None:
+        """Write a folder that `hfq.load` opens and, if this is a transformers model, stock `from_pretrained`.
+
+        Raises:
+            ExportError: the folder holds something else, or cannot be written. Nothing is left half-written.
+        """
+        folder = Path(save_dir)
+        if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / REPORT_FILE).exists())):
+            raise ExportError(f"{folder} exists and was not written by hfq. Choose another folder, or remove it.")
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as work:
+                written, earlier = Path(work) / "new", Path(work) / "earlier"
+                written.mkdir()
+                self._write(written)
+                if folder.exists():
+                    folder.rename(earlier)
+                written.rename(folder)
+        except OSError as error:
+            raise ExportError(f"{folder} cannot be written: {error.strerror or error}.") from error
+
+    def save_pretrained(self, save_directory: str | Path, *, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """`save`, by the name transformers' users know. `kwargs`: of `push_to_hub`."""
+        self.save(save_directory)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        token: str | None = None,
+        private: bool = False,
+        create_pr: bool = False,
+        commit_message: str = "INT8 export by hfq",
+    ) -> str:
+        """Publish in one atomic commit; the same content again makes none. Returns the repository's address.
+
+        Raises:
+            HubError: the Hub or the repository's content does not allow it. Nothing was published.
+        """
+        from .hub import push_folder
+
+        with tempfile.TemporaryDirectory(prefix="hfq-") as work:
+            folder = Path(work) / "model"
+            self.save(folder)
+            pushed = push_folder(
+                folder,
+                repo_id=repo_id,
+                default_name=repo_id,
+                token=token,
+                private=private,
+                create_pr=create_pr,
+                message=commit_message,
+            )
+        return pushed.url
+
+    def _write(self, folder: Path) -> None:
+        assert isinstance(self, nn.Module)
+        write_weights_and_config(self, self._hfq_plan, _config(self), folder=folder)
+        generation = getattr(self, "generation_config", None)
+        if generation is not None and getattr(self, "can_generate", lambda: False)():
+            generation.save_pretrained(folder)
+        write_text(folder / REPORT_FILE, self._hfq_report.to_json())
+        write_text(folder / "README.md", render_fit_card(self._hfq_report))
+
+
+def quantized_like(model: nn.Module, quantized: nn.Module, *, plan: Plan, report: FitReport) -> Any:
+    """Make `quantized`, a module of the class of `model`, a `Quantized` of that class."""
+    quantized.__class__ = _class_of(type(model))
+    quantized._hfq_plan = plan  # type: ignore[assignment]
+    quantized._hfq_report = report  # type: ignore[assignment]
+    return quantized
+
+
+def _class_of(kind: type) -> type:
+    """A subclass of the same name: transformers writes it into config.json, and stock transformers looks it up."""
+    if kind not in _CLASSES:
+        members = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__reduce__": _reduce}
+        _CLASSES[kind] = type(kind.__name__, (Quantized, kind), members)
+    return _CLASSES[kind]
+
+
+def _reduce(self: nn.Module) -> Any:
+    """Pickle by the float class, which can be found by its name."""
+    return _restore, (type(self).__mro__[2],), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+
+
+def _restore(kind: type) -> Any:
+    return object.__new__(_class_of(kind))
+
+
+def _config(model: nn.Module) -> dict[str, Any]:
+    """A transformers model's config.json; of another module only the name of its class."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "to_dict") and hasattr(model, "base_model_prefix"):
+        return {**copy.deepcopy(config.to_dict()), "architectures": [type(model).__name__]}
+    return {"hfq_module": type(model).__qualname__}

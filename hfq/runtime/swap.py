@@ -1,0 +1,74 @@
+"""Put int8 modules where a checkpoint's `quantization_config` says so, before its tensors are loaded."""
+
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    QuantizationStrategy,
+)
+from compressed_tensors.utils.match import match_named_modules
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .conv import Int8Conv, Int8Conv1D
+from .modules import Activation, Int8Embedding, Int8Linear
+
+
+def swap_modules(model: nn.Module, config: QuantizationConfig) -> None:
+    """Replace, in place, each layer that `config` names by its int8 twin, whose tensors are still to be loaded."""
+    for scheme in config.config_groups.values():
+        for name, module in list(match_named_modules(model, scheme.targets, config.ignore)):
+            model.set_submodule(name, _int8_twin(module, scheme))
+
+
+def stored_type(module: nn.Module) -> str:
+    """The float type that an int8 module stands for on disk."""
+    if isinstance(module, Int8Conv):
+        return f"Conv{len(module.geometry.kernel_size)}d"
+    names = {Int8Conv1D: "Conv1D", Int8Linear: "Linear", Int8Embedding: "Embedding"}
+    return names[type(module)]
+
+
+def is_int8(config: QuantizationConfig) -> bool:
+    """Whether hfq's kernels can run every group of `config`."""
+    return all(_runs(scheme) for scheme in config.config_groups.values())
+
+
+def _int8_twin(module: nn.Module, scheme: QuantizationScheme) -> nn.Module:
+    activation: Activation = "weight-only"
+    if scheme.input_activations is not None:
+        activation = "dynamic" if scheme.input_activations.dynamic else "static"
+    if isinstance(module, nn.Embedding):
+        return Int8Embedding(module.num_embeddings, module.embedding_dim, padding_idx=module.padding_idx)
+    if isinstance(module, Conv1D):
+        return Int8Conv1D(*module.weight.shape, activation=activation)
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        return Int8Conv.like(module, activation=activation)
+    if not isinstance(module, nn.Linear):
+        raise TypeError(f"{type(module).__name__} has no int8 twin.")
+    return Int8Linear(module.in_features, module.out_features, bias=module.bias is not None, activation=activation)
+
+
+def _runs(scheme: QuantizationScheme) -> bool:
+    if not _is_int8_weight(scheme.weights, scheme.targets) or scheme.output_activations is not None:
+        return False
+    inputs = scheme.input_activations
+    if inputs is None:
+        return scheme.format == "naive-quantized"  # others pack the codes into int32
+    if inputs.num_bits != 8 or inputs.type != "int":
+        return False
+    if inputs.dynamic:
+        return bool(inputs.symmetric) and inputs.strategy == QuantizationStrategy.TOKEN
+    return not inputs.symmetric and inputs.strategy == QuantizationStrategy.TENSOR
+
+
+def _is_int8_weight(weights: QuantizationArgs | None, targets: list[str]) -> bool:
+    # Stock reads a Conv1D's transposed weight right only with one scale for all of it.
+    strategy = QuantizationStrategy.TENSOR if targets == ["Conv1D"] else QuantizationStrategy.CHANNEL
+    return (
+        weights is not None
+        and weights.num_bits == 8
+        and weights.type == "int"
+        and bool(weights.symmetric)
+        and weights.strategy == strategy
+    )

@@ -1,0 +1,91 @@
+"""What a search may try and how it goes about it: a recipe and a `PostTrainingQuantConfig` both become this."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import nn
+
+from ..quantization.observers import OBSERVERS
+from ..quantization.scheme import Approach
+
+ALPHAS: tuple["Alpha", ...] = (0.3, 0.5, 0.7)
+Alpha = float | Literal["auto"]
+Objective = Literal["performance", "modelsize", "footprint", "accuracy"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When to give up: evaluations, and seconds since tuning began (0: none)."""
+
+    max_trials: int = 600
+    timeout: float = 0.0
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a user fixes for the layers of one type, or with names that match `pattern`. None: the search decides.
+
+    `precisions`: "int8", "fp32" or both, of the layer. `approaches`: how its activations may be quantized.
+    """
+
+    pattern: str | None = None
+    type_name: str | None = None
+    precisions: tuple[str, ...] = ("int8", "fp32")
+    approaches: tuple[Approach, ...] = ("static", "dynamic", "weight-only")
+    observer: str | None = None
+    symmetric: bool = False
+    per_tensor: bool = False
+
+    def covers(self, name: str, layer: nn.Module) -> bool:
+        """Whether it is about this layer."""
+        if self.type_name is not None:
+            return type(layer).__name__ == self.type_name
+        return self.pattern is not None and re.fullmatch(self.pattern, name) is not None
+
+
+@dataclass(frozen=True)
+class Options:
+    """`observers` and `alphas` (SmoothQuant; none: not tried) are alternatives, all tried; the rest holds throughout.
+    `smooth_always`: static candidates without SmoothQuant are not considered where the graph has something to fold.
+
+    `objective`: weight of each cost by which trials that meet the goal are compared. With any but "performance"
+    alone, the strategy goes on after the first of them. `keep_float`: whether sensitive layers may stay float.
+    """
+
+    approach: str = "auto"
+    strategy: str = "basic"
+    observers: Sequence[str] = tuple(OBSERVERS)
+    alphas: Sequence[Alpha] = ALPHAS
+    smooth_always: bool = False
+    rules: Sequence[Rule] = ()
+    reduce_range: bool = False
+    bias_correction: bool = False
+    weight_correction: bool = False
+    gptq: bool = False
+    quantize_first: bool = True
+    quantize_last: bool = False
+    keep_float: bool = True
+    explore: bool = False
+    objective: Mapping[Objective, float] = field(default_factory=lambda: {"performance": 1.0})
+    limits: Limits = Limits()
+    seed: int = 42
+
+    def rule(self, name: str, layer: nn.Module) -> Rule:
+        """The last rule that covers the layer, as later lines of a configuration override earlier ones."""
+        return next((rule for rule in reversed(self.rules) if rule.covers(name, layer)), Rule())
+
+    def wants_int8(self, name: str, layer: nn.Module) -> bool:
+        """Whether a rule allows the layer nothing but int8."""
+        return self.rule(name, layer).precisions == ("int8",)
+
+    @property
+    def is_fastest(self) -> bool:
+        """Whether speed alone decides between trials that meet the goal."""
+        return set(self.objective) == {"performance"}
+
+    @property
+    def explores(self) -> bool:
+        """Whether to look further once a trial met the goal."""
+        return self.explore or not self.is_fastest

@@ -1,0 +1,201 @@
+"""Strategies: in which order candidates are evaluated, and when to stop. Each is a small function over one space.
+
+A strategy yields a candidate and is sent its trial. None touches a model: what it may ask for is in `Searchable`.
+"""
+
+import random
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+from ..errors import UsageError
+from ..report import Trial
+from .candidates import Candidate
+from .options import Options
+
+FINALISTS = 2  # fully static candidates that get an evaluation, best output error first
+GAP_CLOSED = (0.35, 0.8)  # of the output error between all static and all dynamic, by layers made dynamic
+STABLE = 0.99  # of the answers; a candidate below it meets the goal by luck of rounding, so the search goes on
+HOPELESS = 3.0  # a candidate with this many times the best output error is not worth one
+KEPT = (0.0, 0.125, 0.25, 0.5)  # shares of the layers that stay float, where a strategy does not bisect them
+Search = Generator[Candidate, Trial, None]
+
+
+@dataclass(frozen=True)
+class Searchable:
+    """What a strategy chooses from.
+
+    `errors`: output error of every candidate without kept layers, smallest first. `sensitive(candidate)`: layer names,
+    the one with the largest int8 error first. `output_error(candidate)`: of any candidate.
+    """
+
+    errors: Mapping[Candidate, float]
+    sensitive: Callable[[Candidate], Sequence[str]]
+    output_error: Callable[[Candidate], float]
+    options: Options
+
+    @property
+    def static(self) -> list[Candidate]:
+        return [candidate for candidate in self.errors if candidate.approach == "static"]
+
+    @property
+    def dynamic(self) -> Candidate | None:
+        return next((candidate for candidate in self.errors if candidate.approach == "dynamic"), None)
+
+    def goes_on(self, trial: Trial) -> bool:
+        """Whether to look further after this trial."""
+        return not passed(trial) or self.options.explores
+
+
+def passed(trial: Trial) -> bool:
+    """Whether it met the goal, with answers that survive another order of summation: another kernel gives them too."""
+    return trial.accepted and (trial.stock_agreement is None or trial.stock_agreement >= STABLE)
+
+
+def basic(space: Searchable) -> Search:
+    """From the fastest expected to the slowest. Ends after the tier in which one met the goal."""
+    errors, static, dynamic = space.errors, space.static, space.dynamic
+    if static:
+        best = static[0]
+        hopeful = [c for c in static if errors[c] <= HOPELESS * errors[best]][:FINALISTS]
+        for candidate in static if space.options.explores else hopeful:
+            if not space.goes_on((yield candidate)):
+                return
+        order = space.sensitive(best)
+        if dynamic and errors[dynamic] < errors[best]:
+            for candidate in _mixed(space, best, order, start=errors[best], end=errors[dynamic]):
+                if not space.goes_on((yield candidate)):
+                    return
+    if dynamic and not space.goes_on((yield dynamic)):
+        return
+    if not space.options.keep_float:
+        return
+    met = static and (yield from _bisect(order, lambda kept: replace(best, float_layers=kept)))
+    if dynamic and (not met or space.options.explores):
+        yield from _bisect(space.sensitive(dynamic), lambda kept: replace(dynamic, float_layers=kept))
+
+
+def mse(space: Searchable) -> Search:
+    """By output error alone, the smallest first, whatever runs faster; then with sensitive layers kept float."""
+    for candidate in space.errors:
+        if not space.goes_on((yield candidate)):
+            return
+    if space.options.keep_float:
+        best = next(iter(space.errors))
+        yield from _bisect(space.sensitive(best), lambda kept: replace(best, float_layers=kept))
+
+
+def conservative(space: Searchable) -> Search:
+    """From a model with half its layers in float to one with none, as long as the goal holds."""
+    best = (space.static or [*space.errors])[0]
+    order = space.sensitive(best)
+    for share in sorted(KEPT, reverse=True):
+        trial = yield replace(best, float_layers=tuple(order[: round(share * len(order))]))
+        if not passed(trial):
+            return
+
+
+def exhaustive(space: Searchable) -> Search:
+    """Every combination, in order, until one meets the goal."""
+    for candidate in _grid(space):
+        if not space.goes_on((yield candidate)):
+            return
+
+
+def random_order(space: Searchable) -> Search:
+    """Every combination, in an order drawn from the seed, until one meets the goal."""
+    candidates = list(_grid(space))
+    random.Random(space.options.seed).shuffle(candidates)  # noqa: S311 (an order, not a secret)
+    for candidate in candidates:
+        if not space.goes_on((yield candidate)):
+            return
+
+
+def bayesian(space: Searchable) -> Search:
+    """Combinations that a Gaussian process over past trials expects most of (Optuna's `GPSampler`)."""
+    yield from _optuna(space, "GPSampler")
+
+
+def tpe(space: Searchable) -> Search:
+    """Combinations that a tree of Parzen estimators expects most of (Bergstra et al. 2011; Optuna's `TPESampler`)."""
+    yield from _optuna(space, "TPESampler")
+
+
+STRATEGIES: dict[str, Callable[[Searchable], Search]] = {
+    "basic": basic,
+    "mse": mse,
+    "bayesian": bayesian,
+    "tpe": tpe,
+    "random": random_order,
+    "exhaustive": exhaustive,
+    "conservative": conservative,
+}
+
+
+def _grid(space: Searchable) -> Iterator[Candidate]:
+    """Every candidate, with every share of its sensitive layers in float."""
+    shares = KEPT if space.options.keep_float else KEPT[:1]
+    for share, candidate in product(shares, space.errors):
+        order = space.sensitive(candidate) if share else ()
+        yield replace(candidate, float_layers=tuple(order[: round(share * len(order))]))
+
+
+def _optuna(space: Searchable, sampler: str) -> Search:
+    try:
+        import optuna
+    except ImportError as error:
+        raise UsageError(
+            "The strategies bayesian and tpe need Optuna, which is not installed: pip install 'hfq[optuna]'."
+        ) from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        direction="maximize", sampler=getattr(optuna.samplers, sampler)(seed=space.options.seed)
+    )
+    choices = {candidate.name: candidate for candidate in space.errors}
+    shares = KEPT if space.options.keep_float else KEPT[:1]
+    seen: dict[Candidate, float] = {}
+    for _ in range(2 * len(choices) * len(shares)):  # a sampler may propose what it has seen: that costs nothing
+        asked = study.ask()
+        candidate = choices[asked.suggest_categorical("candidate", list(choices))]
+        share = asked.suggest_categorical("kept", list(shares))
+        order = space.sensitive(candidate) if share else ()
+        candidate = replace(candidate, float_layers=tuple(order[: round(share * len(order))]))
+        if candidate not in seen:
+            trial = yield candidate
+            seen[candidate] = -(trial.loss or 0.0)
+            if not space.goes_on(trial):
+                return
+        study.tell(asked, seen[candidate])
+
+
+def _mixed(
+    space: Searchable, best: Candidate, order: Sequence[str], *, start: float, end: float
+) -> Iterator[Candidate]:
+    """Static models whose most sensitive layers run with a scale per token: as small a file, and little slower.
+
+    How many layers is bisected on the output error, not on evaluations: the fewest that close a given share of
+    the gap between all static (`start`) and all dynamic (`end`).
+    """
+    tried = set()
+    for share in GAP_CLOSED:
+        target = start - share * (start - end)
+        low, high = 0, len(order)
+        while high - low > 1:
+            middle = (low + high) // 2
+            enough = space.output_error(replace(best, dynamic_layers=tuple(order[:middle]))) <= target
+            low, high = (low, middle) if enough else (middle, high)
+        if high < len(order) and high not in tried:
+            tried.add(high)
+            yield replace(best, dynamic_layers=tuple(order[:high]))
+
+
+def _bisect(order: Sequence[str], keep: Callable[[tuple[str, ...]], Candidate]) -> Generator[Candidate, Trial, bool]:
+    """The fewest of the most sensitive layers that have to be kept, at most half of all. Returns whether any sufficed."""
+    low, high, met = 0, len(order) // 2 + 1, False
+    while high - low > 1:
+        middle = (low + high) // 2
+        if passed((yield keep(tuple(order[:middle])))):
+            high, met = middle, True
+        else:
+            low = middle
+    return met
