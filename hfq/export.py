@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .errors import ExportError
 from .quantization.scheme import Plan
+from .runtime.conv import Int8Conv1D
 from .runtime.swap import stored_type
 from .source import Checkpoint
 
@@ -68,8 +69,10 @@ def write_weights_and_config(model: nn.Module, plan: Plan, config: Mapping[str, 
 
 def quantization_config(model: nn.Module, plan: Plan) -> dict[str, Any]:
     """The `quantization_config` of config.json: groups of layers with one scheme, everything else under `ignore`."""
-    groups = [_group(kind, scheme, names) for (kind, scheme), names in _by_scheme(model, plan).items()]
-    return {
+    groups = [_group(approach, names) for (_, approach), names in _by_scheme(model, plan).items()]
+    # Stock transformers opens an int8 Conv1D only where it widens the whole model to float.
+    widened = {"dequantize": True} if any(isinstance(module, Int8Conv1D) for module in model.modules()) else {}
+    return widened | {
         "quant_method": "compressed-tensors",
         "format": "mixed-precision",
         "quantization_status": "compressed",
@@ -92,14 +95,13 @@ def _by_scheme(model: nn.Module, plan: Plan) -> dict[tuple[str, str], list[str]]
     }
 
 
-def _group(kind: str, approach: str, targets: list[str]) -> dict[str, Any]:
-    weights = WEIGHTS | {"strategy": "tensor"} if kind == "Conv1D" else WEIGHTS
+def _group(approach: str, targets: list[str]) -> dict[str, Any]:
     if approach == "weight-only":
-        return {"format": "naive-quantized", "targets": targets, "weights": weights}
+        return {"format": "naive-quantized", "targets": targets, "weights": WEIGHTS}
     return {
         "format": "int-quantized",
         "targets": targets,
-        "weights": weights,
+        "weights": WEIGHTS,
         "input_activations": ACTIVATIONS[approach],
     }
 

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..errors import UnsupportedError
 from ..runtime.conv import Int8Conv, Int8Conv1D
 from ..runtime.modules import Int8Embedding, Int8Linear
 from .graph import Fold, fold_into
-from .layers import CONVOLUTIONS, embedding, linear, twin
+from .layers import CONVOLUTIONS, embedding, linear, twin, why_not
 from .scheme import LayerScheme, Plan, Rows, quantize_rows
 
 
@@ -42,11 +43,10 @@ def int8_linear(
 ) -> Int8Linear:
     """The int8 twin of a Linear; of a Conv1D, whose weight is stored `[in, out]`, a module that stores it so too."""
     if isinstance(layer, Conv1D):
-        features_in, features_out = layer.weight.shape
-        int8: Int8Linear = Int8Conv1D(features_in, features_out, activation=scheme.approach)
-        rows = rows or quantize_rows(layer.weight.t(), per_tensor=True)  # stock transformers reads no other layout
-        _fill(int8, layer, scheme, Rows(rows.codes.t().contiguous(), rows.scale[:1, 0].clone()), bias_shift)
-        return int8
+        turned: Int8Linear = Int8Conv1D(layer.nx, layer.nf, bias=True, activation=scheme.approach)
+        rows = rows or quantize_rows(layer.weight.t(), per_tensor=scheme.per_tensor)
+        _fill(turned, layer, scheme, Rows(rows.codes.t().contiguous(), rows.scale.t().contiguous()), bias_shift)
+        return turned
     if not isinstance(layer, nn.Linear):
         raise TypeError(f"{type(layer).__name__} has no int8 twin.")
     int8 = Int8Linear(
@@ -62,9 +62,17 @@ def int8_linear(
 def int8_conv(
     layer: nn.Conv1d | nn.Conv2d, scheme: LayerScheme, *, rows: Rows | None = None, bias_shift: Tensor | None = None
 ) -> Int8Conv:
-    """The int8 twin of a convolution."""
+    """The int8 twin of a convolution. There is no token to take a scale of: with "dynamic" it is weight-only.
+
+    Raises:
+        UnsupportedError: there is none; `why_not` says why.
+    """
+    reason = why_not(layer)
+    if reason is not None:
+        raise UnsupportedError(f"This layer has no int8 twin: it {reason}. Leave it float.")
     int8 = Int8Conv.like(layer, activation="static" if scheme.approach == "static" else "weight-only")
-    _fill(int8, layer, scheme, rows or quantize_rows(layer.weight, per_tensor=scheme.per_tensor), bias_shift)
+    codes, scale = rows or quantize_rows(layer.weight, per_tensor=scheme.per_tensor)
+    _fill(int8, layer, scheme, Rows(codes.view(int8.weight_shape), scale.view_as(int8.weight_scale)), bias_shift)
     return int8
 
 

@@ -7,10 +7,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedError
-from ..runtime.conv import why_not
 from .inputs import Batch
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
@@ -40,6 +40,20 @@ def twin(model: nn.Module) -> nn.Module:
 def linear(model: nn.Module, name: str) -> nn.Linear:
     """The layer of that name, which has a weight and perhaps a bias."""
     return cast(nn.Linear, model.get_submodule(name))
+
+
+def why_not(layer: nn.Module) -> str | None:
+    """Why a convolution has no int8 twin, in words that follow its name; None if it has one."""
+    if type(layer) not in CONVOLUTIONS:
+        return f"is a {type(layer).__name__}, not a plain Conv1d or Conv2d"  # a subclass may compute something else
+    if layer.padding_mode != "zeros":
+        return f"pads with {layer.padding_mode!r}, not with zeros"
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        return "computes its weight at every call (weight_norm and its like)"
+    if not weight.is_floating_point():
+        return f"has {weight.dtype} weights, not real ones"
+    return None
 
 
 def weight_rows(layer: nn.Module) -> Tensor:
@@ -81,9 +95,11 @@ def find_quantizable(
     reasons |= {name: "not used by the forward pass" for name in candidates if name not in called}
     reasons |= dict.fromkeys(_sharing(model, [*called]), "shares its weight")
     for name in called:
-        reason = why_not(candidates[name]) if isinstance(candidates[name], CONVOLUTIONS) else None
-        if reason is not None:
-            reasons[name] = reason
+        if isinstance(candidates[name], CONVOLUTIONS):
+            # It would have to be written so that stock transformers drops the activation scales of all other layers.
+            reason = "stock transformers opens no int8 one" if isinstance(model, PreTrainedModel) else None
+            reason = reason or why_not(candidates[name])
+            reasons |= {} if reason is None else {name: reason}
     embeddings = [n for n in called if isinstance(candidates[n], nn.Embedding) and n not in reasons]
     ordered = [name for name in called if not isinstance(candidates[name], nn.Embedding)]
     layers = [name for name in ordered if name not in reasons]

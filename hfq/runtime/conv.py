@@ -1,8 +1,10 @@
-"""Int8 twins of `nn.Conv1d`, `nn.Conv2d` and of transformers' `Conv1D`, which is a Linear stored transposed."""
+"""Int8 twins of `nn.Conv1d` and `nn.Conv2d`, and of transformers' `Conv1D`, which is a Linear with its weight turned.
 
-import math
-from dataclasses import dataclass
-from typing import Any
+Not here: which layers have a twin, and how their scales are found (`hfq.quantization`).
+"""
+
+from functools import lru_cache
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,175 +13,233 @@ from torch.nn import functional as F
 from .kernels import quantize_uint8, select_kernel
 from .modules import Activation, Int8Linear, PackedModule, frozen, input_codes
 
-Convolution = nn.Conv1d | nn.Conv2d
-
-
-def why_not(layer: nn.Module) -> str | None:
-    """Why a convolution has no int8 twin; None if it has one."""
-    mode = getattr(layer, "padding_mode", "zeros")
-    return None if mode == "zeros" else f"pads with {mode!r}, int8 convolutions with zeros only"
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """How a convolution moves over its input, each by dimension of space."""
-
-    kernel_size: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: str | tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
-
-    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """In float."""
-        convolve = F.conv1d if len(self.kernel_size) == 1 else F.conv2d
-        return convolve(self.pad(x, 0), weight, bias, self.stride, 0, self.dilation, self.groups)
-
-    def pad(self, x: Tensor, value: int) -> Tensor:
-        """`x` with `value` around it."""
-        sides = [side for both in reversed(self._sides()) for side in both]
-        return F.pad(x, sides, value=value) if any(sides) else x
-
-    def _sides(self) -> list[tuple[int, int]]:
-        """Of each dimension, before and after."""
-        if self.padding == "valid":
-            return [(0, 0)] * len(self.kernel_size)
-        if self.padding == "same":  # what is odd goes behind, as torch has it
-            spans = [step * (size - 1) for step, size in zip(self.dilation, self.kernel_size, strict=True)]
-            return [(span // 2, span - span // 2) for span in spans]
-        return [(int(side), int(side)) for side in self.padding]
+ConvActivation = Literal["static", "weight-only"]
+Sizes = tuple[int, ...]
+Geometry = tuple[Sizes, Sizes, Sizes, int]  # stride, padding, dilation, groups
 
 
 class Int8Conv(PackedModule):
-    """`nn.Conv1d` or `nn.Conv2d` with int8 weights (per output channel) and int8 activations, or float ones.
+    """A convolution with int8 weights, over float inputs quantized with one scale (static) or left as they are.
 
-    State: `weight` int8 `[out, in / groups, *kernel]`, `weight_scale` float32 `[out, 1]`, `bias` float `[out]` or
-    absent; with static activations also `input_scale` float32 `[1]` and `input_zero_point` int8 `[1]`.
-    Inference only: no gradient flows through it.
+    State: `weight` int8 `[out, in / groups, *kernel]`, symmetric; `weight_scale` float32 `[out, 1, 1(, 1)]`; `bias`
+    float `[out]` or absent; with static activations also `input_scale` float32 `[1]` and `input_zero_point` int8 `[1]`.
+    `weight-only` computes in floats with the dequantized weight. Inference only: no gradient flows through it.
     """
 
+    input_scale: nn.Parameter
+    input_zero_point: nn.Parameter
+    bias: nn.Parameter | None
+
     def __init__(
-        self, in_channels: int, out_channels: int, geometry: Geometry, *, bias: bool, activation: Activation
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        kernel_size: Sizes,
+        stride: Sizes,
+        padding: Sizes | str,
+        dilation: Sizes,
+        groups: int,
+        bias: bool,
+        activation: ConvActivation,
     ) -> None:
         super().__init__()
-        self.in_channels, self.out_channels, self.geometry = in_channels, out_channels, geometry
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = kernel_size
+        self.groups = groups
+        even, self._extra = _even_padding(padding, kernel_size, dilation)
+        self._geometry: Geometry = (stride, even, dilation, groups)
         self.activation = activation
-        self.weight_shape = (out_channels, in_channels // geometry.groups, *geometry.kernel_size)
-        self.weight = frozen(torch.empty(self.weight_shape, dtype=torch.int8))
-        self.weight_scale = frozen(torch.empty(out_channels, 1))
+        self.weight_shape = (out_channels, in_channels // groups, *kernel_size)
+        self._parameters["weight"] = frozen(torch.empty(self.weight_shape, dtype=torch.int8))
+        self.weight_scale = frozen(torch.empty(out_channels, 1, *(1 for _ in kernel_size)))
         if activation == "static":
             self.input_scale = frozen(torch.empty(1))
             self.input_zero_point = frozen(torch.empty(1, dtype=torch.int8))
         self.register_parameter("bias", frozen(torch.empty(out_channels)) if bias else None)
-        self._packed: Any = None
+        self._packed: _PackedConv | None = None
 
     @classmethod
-    def like(cls, layer: Convolution, *, activation: Activation) -> "Int8Conv":
-        """One of the sizes of `layer`, its tensors yet to be filled. Dynamic activations stay float."""
-        geometry = Geometry(layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups)
+    def like(cls, layer: nn.Conv1d | nn.Conv2d, *, activation: ConvActivation) -> "Int8Conv":
+        """A twin of the shape of `layer`, its tensors yet to be filled."""
         return cls(
             layer.in_channels,
             layer.out_channels,
-            geometry,
+            kernel_size=layer.kernel_size,
+            stride=layer.stride,
+            padding=layer.padding,
+            dilation=layer.dilation,
+            groups=layer.groups,
             bias=layer.bias is not None,
-            activation="static" if activation == "static" else "weight-only",
+            activation=activation,
         )
+
+    @property
+    def weight(self) -> Tensor:
+        """The float weight that is computed with. Vision models ask it for its dtype, and cast their pixels to that."""
+        codes = self.codes
+        return codes * self.weight_scale.detach().to(codes.device)  # while a checkpoint loads, one may be on meta still
+
+    @property
+    def codes(self) -> Tensor:
+        """The int8 weight, as the state has it."""
+        if self._packed is not None:
+            return self._packed.unpack()
+        return cast(Tensor, self._parameters["weight"]).detach()
 
     def forward(self, x: Tensor) -> Tensor:
-        """float `[batch, in, *space]`, or without the batch, to the same dtype, `[batch, out, *space]`."""
-        packed = self._packed or self.pack()
-        with torch.no_grad():
-            return packed(x)
+        """float `[batch, in, *size]`, or `[in, *size]`, to the same dtype, `[batch, out, *size]`.
 
-    def make_packed(self) -> "_Unfolded | _Widened":
-        """Groups are small matmuls, which the int8 kernels lose; they and weight-only layers compute in float."""
-        return _Unfolded(self) if self.activation == "static" and self.geometry.groups == 1 else _Widened(self)
+        oneDNN answers with the channels last in memory, as `nn.Conv2d` does in that format: what flattens the answer
+        into tokens is faster so, and turning it back would take longer than the convolution.
+        """
+        if x.dim() == len(self.kernel_size) + 1:
+            return self(x[None])[0]
+        with torch.no_grad():
+            if any(self._extra):
+                x = F.pad(x, self._extra)
+            return self._static(x) if self.activation == "static" else self._weight_only(x)
+
+    def _weight_only(self, x: Tensor) -> Tensor:
+        return self._convolve(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    def _static(self, x: Tensor) -> Tensor:
+        packed = self._packed or self.pack()
+        input_scale, zero_point = input_codes(self)
+        codes = quantize_uint8(x.float(), input_scale, zero_point)
+        bias = None if self.bias is None else self.bias.float()
+        if packed is not None:
+            y = _qconv(
+                codes,
+                packed.weight,
+                self.weight_scale.float().reshape(-1),
+                bias,
+                input_scale=input_scale,
+                zero_point=zero_point,
+                geometry=self._geometry,
+            )
+            if y.numel():  # else the other path: here an empty answer's shape is wrong, and too small an input gets one
+                return y.to(x.dtype)
+        # Sums of codes are exact up to 2^24, which 518 of the largest products reach. Beyond it they are rounded as
+        # float32 sums are: a convolution in float32 is no closer. Padding adds zeros, which code the zero point here.
+        y = self._convolve(codes.float().sub_(zero_point), self.codes.float(), None)
+        y = y.mul_(self.weight_scale.float()[:, 0] * input_scale)
+        return (y if bias is None else y.add_(bias.view_as(self.weight_scale[:, 0]))).to(x.dtype)
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        convolve = F.conv1d if len(self.kernel_size) == 1 else F.conv2d
+        return convolve(x, weight, bias, *self._geometry)
+
+    def make_packed(self) -> "_PackedConv | None":
+        """None where the plain weight is what runs: with weight-only layers, and where oneDNN would not be exact."""
+        if self.activation != "static" or not runs_onednn():
+            return None
+        return _PackedConv(self.codes, zero_point=input_codes(self)[1], geometry=self._geometry)
 
     def extra_repr(self) -> str:
+        stride, padding, dilation, groups = self._geometry
         return (
-            f"{self.in_channels}, {self.out_channels}, {self.geometry}, bias={self.bias is not None}, "
-            f"activation={self.activation}"
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={stride}, "
+            f"padding={padding}, dilation={dilation}, groups={groups}, "
+            f"bias={self.bias is not None}, activation={self.activation}"
         )
 
 
-class _Unfolded:
-    """Every window of the input's codes as a row of one int8 matmul."""
+class _PackedConv:
+    """A weight in oneDNN's layout."""
 
-    def __init__(self, module: Int8Conv) -> None:
-        self.geometry = module.geometry
-        self.kernel = select_kernel()
-        self.shape = module.weight_shape
-        self.scale = module.weight_scale.detach().float().reshape(-1).clone()
-        self.bias = None if module.bias is None else module.bias.detach().float().clone()
-        self.input_scale, self.zero_point = input_codes(module)
-        self.weight = self.kernel.pack(module.weight.detach().flatten(1), self.scale)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        geometry, space = self.geometry, len(self.shape) - 2
-        codes = quantize_uint8(x.float().contiguous(), self.input_scale, self.zero_point)
-        windows = geometry.pad(codes, self.zero_point)
-        channel = x.dim() - space - 1
-        for i, size in enumerate(self.shape[2:]):
-            span = geometry.dilation[i] * (size - 1) + 1
-            windows = windows.unfold(channel + 1 + i, span, geometry.stride[i])[..., :: geometry.dilation[i]]
-        # [.., in, *space, *kernel] to [.., *space, in * kernel]
-        rows = windows.movedim(channel, channel + space).flatten(channel + space)
-        y = self.kernel.static(
-            rows.contiguous(),
-            self.weight,
-            self.scale,
-            self.bias,
-            input_scale=self.input_scale,
-            zero_point=self.zero_point,
-            post_op=None,
-            output=None,
-        )
-        y = y.view(*rows.shape[:-1], len(self.scale))  # oneDNN drops dimensions of an empty input
-        return y.movedim(-1, channel).contiguous().to(x.dtype)
+    def __init__(self, codes: Tensor, *, zero_point: int, geometry: Geometry) -> None:
+        self.shape = codes.shape
+        self.weight = _prepack(codes, zero_point=zero_point, geometry=geometry)
 
     def unpack(self) -> Tensor:
-        depth = math.prod(self.shape[1:])
-        return self.kernel.unpack(self.weight, self.scale, depth).view(self.shape)
-
-
-class _Widened:
-    """A float convolution with the weight widened at each call; with static activations, of their codes."""
-
-    def __init__(self, module: Int8Conv) -> None:
-        self.geometry = module.geometry
-        self.weight = module.weight.detach().clone()
-        self.scale = module.weight_scale.detach().float().view(-1, *[1] * (self.weight.dim() - 1))
-        self.bias = None if module.bias is None else module.bias.detach()
-        self.codes = input_codes(module) if module.activation == "static" else None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        weight = (self.weight * self.scale).to(x.dtype)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self.codes is not None:
-            scale, zero_point = self.codes
-            x = (quantize_uint8(x.float().contiguous(), scale, zero_point).to(x.dtype) - zero_point) * scale
-        return self.geometry.convolve(x, weight, bias)
-
-    def unpack(self) -> Tensor:
-        return self.weight
+        return self.weight.to_dense().reshape(self.shape)
 
 
 class Int8Conv1D(Int8Linear):
-    """transformers' `Conv1D`, `y = x W + b`, with int8 weights and activations.
+    """The int8 twin of GPT-2's `transformers.pytorch_utils.Conv1D`: `y = x W + b`.
 
-    State as an `Int8Linear`'s, but `weight` is `[in, out]` and `weight_scale` `[1]`: stock transformers takes the
-    scale of a row, which here would be an input's, so one scale for all is what it reads right.
+    State as `Int8Linear`'s, but `weight` int8 `[in, out]` and `weight_scale` float32 `[1, out]`: as transformers lays
+    the weight out, so that scale times weight is the float weight. The kernels get it turned, when it is packed.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, activation: Activation) -> None:
-        super().__init__(in_features, out_features, bias=True, activation=activation)
-        self.nf, self.nx = out_features, in_features
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, activation: Activation) -> None:
+        super().__init__(in_features, out_features, bias=bias, activation=activation)
         self.weight_shape = (in_features, out_features)
         self.weight = frozen(torch.empty(self.weight_shape, dtype=torch.int8))
-        self.weight_scale = frozen(torch.empty(1))
+        self.weight_scale = frozen(torch.empty(1, out_features))
+
+    @property
+    def is_plain(self) -> bool:
+        """Never: what is shared is stacked and taken apart as `Int8Linear` lays weights out."""
+        return False
 
     def weight_rows(self) -> tuple[Tensor, Tensor]:
-        return self.weight.detach().t().contiguous(), self.weight_scale.detach().float().expand(self.out_features)
+        return self.weight.detach().t().contiguous(), self.weight_scale.detach().float().reshape(-1)
 
     def as_stored(self, weight: Tensor) -> Tensor:
         return weight.t().contiguous()
+
+
+def runs_onednn() -> bool:
+    """Whether static convolutions run in oneDNN here: `select_kernel` chose it, and it convolves exactly too."""
+    return select_kernel().name == "onednn" and _qconv_is_exact()
+
+
+@lru_cache(maxsize=1)
+def _qconv_is_exact() -> bool:
+    """Try the largest sums, which saturate without VNNI, and the way back from a packed weight.
+
+    oneDNN has other code for one channel a group than for many, so both are tried.
+    """
+    for groups in (1, 32):
+        weight = torch.arange(32 * 32 // groups * 9).remainder_(256).sub_(128).to(torch.int8).view(32, -1, 3, 3)
+        weight[::2] = 127
+        codes = torch.full((1, 32, 5, 5), 255, dtype=torch.uint8)
+        geometry = ((1, 1), (1, 1), (1, 1), groups)
+        try:
+            packed = _prepack(weight, zero_point=0, geometry=geometry)
+            y = _qconv(codes, packed, torch.ones(32), None, input_scale=1.0, zero_point=0, geometry=geometry)
+        except (RuntimeError, AttributeError, NotImplementedError):
+            return False
+        exact = F.conv2d(codes.double(), weight.double(), padding=1, groups=groups)
+        if not torch.equal(y.double(), exact) or not torch.equal(packed.to_dense(), weight):
+            return False
+    return True
+
+
+def _prepack(weight: Tensor, *, zero_point: int, geometry: Geometry) -> Tensor:
+    scale = torch.ones(len(weight))  # the layout depends on there being scales, not on what they are
+    return torch.ops.onednn.qconv_prepack(weight, scale, 1.0, zero_point, *geometry, None)
+
+
+def _qconv(
+    codes: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    *,
+    input_scale: float,
+    zero_point: int,
+    geometry: Geometry,
+) -> Tensor:
+    weight_zero_points = torch.zeros(scale.numel(), dtype=torch.int32)
+    return torch.ops.onednn.qconv_pointwise(
+        codes, input_scale, zero_point, packed, scale, weight_zero_points, bias, *geometry,
+        1.0, 0, torch.float32, "none", [], "",
+    )  # fmt: skip
+
+
+def _even_padding(padding: Sizes | str, kernel_size: Sizes, dilation: Sizes) -> tuple[Sizes, list[int]]:
+    """Padding alike on both sides of each dimension, and what `F.pad` must add after them first.
+
+    `"same"` with an even kernel wants one more element at the end.
+    """
+    if padding == "valid":
+        padding = (0,) * len(kernel_size)
+    if not isinstance(padding, str):
+        return tuple(padding), [0, 0] * len(kernel_size)
+    totals = [step * (size - 1) for size, step in zip(kernel_size, dilation, strict=True)]
+    extra = [amount for total in reversed(totals) for amount in (0, total % 2)]
+    return tuple(total // 2 for total in totals), extra

@@ -26,15 +26,16 @@ class PackedModule(nn.Module):
     weight_shape: tuple[int, ...]
     _packed: "PackedWeight | None"
 
-    def make_packed(self) -> "PackedWeight":
-        """The weight in the layout of this CPU's kernel."""
+    def make_packed(self) -> "PackedWeight | None":
+        """The weight in the layout of this CPU's kernel; None where the plain weight is what runs."""
         raise NotImplementedError
 
     def pack(self) -> Any:
         """Hand the weight over. The first forward does it if need be."""
         packed = self.make_packed()
-        self._packed = packed
-        del self.weight
+        if packed is not None:
+            self._packed = packed
+            del self._parameters["weight"]
         return packed
 
     def unpack(self) -> None:
@@ -42,7 +43,7 @@ class PackedModule(nn.Module):
         if self._packed is not None:
             weight = self._packed.unpack()
             self._packed = None
-            self.weight = frozen(weight)
+            self._parameters["weight"] = frozen(weight)
 
     def __getattr__(self, name: str) -> Any:
         packed: PackedWeight | None = self.__dict__.get("_packed")
@@ -54,7 +55,7 @@ class PackedModule(nn.Module):
         """Copies and pickles carry the plain weight: packed tensors are opaque and belong to this CPU."""
         state = self.__dict__.copy()
         if self._packed is not None:
-            state["_parameters"] = {**self._parameters, "weight": self.weight}
+            state["_parameters"] = {**self._parameters, "weight": frozen(self._packed.unpack())}
             state["_packed"] = None
         return state
 

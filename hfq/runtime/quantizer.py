@@ -11,7 +11,7 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 
 from .fusion import fuse
 from .modules import leave_file, pack_all
-from .swap import is_int8, swap_modules
+from .swap import is_int8, must_be_widened, swap_modules
 
 
 class Int8HfQuantizer(CompressedTensorsHfQuantizer):
@@ -21,7 +21,7 @@ class Int8HfQuantizer(CompressedTensorsHfQuantizer):
         super().validate_environment(*args, **kwargs)
         self.runs_int8 = (
             _on_cpu(kwargs.get("device_map"))
-            and not self.quantization_config.dequantize
+            and (not self.quantization_config.dequantize or must_be_widened(self.compressor.quantization_config))
             and self.quantization_config.is_quantization_compressed
             and is_int8(self.compressor.quantization_config)
         )
@@ -41,6 +41,9 @@ class Int8HfQuantizer(CompressedTensorsHfQuantizer):
             pack_all(model)
             leave_file(model)
             fuse(model)
+            if self.quantization_config.dequantize:  # to_dict() leaves it out, and stock could not open the copy
+                settings = {**self.quantization_config.to_dict(), "dequantize": True}
+                model.config.quantization_config = settings
         return super()._process_model_after_weight_loading(model, **kwargs)
 
     def get_load_operations(self) -> dict:

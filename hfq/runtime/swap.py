@@ -24,9 +24,14 @@ def swap_modules(model: nn.Module, config: QuantizationConfig) -> None:
 def stored_type(module: nn.Module) -> str:
     """The float type that an int8 module stands for on disk."""
     if isinstance(module, Int8Conv):
-        return f"Conv{len(module.geometry.kernel_size)}d"
+        return f"Conv{len(module.kernel_size)}d"
     names = {Int8Conv1D: "Conv1D", Int8Linear: "Linear", Int8Embedding: "Embedding"}
     return names[type(module)]
+
+
+def must_be_widened(config: QuantizationConfig) -> bool:
+    """Whether stock transformers could open such a checkpoint only by widening it to float (`"dequantize": true`)."""
+    return any("Conv1D" in scheme.targets for scheme in config.config_groups.values())
 
 
 def is_int8(config: QuantizationConfig) -> bool:
@@ -41,16 +46,16 @@ def _int8_twin(module: nn.Module, scheme: QuantizationScheme) -> nn.Module:
     if isinstance(module, nn.Embedding):
         return Int8Embedding(module.num_embeddings, module.embedding_dim, padding_idx=module.padding_idx)
     if isinstance(module, Conv1D):
-        return Int8Conv1D(*module.weight.shape, activation=activation)
+        return Int8Conv1D(*module.weight.shape, bias=True, activation=activation)
     if isinstance(module, nn.Conv1d | nn.Conv2d):
-        return Int8Conv.like(module, activation=activation)
+        return Int8Conv.like(module, activation="static" if activation == "static" else "weight-only")
     if not isinstance(module, nn.Linear):
         raise TypeError(f"{type(module).__name__} has no int8 twin.")
     return Int8Linear(module.in_features, module.out_features, bias=module.bias is not None, activation=activation)
 
 
 def _runs(scheme: QuantizationScheme) -> bool:
-    if not _is_int8_weight(scheme.weights, scheme.targets) or scheme.output_activations is not None:
+    if not _is_int8_weight(scheme.weights) or scheme.output_activations is not None:
         return False
     inputs = scheme.input_activations
     if inputs is None:
@@ -62,13 +67,11 @@ def _runs(scheme: QuantizationScheme) -> bool:
     return not inputs.symmetric and inputs.strategy == QuantizationStrategy.TENSOR
 
 
-def _is_int8_weight(weights: QuantizationArgs | None, targets: list[str]) -> bool:
-    # Stock reads a Conv1D's transposed weight right only with one scale for all of it.
-    strategy = QuantizationStrategy.TENSOR if targets == ["Conv1D"] else QuantizationStrategy.CHANNEL
+def _is_int8_weight(weights: QuantizationArgs | None) -> bool:
     return (
         weights is not None
         and weights.num_bits == 8
         and weights.type == "int"
         and bool(weights.symmetric)
-        and weights.strategy == strategy
+        and weights.strategy == QuantizationStrategy.CHANNEL
     )
