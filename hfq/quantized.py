@@ -2,16 +2,19 @@
 
 import copy
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from .card import render_fit_card
 from .errors import ExportError
 from .export import write_text, write_weights_and_config
 from .quantization.scheme import Plan
 from .report import REPORT_FILE, FitReport, Trial
+from .runtime.swap import transformers_part
 
 _CLASSES: dict[type, type] = {}
 
@@ -90,9 +93,11 @@ class Quantized:
 
     def _write(self, folder: Path) -> None:
         assert isinstance(self, nn.Module)
-        write_weights_and_config(self, self._hfq_plan, _config(self), folder=folder)
-        generation = getattr(self, "generation_config", None)
-        if generation is not None and getattr(self, "can_generate", lambda: False)():
+        name = transformers_part(self)
+        part = self if name is None else self.get_submodule(name)
+        write_weights_and_config(part, _within(self._hfq_plan, name), _config(part), folder=folder)
+        generation: Any = getattr(part, "generation_config", None)
+        if generation is not None and getattr(part, "can_generate", lambda: False)():
             generation.save_pretrained(folder)
         write_text(folder / REPORT_FILE, self._hfq_report.to_json())
         write_text(folder / "README.md", render_fit_card(self._hfq_report))
@@ -123,9 +128,17 @@ def _restore(kind: type) -> Any:
     return object.__new__(_class_of(kind))
 
 
+def _within(plan: Plan, part: str | None) -> Plan:
+    """The layers of `plan` by their names in `part`."""
+    if part is None:
+        return plan
+    layers = {name.removeprefix(f"{part}."): scheme for name, scheme in plan.layers.items()}
+    return replace(plan, layers=layers, embeddings=tuple(name.removeprefix(f"{part}.") for name in plan.embeddings))
+
+
 def _config(model: nn.Module) -> dict[str, Any]:
     """A transformers model's config.json; of another module only the name of its class."""
     config: Any = getattr(model, "config", None)
-    if hasattr(config, "to_dict") and hasattr(model, "base_model_prefix"):
+    if isinstance(model, PreTrainedModel):
         return {**copy.deepcopy(config.to_dict()), "architectures": [type(model).__name__]}
     return {"hfq_module": type(model).__qualname__}

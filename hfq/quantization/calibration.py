@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 
 from .inputs import Batch
 from .layers import CONVOLUTIONS, layer_input
@@ -83,7 +84,7 @@ class EncoderOutput:
 
 
 def encoder_output(model: nn.Module, batches: Iterable[Batch]) -> EncoderOutput:
-    """Run `batches` and keep the encoder's output; the answer itself, for a model without a `base_model`."""
+    """Run `batches` and keep the encoder's output; the answer itself, of a model that is or holds none of transformers'."""
     tokens: list[Tensor] = []
     first: list[Tensor] = []
     mask: Tensor | None = None
@@ -93,7 +94,7 @@ def encoder_output(model: nn.Module, batches: Iterable[Batch]) -> EncoderOutput:
         tokens.append(real_tokens(y, mask))
         first.append((y[:, 0] if y.dim() == 3 else y.reshape(-1, y.shape[-1])).float())
 
-    encoder = getattr(model, "base_model", model)
+    encoder = next((part.base_model for part in model.modules() if isinstance(part, PreTrainedModel)), model)
     handle = encoder.register_forward_hook(keep)
     try:
         with torch.inference_mode():

@@ -86,6 +86,7 @@ def find_quantizable(
     """
     kinds = (*MATMULS, *CONVOLUTIONS, nn.Embedding)
     candidates = {name: module for name, module in model.named_modules() if type(module) in kinds}
+    stock = any(isinstance(module, PreTrainedModel) for module in model.modules())
     called = dict.fromkeys(candidates, 0) if batch is None else _called(model, candidates, batch)
     reasons = {
         name: f"hfq has no int8 {type(module).__name__}"
@@ -97,8 +98,7 @@ def find_quantizable(
     for name in called:
         if isinstance(candidates[name], CONVOLUTIONS):
             # It would have to be written so that stock transformers drops the activation scales of all other layers.
-            reason = "stock transformers opens no int8 one" if isinstance(model, PreTrainedModel) else None
-            reason = reason or why_not(candidates[name])
+            reason = "stock transformers opens no int8 one" if stock else why_not(candidates[name])
             reasons |= {} if reason is None else {name: reason}
     embeddings = [n for n in called if isinstance(candidates[n], nn.Embedding) and n not in reasons]
     ordered = [name for name in called if not isinstance(candidates[name], nn.Embedding)]

@@ -12,7 +12,7 @@ from ..tasks import TASKS, find_task
 from .conv import Int8Conv
 from .fusion import fuse
 from .modules import Int8Linear, leave_file, pack_all
-from .swap import is_int8, swap_modules
+from .swap import is_int8, swap_modules, transformers_part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,8 +52,10 @@ def load(
     if "hfq_module" in found.config:
         name = found.config["hfq_module"]
         raise UsageError(f"{checkpoint} holds a {name}, which is not transformers'. Pass one: model={name}(…).")
-    auto_class = getattr(transformers, TASKS[find_task(found.config, task)].auto_class)
-    loaded = auto_class.from_pretrained(found.path, trust_remote_code=trust_remote_code, **kwargs)
+    architecture = getattr(transformers, (found.config.get("architectures") or [""])[0], None)
+    if task is not None or architecture is None:
+        architecture = getattr(transformers, TASKS[find_task(found.config, task)].auto_class)
+    loaded = architecture.from_pretrained(found.path, trust_remote_code=trust_remote_code, **kwargs)
     if not any(isinstance(module, Int8Linear | Int8Conv) for module in loaded.modules()):
         raise UnsupportedError(
             f"{checkpoint} has no layer that runs in int8 here. Expected a checkpoint made by `hfq quantize`; "
@@ -72,6 +74,10 @@ def _fill(skeleton: nn.Module, checkpoint: Checkpoint) -> nn.Module:
     if config is None or not is_int8(config):
         raise UnsupportedError(f"{checkpoint.path} is not an int8 checkpoint that hfq can run.")
     model = copy.deepcopy(skeleton).eval().requires_grad_(False)
+    part = transformers_part(model)
+    if part is not None and "hfq_module" not in checkpoint.config:
+        model.set_submodule(part, _fill(model.get_submodule(part), checkpoint))
+        return model
     swap_modules(model, config)
     state = {name: tensor for path in checkpoint.weights for name, tensor in load_file(path).items()}
     try:

@@ -8,6 +8,7 @@ from compressed_tensors.quantization import (
 )
 from compressed_tensors.utils.match import match_named_modules
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .conv import Int8Conv, Int8Conv1D
@@ -27,6 +28,19 @@ def stored_type(module: nn.Module) -> str:
         return f"Conv{len(module.kernel_size)}d"
     names = {Int8Conv1D: "Conv1D", Int8Linear: "Linear", Int8Embedding: "Embedding"}
     return names[type(module)]
+
+
+def transformers_part(model: nn.Module) -> str | None:
+    """The name of the one transformers model that `model`, a LightningModule say, is built around.
+
+    None if it is one itself, has none or several, or has parameters beside it.
+    """
+    if isinstance(model, PreTrainedModel):
+        return None
+    names = [name for name, child in model.named_children() if isinstance(child, PreTrainedModel)]
+    if len(names) != 1 or any(not name.startswith(f"{names[0]}.") for name in model.state_dict()):
+        return None
+    return names[0]
 
 
 def must_be_widened(config: QuantizationConfig) -> bool:
