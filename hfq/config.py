@@ -283,13 +283,13 @@ def _alphas(recipes: Mapping[str, Any], domain: str) -> Sequence[Alpha]:
         return ()
     if "alpha" not in arguments:
         return ALPHAS
-    alpha = arguments["alpha"]
+    where, alpha = "recipes['smooth_quant_args']['alpha']", arguments["alpha"]
     alphas: list[Any] = [alpha] if isinstance(alpha, int | float | str) else list(alpha)
     for one in alphas:
         if one != "auto" and (isinstance(one, str | bool) or not 0 <= one <= 1):
-            raise ValueError(f"alpha is {one!r}; expected 'auto' or a number from 0 to 1.")
+            raise ValueError(f"{where} is {one!r}; expected 'auto' or a number from 0 to 1.")
     if not alphas:
-        raise ValueError("alpha is an empty list; expected at least one number.")
+        raise ValueError(f"{where} is an empty list; expected at least one number.")
     return alphas
 
 

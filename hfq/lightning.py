@@ -126,6 +126,7 @@ class QuantizeOnFitEnd(Callback):
             return logged(evaluator.validate(model=model, dataloaders=validation, verbose=False), self.metric)
 
         module = copy.deepcopy(trained).cpu()
+        module._metric_attributes = None  # metrics by id, of a fit that is not over: the copy's have other ids
         self.quantized = _fit(module, trainer.train_dataloader or validation, evaluate, self.conf)
         self.quantized.save(self.output)
         if self.push_to is not None:

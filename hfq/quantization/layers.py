@@ -21,8 +21,8 @@ MATMULS = (nn.Linear, Conv1D)  # transformers' Conv1D is a Linear whose weight i
 class Quantizable:
     """Names in execution order, and the layers that stay float, by name, with the reason.
 
-    `layers`: Linear, Conv1D and convolutions. `logits`: the one of them whose output is the answer. `pooled`: those
-    whose input is `[examples, features]`, without tokens.
+    `layers`: Linear, Conv1D and convolutions. `pooled`: those of a transformers model whose input is
+    `[examples, features]`, without tokens.
     """
 
     layers: tuple[str, ...]
@@ -114,7 +114,7 @@ def find_quantizable(
             f"{type(model).__name__} has no layer that can run in int8. hfq quantizes torch.nn.Linear, Embedding, "
             "Conv1d and Conv2d, and transformers' Conv1D."
         )
-    pooled = frozenset(name for name in layers if called[name] == 2)
+    pooled = frozenset(name for name in layers if stock and called[name] == 2)
     return Quantizable(tuple(layers), tuple(embeddings), reasons, pooled)
 
 

@@ -1,0 +1,503 @@
+"""`fit`: any torch module in, an int8 model of the same class out, and every keyword does what it says."""
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchmetrics
+import transformers
+from models import relative_error, tiny, token_batches
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import hfq
+from hfq.config import AccuracyCriterion, PostTrainingQuantConfig, TuningCriterion
+from hfq.errors import ExportError, GoalNotMetError, SourceError, UsageError
+from hfq.local_hub import LocalHub
+from hfq.quantization import fit
+from hfq.runtime.conv import Int8Conv
+from hfq.runtime.modules import Int8Embedding, Int8Linear
+
+ANY_LOSS = AccuracyCriterion(tolerable_loss=1.0)
+pytestmark = pytest.mark.filterwarnings("ignore:Neither eval_func:UserWarning")
+
+
+class MLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(12, 48), nn.Linear(48, 48), nn.Linear(48, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.second(torch.relu(self.first(x)))))
+
+
+class CNN(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv2, self.fc, self.head = nn.Conv2d(8, 16, 3, stride=2), nn.Linear(144, 32), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.conv2(torch.relu(self.norm(self.conv1(x)))))
+        return self.head(torch.relu(self.fc(x.flatten(1))))
+
+
+class Sequence1d(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv1d(6, 16, 3, padding=1), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.conv(x)).mean(-1))
+
+
+class LSTMHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.lstm, self.head = nn.Embedding(30, 16), nn.LSTM(16, 24, batch_first=True), nn.Linear(24, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.lstm(self.embedding(ids))[0][:, -1])
+
+
+MODELS: dict[str, tuple[type[nn.Module], Callable[[], Tensor], set[str]]] = {
+    "mlp": (MLP, lambda: torch.randn(96, 12), {"first", "second"}),
+    "cnn": (CNN, lambda: torch.randn(48, 3, 8, 8), {"conv1", "conv2", "fc"}),
+    "conv1d": (Sequence1d, lambda: torch.randn(48, 6, 10), {"conv"}),
+    "lstm": (LSTMHead, lambda: torch.randint(0, 30, (48, 7)), {"embedding", "head"}),
+}
+
+
+def make(name: str) -> tuple[nn.Module, Tensor, Tensor]:
+    """A module, inputs, and the labels that it gives them itself."""
+    torch.manual_seed(0)
+    kind, data, _ = MODELS[name]
+    model = kind().eval()
+    x = data()
+    with torch.no_grad():
+        return model, x, model(x).argmax(1)
+
+
+def loader(x: Tensor, y: Tensor) -> DataLoader:
+    return DataLoader(TensorDataset(x, y), batch_size=16)
+
+
+def accuracy(x: Tensor, y: Tensor) -> Callable[[nn.Module], float]:
+    return lambda model: (model(x).argmax(1) == y).double().mean().item()
+
+
+def int8_names(model: nn.Module) -> set[str]:
+    return {n for n, m in model.named_modules() if isinstance(m, Int8Linear | Int8Conv | Int8Embedding)}
+
+
+def quantized_mlp(**settings: Any) -> Any:
+    model, x, y = make("mlp")
+    return fit(model, PostTrainingQuantConfig(accuracy_criterion=ANY_LOSS, **settings), loader(x, y))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_plain_module_goes_through_fit_save_and_load(name: str, tmp_path: Path) -> None:
+    model, x, y = make(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    conf = PostTrainingQuantConfig(accuracy_criterion=AccuracyCriterion(tolerable_loss=0.1))
+    int8 = fit(model, conf, loader(x, y), eval_func=accuracy(x, y))
+    assert isinstance(int8, type(model))
+    assert int8_names(int8) == MODELS[name][2]
+    assert relative_error(int8(x).detach(), model(x).detach()) < 0.05
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    int8.save(tmp_path / "saved")
+    loaded = hfq.load(tmp_path / "saved", model=type(model)())
+    assert torch.equal(loaded(x), int8(x))
+    assert loaded.state_dict().keys() == int8.state_dict().keys()
+    size = (tmp_path / "saved" / "model.safetensors").stat().st_size
+    assert size < sum(value.numel() * 4 for value in before.values())
+
+
+def test_report_names_every_layer_and_why_it_is_float() -> None:
+    model, x, y = make("cnn")
+    report = fit(model, PostTrainingQuantConfig(), loader(x, y)).report()
+    assert report.layers.static == ["conv1", "conv2", "fc"]
+    assert report.layers.float_layers == {"norm": "hfq has no int8 BatchNorm2d", "head": "makes the logits"}
+    assert not report.tuned
+    assert report.met is report.quantized.accuracy is None
+    assert report.quantized.size_mb < 0.5 * report.baseline.size_mb
+
+
+def test_without_evaluation_it_says_that_nothing_was_tuned() -> None:
+    model, x, y = make("mlp")
+    with pytest.warns(UserWarning, match="without tuning"):
+        int8 = fit(model, PostTrainingQuantConfig(), loader(x, y))
+    assert int8.trials == []
+
+
+def test_eval_func_is_given_int8_models_that_run() -> None:
+    model, x, y = make("mlp")
+    seen: list[nn.Module] = []
+
+    def evaluate(candidate: nn.Module) -> float:
+        seen.append(candidate)
+        return accuracy(x, y)(candidate)
+
+    int8 = fit(model, PostTrainingQuantConfig(accuracy_criterion=ANY_LOSS), loader(x, y), eval_func=evaluate)
+    assert seen[0] is model
+    assert all(int8_names(candidate) == {"first", "second"} for candidate in seen[1:])
+    assert [trial.accuracy for trial in int8.trials] == [accuracy(x, y)(candidate) for candidate in seen[1:]]
+
+
+def test_goal_that_is_missed_is_an_error_with_the_trials() -> None:
+    model, x, y = make("mlp")
+    scores = iter([1.0])  # the float model's; the int8 ones get 0.5
+    conf = PostTrainingQuantConfig(tuning_criterion=TuningCriterion(max_trials=2))
+    with pytest.raises(GoalNotMetError, match=r"at most 0\.01 relative loss from 1\.0000") as error:
+        fit(model, conf, loader(x, y), eval_func=lambda _: next(scores, 0.5))
+    assert len(error.value.details["trials"]) == 2
+
+
+def test_lower_is_better() -> None:
+    model, x, y = make("mlp")
+    criterion = AccuracyCriterion(higher_is_better=False, criterion="absolute", tolerable_loss=0.5)
+    conf = PostTrainingQuantConfig(accuracy_criterion=criterion)
+    losses = iter([1.0, 1.6, 1.4])
+    int8 = fit(model, conf, loader(x, y), eval_func=lambda _: next(losses))
+    assert [trial.accepted for trial in int8.trials] == [False, True]
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [
+        lambda x, y: [x],
+        lambda x, y: [(x, y)],
+        lambda x, y: [[x, y]],
+        lambda x, y: [(x,)],
+        lambda x, y: [{"x": x}],
+        lambda x, y: [{"x": x, "labels": y, "id": y}],
+        lambda x, y: [({"x": x}, y)],
+        lambda x, y: [transformers.BatchEncoding({"x": x, "label": y})],
+    ],
+)
+def test_batches_of_any_shape_calibrate_alike(batches: Any) -> None:
+    model, x, y = make("mlp")
+    expected = fit(model, PostTrainingQuantConfig(), [x])
+    assert torch.equal(fit(model, PostTrainingQuantConfig(), batches(x, y))(x), expected(x))
+
+
+def test_several_inputs_and_a_label() -> None:
+    class Two(MLP):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return super().forward(a + b)
+
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 32, 12)
+    for batch in ((a, b), (a, b, torch.zeros(32)), {"a": a, "b": b}):
+        assert int8_names(fit(Two(), PostTrainingQuantConfig(), [batch])) == {"first", "second"}
+    with pytest.raises(TypeError, match="does not say which"):
+        fit(Two(), PostTrainingQuantConfig(), [(a, b, a, b)])
+    with pytest.raises(TypeError, match="b is missing"):
+        fit(Two(), PostTrainingQuantConfig(), [{"a": a}])
+
+
+def test_calibration_function_runs_the_model() -> None:
+    model, x, y = make("mlp")
+    expected = fit(model, PostTrainingQuantConfig(calibration_sampling_size=32), loader(x, y))
+
+    def calibrate(given: nn.Module) -> None:
+        for inputs, _ in loader(x, y):
+            given(inputs)
+
+    found = fit(model, PostTrainingQuantConfig(calibration_sampling_size=32), calib_func=calibrate)
+    assert torch.equal(found(x), expected(x))
+
+
+def test_metric_and_dataloader_evaluate() -> None:
+    model, x, y = make("mlp")
+    conf = PostTrainingQuantConfig(accuracy_criterion=ANY_LOSS)
+    data = loader(x, y)
+    by_name = fit(model, conf, data, eval_dataloader=data, eval_metric="accuracy")
+    metric = torchmetrics.Accuracy(task="multiclass", num_classes=4)
+    by_metric = fit(model, conf, data, eval_dataloader=data, eval_metric=metric)
+    assert by_name.trials[0].accuracy == pytest.approx(accuracy(x, y)(by_name))
+    assert by_metric.trials[0].accuracy == pytest.approx(by_name.trials[0].accuracy)
+    assert by_name.report().baseline.accuracy == 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"model": "bert"}, TypeError, "model is 'bert'"),
+        ({"conf": {"approach": "static"}}, TypeError, "conf is {'approach': 'static'}"),
+        ({"calib_dataloader": 5}, TypeError, "calib_dataloader is 5"),
+        ({"calib_dataloader": []}, ValueError, "yields no batch"),
+        ({"calib_dataloader": ["text"]}, TypeError, "'text'"),
+        ({"calib_dataloader": [{"y": torch.ones(2, 12)}]}, TypeError, "x is missing"),
+        ({"calib_dataloader": None}, ValueError, "'static' needs calibration"),
+        ({"calib_func": len}, ValueError, "calib_dataloader and calib_func"),
+        ({"calib_dataloader": None, "calib_func": 3}, TypeError, "calib_func is 3"),
+        ({"calib_dataloader": None, "calib_func": lambda model: None}, ValueError, "did not call the model"),
+        ({"eval_func": 0.9}, TypeError, "eval_func is 0.9"),
+        ({"eval_func": lambda model: "good"}, TypeError, "eval_func returned 'good'"),
+        ({"eval_func": lambda model: None}, TypeError, "eval_func returned None"),
+        ({"eval_dataloader": [1]}, ValueError, "eval_metric"),
+        ({"eval_metric": "accuracy"}, ValueError, "eval_dataloader"),
+        ({"eval_dataloader": [1], "eval_metric": "bleu"}, TypeError, "eval_metric is 'bleu'"),
+        ({"eval_func": len, "eval_metric": "accuracy"}, ValueError, "eval_func"),
+    ],
+)
+def test_wrong_argument_is_named(arguments: dict[str, Any], error: type[Exception], words: str) -> None:
+    model, x, y = make("mlp")
+    given = {"model": model, "conf": PostTrainingQuantConfig(), "calib_dataloader": loader(x, y), **arguments}
+    with pytest.raises(error) as found:
+        fit(**given)
+    assert words in str(found.value)
+
+
+def test_dynamic_needs_no_data() -> None:
+    model, x, _ = make("mlp")
+    int8 = fit(model, PostTrainingQuantConfig(approach="dynamic"))
+    assert int8.report().layers.dynamic == ["first", "second"]
+    assert relative_error(int8(x).detach(), model(x).detach()) < 0.05
+
+
+def test_excluded_float_keeps_no_layer_float() -> None:
+    model, x, y = make("mlp")
+    scores = iter([1.0])
+    conf = PostTrainingQuantConfig(excluded_precisions=["fp32"], tuning_criterion=TuningCriterion(max_trials=50))
+    with pytest.raises(GoalNotMetError) as error:
+        fit(model, conf, loader(x, y), eval_func=lambda _: next(scores, 0.5))
+    assert not [trial for trial in error.value.details["trials"] if "float" in trial["name"]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "static", "weight_only", "dynamic"),
+    [
+        ({}, ["first", "second"], [], []),
+        ({"op_type_dict": {"Linear": {"weight": {"dtype": "int8"}, "activation": {"dtype": "fp32"}}}}, [], ["first", "second", "head"], []),
+        ({"op_name_dict": {"first": {"weight": {"dtype": "fp32"}, "activation": {"dtype": "fp32"}}}}, ["second"], [], []),
+        ({"op_name_dict": {".*t": {"activation": {"dtype": "fp32"}}}}, ["second"], [], []),
+        ({"op_name_dict": {"second": {"activation": {"granularity": "per_token"}}}}, ["first"], [], ["second"]),
+        ({"op_name_dict": {"head": {"weight": {"dtype": ["int8"]}}}}, ["first", "second", "head"], [], []),
+        ({"recipes": {"last_conv_or_matmul_quantization": True}}, ["first", "second", "head"], [], []),
+        ({"recipes": {"first_conv_or_matmul_quantization": False}}, ["second"], [], []),
+    ],
+)  # fmt: skip
+def test_configuration_says_which_layers_are_int8(
+    settings: dict[str, Any], static: list[str], weight_only: list[str], dynamic: list[str]
+) -> None:
+    layers = quantized_mlp(**settings).report().layers
+    assert (layers.static, layers.weight_only, layers.dynamic) == (static, weight_only, dynamic)
+
+
+def test_activation_scheme_algorithm_and_range_are_what_was_asked() -> None:
+    plain = quantized_mlp(recipes={"smooth_quant": False})
+    symmetric = quantized_mlp(
+        recipes={"smooth_quant": False}, op_type_dict={"Linear": {"activation": {"scheme": "sym", "algo": "minmax"}}}
+    )
+    fewer = quantized_mlp(
+        recipes={"smooth_quant": False}, reduce_range=True, op_type_dict={"Linear": {"activation": {"algo": "minmax"}}}
+    )
+    full = quantized_mlp(recipes={"smooth_quant": False}, op_type_dict={"Linear": {"activation": {"algo": "minmax"}}})
+    per_tensor = quantized_mlp(op_type_dict={"Linear": {"weight": {"granularity": "per_tensor"}}})
+    assert symmetric.second.input_zero_point.item() == 0 != plain.second.input_zero_point.item()
+    assert fewer.second.input_scale.item() == pytest.approx(full.second.input_scale.item() * 255 / 127)
+    assert len(per_tensor.first.weight_scale.unique()) == 1 < len(plain.first.weight_scale.unique())
+
+
+def test_smoothquant_is_used_where_it_is_asked_for() -> None:
+    asked = quantized_mlp(recipes={"smooth_quant": True, "smooth_quant_args": {"alpha": 0.4}}).report()
+    auto = quantized_mlp(recipes={"smooth_quant": True, "smooth_quant_args": {"alpha": "auto"}}).report()
+    assert "smoothquant-0.4" in asked.chosen
+    assert "smoothquant-auto" in auto.chosen
+    assert "smoothquant" not in " ".join(quantized_mlp(recipes={"smooth_quant": False}).report().ranking)
+
+
+@pytest.mark.parametrize("recipe", ["fast_bias_correction", "weight_correction"])
+def test_corrections_change_what_they_name(recipe: str) -> None:
+    plain, corrected = quantized_mlp(), quantized_mlp(recipes={recipe: True})
+    assert not torch.equal(plain.second.bias, corrected.second.bias)
+    scales = torch.equal(plain.second.weight_scale, corrected.second.weight_scale)
+    assert scales is (recipe == "fast_bias_correction")
+
+
+def test_gptq_is_a_candidate_where_it_is_asked_for() -> None:
+    assert any("gptq" in name for name in quantized_mlp(recipes={"gptq": True}).report().ranking)
+    assert not any("gptq" in name for name in quantized_mlp().report().ranking)
+
+
+STRATEGIES = ["basic", "mse", "bayesian", "tpe", "random", "exhaustive", "conservative"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore:GPSampler is experimental")
+def test_every_strategy_finds_a_model_that_meets_the_goal(strategy: str) -> None:
+    model, x, y = make("mlp")
+    tuning = TuningCriterion(strategy=strategy, strategy_kwargs={"seed": 1}, max_trials=40)
+    conf = PostTrainingQuantConfig(approach="auto", tuning_criterion=tuning)
+    calls = 0
+
+    def evaluate(candidate: nn.Module) -> float:  # the float model and, later, any model without static layers
+        nonlocal calls
+        calls += 1
+        static = any(getattr(module, "activation", "") == "static" for module in candidate.modules())
+        return 0.5 if static and strategy != "conservative" else 1.0
+
+    int8 = fit(model, conf, loader(x, y), eval_func=evaluate)
+    assert int8.trials[-1].accepted
+    if strategy == "conservative":  # from half the layers in float to none
+        assert [len(trial.name.split("float")) for trial in int8.trials][-1] == 1
+        assert "float" in int8.trials[0].name
+    else:
+        assert int8.report().approach == "dynamic"
+
+
+def test_quant_level_0_is_the_conservative_strategy() -> None:
+    model, x, y = make("mlp")
+    conf = PostTrainingQuantConfig(quant_level=0)
+    assert "float" in fit(model, conf, loader(x, y), eval_func=lambda _: 1.0).trials[0].name
+
+
+def test_same_seed_same_order_other_seed_another() -> None:
+    model, x, y = make("mlp")
+
+    def order(seed: int) -> list[str]:
+        tuning = TuningCriterion(strategy="random", strategy_kwargs={"seed": seed}, max_trials=8)
+        scores = iter([1.0])
+        with pytest.raises(GoalNotMetError) as error:
+            fit(
+                model,
+                PostTrainingQuantConfig(tuning_criterion=tuning),
+                loader(x, y),
+                eval_func=lambda _: next(scores, 0.5),
+            )
+        return [trial["name"] for trial in error.value.details["trials"]]
+
+    assert order(1) == order(1) != order(2)
+
+
+def test_objective_decides_between_trials_that_meet_the_goal() -> None:
+    model, x, y = make("mlp")
+    scores = {"static": 0.991, "dynamic": 0.999}
+
+    def evaluate(candidate: nn.Module) -> float:
+        kinds = {getattr(module, "activation", None) for module in candidate.modules()}
+        return next((score for kind, score in scores.items() if kind in kinds), 1.0)
+
+    def chosen(objective: Any) -> str:
+        conf = PostTrainingQuantConfig(approach="auto", tuning_criterion=TuningCriterion(objective=objective))
+        return fit(model, conf, loader(x, y), eval_func=evaluate).report().chosen
+
+    assert chosen("performance").startswith("static")
+    assert chosen("accuracy") == "dynamic"
+    assert "float" not in chosen("modelsize")
+
+
+def test_next_calibration_size_is_tried_when_the_goal_is_missed() -> None:
+    model, x, y = make("mlp")
+    seen: list[float] = []
+
+    def evaluate(candidate: nn.Module) -> float:
+        if not int8_names(candidate):
+            return 1.0
+        seen.append(candidate.second.input_scale.item() if hasattr(candidate.second, "input_scale") else 0.0)
+        return 1.0 if seen[-1] > seen[0] > 0 else 0.5  # more examples, a wider range
+
+    conf = PostTrainingQuantConfig(
+        calibration_sampling_size=[4, 96],
+        recipes={"smooth_quant": False},
+        op_type_dict={"Linear": {"activation": {"algo": "minmax"}}},
+        tuning_criterion=TuningCriterion(max_trials=1),
+    )
+    assert fit(model, conf, loader(x, y), eval_func=evaluate).trials[0].accepted
+
+
+def test_result_behaves_as_the_model_did() -> None:
+    model, x, y = make("cnn")
+    int8 = fit(model.train(), PostTrainingQuantConfig(), loader(x, y))
+    assert model.training  # as it was given
+    assert not int8.training
+    for other in (copy.deepcopy(int8), pickle.loads(pickle.dumps(int8))):
+        assert torch.equal(other(x), int8(x))
+        assert other.report() == int8.report()
+    assert {name.split(".")[0] for name in int8.state_dict()} == {"conv1", "norm", "conv2", "fc", "head"}
+    assert int8.fc.weight.dtype == torch.int8
+
+
+def test_module_that_was_saved_needs_a_skeleton_that_fits(tmp_path: Path) -> None:
+    quantized_mlp().save(tmp_path / "mlp")
+    with pytest.raises(UsageError, match=r"model=MLP\(…\)"):
+        hfq.load(tmp_path / "mlp")
+    with pytest.raises(SourceError, match="does not fit model, a CNN"):
+        hfq.load(tmp_path / "mlp", model=CNN())
+
+
+def test_save_replaces_its_own_folder_and_no_other(tmp_path: Path) -> None:
+    int8 = quantized_mlp()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ExportError, match="was not written by hfq"):
+        int8.save(tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    int8.save(tmp_path / "out")
+    int8.save(tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
+    assert json.loads((tmp_path / "out" / "hfq.json").read_text())["model"] == "MLP"
+
+
+def test_push_publishes_what_save_writes(hub: LocalHub) -> None:
+    int8 = quantized_mlp()
+    url = int8.push_to_hub("fit-mlp", token=hub.token)
+    assert url.startswith(hub.url)
+    loaded = hfq.load(url.removeprefix(f"{hub.url}/"), model=MLP(), token=hub.token)
+    assert torch.equal(loaded(torch.ones(1, 12)), int8(torch.ones(1, 12)))
+
+
+STOCK = """
+import sys, torch
+from transformers import AutoModelForSequenceClassification
+inputs, expected = torch.load(sys.argv[2])
+model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
+assert "hfq" not in sys.modules
+found = model(**inputs).logits
+print(((found - expected).norm() / expected.norm()).item())
+"""
+
+
+@pytest.fixture(params=["Bert", "GPT2"])
+def transformer(request: pytest.FixtureRequest) -> Iterator[tuple[nn.Module, list[dict[str, Tensor]]]]:
+    """An encoder of Linear layers, and one of Conv1D layers."""
+    if request.param == "Bert":
+        yield tiny(), token_batches(2)
+        return
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 100, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "num_labels": 3}
+    config = transformers.GPT2Config(**sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.2)
+    yield transformers.GPT2ForSequenceClassification(config).eval(), [{"input_ids": torch.randint(3, 100, (16, 9))}]
+
+
+def test_transformers_model_opens_in_stock_transformers(
+    transformer: tuple[nn.Module, list[dict[str, Tensor]]], tmp_path: Path
+) -> None:
+    model, batches = transformer
+    int8 = fit(model, PostTrainingQuantConfig(), batches)
+    int8.save(tmp_path / "saved")
+    with torch.inference_mode():
+        expected = int8(**batches[0]).logits.clone()
+        assert relative_error(expected, model(**batches[0]).logits) < 0.1
+    torch.save((batches[0], expected), tmp_path / "answers.pt")
+    loaded = hfq.load(tmp_path / "saved")
+    with torch.inference_mode():
+        assert relative_error(loaded(**batches[0]).logits, expected) < 0.02  # fused: a code may round the other way
+    loaded.save_pretrained(tmp_path / "again")
+    for folder in ("saved", "again"):
+        child = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", STOCK, tmp_path / folder, tmp_path / "answers.pt"],
+            capture_output=True,
+            text=True,
+        )
+        assert child.returncode == 0, child.stderr
+        assert float(child.stdout) < 0.05
