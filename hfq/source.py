@@ -87,10 +87,14 @@ def pull(
 
 def _folder(reference: str) -> Path:
     path = Path(reference).expanduser()
+    if path.suffix == ".ckpt" and path.is_file():
+        from .lightning_checkpoint import as_folder  # imports torch, which folders do not need
+
+        return as_folder(path)
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
         raise SourceError(
-            f"Checkpoint {reference} {what}. Expected a folder with config.json and safetensors weights, or a Hub id."
+            f"Checkpoint {reference} {what}. Expected a folder with config.json and safetensors weights, a Lightning .ckpt, or a Hub id."
         )
     return path
 

@@ -1,5 +1,7 @@
 """Lightning users: a module is quantized with its own data and its own validation, or when training ends."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from models import tiny
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers import AutoModelForSequenceClassification
 
 import hfq
 import hfq.lightning
@@ -210,3 +213,62 @@ def test_wrong_argument_is_named(arguments: dict[str, Any], error: type[Exceptio
     with pytest.raises(error) as found:
         hfq.lightning.quantize(**given)
     assert words in str(found.value)
+
+
+@pytest.fixture(scope="module")
+def demo() -> Path:
+    return Path(__file__).parent.parent / "pipelines" / "demo"
+
+
+class Wrapped(LightningModule):
+    def __init__(self, model_name_or_path: str, **extra: Any) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.model = AutoModelForSequenceClassification.from_pretrained(model_name_or_path)
+        self.right = torchmetrics.Accuracy(task="binary")
+
+
+def checkpoint(path: Path, module: LightningModule) -> Path:
+    trainer = Trainer(**QUIET)
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(path)
+    return path
+
+
+def quantize_command(source: Path, demo: Path, output: Path, home: Path) -> subprocess.CompletedProcess[str]:
+    command = ["hfq.cli", "quantize", str(source), "--dataset", str(demo / "data"), "--output", str(output)]
+    return subprocess.run(
+        [sys.executable, "-c", "from hfq.cli import main; main()", *command[1:]],
+        env={**os.environ, "HF_HOME": str(home)},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_lightning_checkpoint_is_quantized(tmp_path: Path, demo: Path) -> None:
+    source = checkpoint(tmp_path / "best.ckpt", Wrapped(str(demo / "bert-mini-sms-spam")))
+    done = quantize_command(source, demo, tmp_path / "out", tmp_path / "home")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out" / "hfq.json").read_text())
+    assert report["checkpoint"]["id"] == "best"
+    assert report["baseline"]["accuracy"] > 0.95  # the weights are the trained ones
+    assert report["met"]
+
+
+def test_checkpoint_that_could_run_code_is_refused(tmp_path: Path, demo: Path) -> None:
+    source = checkpoint(tmp_path / "best.ckpt", Wrapped(str(demo / "bert-mini-sms-spam"), path=Path("x")))
+    content = torch.load(source, weights_only=False)
+    content["callbacks"] = {"mine": subprocess.Popen}
+    torch.save(content, source)
+    done = quantize_command(source, demo, tmp_path / "out", tmp_path / "home")
+    assert done.returncode == 1
+    assert "reading that could run code" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_checkpoint_of_unknown_origin_is_refused(tmp_path: Path, demo: Path) -> None:
+    source = tmp_path / "best.ckpt"
+    torch.save({"state_dict": {"model.weight": torch.ones(2, 2)}}, source)
+    done = quantize_command(source, demo, tmp_path / "out", tmp_path / "home")
+    assert done.returncode == 1
+    assert "does not say which model it was made from" in done.stderr.splitlines()[-1]
