@@ -305,6 +305,7 @@ def _report(
             weight_only=[name for name, scheme in schemes.items() if scheme.approach == "weight-only"],
             embeddings=list(found.plan.embeddings),
             float_layers=found.float_layers,
+            other=dict(found.space.layers.other),
         ),
         calibration_batches=len(batches),
         seed=conf.tuning_criterion.seed,

@@ -247,6 +247,7 @@ def _write_checkpoint(
             dynamic=[name for name, scheme in schemes.items() if scheme.approach == "dynamic"],
             embeddings=list(found.plan.embeddings),
             float_layers=found.float_layers,
+            other=dict(found.space.layers.other),
             weight_only=[name for name, scheme in schemes.items() if scheme.approach == "weight-only"],
         ),
         majority_accuracy=majority_accuracy(session.data.evaluation.labels),

@@ -123,7 +123,8 @@ class Comparison:
 class Layers:
     """Layer names by how they run. `float_layers` maps a name to why it stays float.
 
-    `weight_only`: int8 weights, float activations.
+    `weight_only`: int8 weights, float activations. `other`: the type of every further module with parameters: a type
+    that has no int8 form.
     """
 
     static: list[str]
@@ -131,6 +132,7 @@ class Layers:
     embeddings: list[str]
     float_layers: dict[str, str]
     weight_only: list[str] = field(default_factory=list)
+    other: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,8 @@ def test_report_names_every_layer_and_why_it_is_float() -> None:
     model, x, y = make("cnn")
     report = fit(model, PostTrainingQuantConfig(), loader(x, y)).report()
     assert report.layers.static == ["conv1", "conv2", "fc"]
-    assert report.layers.float_layers == {"norm": "hfq has no int8 BatchNorm2d", "head": "makes the logits"}
+    assert report.layers.float_layers == {"head": "makes the logits"}
+    assert report.layers.other == {"norm": "BatchNorm2d"}
     assert not report.tuned
     assert report.met is report.quantized.accuracy is None
     assert report.quantized.size_mb < 0.5 * report.baseline.size_mb

@@ -22,13 +22,15 @@ class Quantizable:
     """Names in execution order, and the layers that stay float, by name, with the reason.
 
     `layers`: Linear, Conv1D and convolutions. `pooled`: those of a transformers model whose input is
-    `[examples, features]`, without tokens.
+    `[examples, features]`, without tokens. `other`: modules with parameters of a type that has no int8 twin, by name
+    their type.
     """
 
     layers: tuple[str, ...]
     embeddings: tuple[str, ...]
     float_layers: Mapping[str, str] = field(default_factory=dict)
     pooled: frozenset[str] = frozenset()
+    other: Mapping[str, str] = field(default_factory=dict)
 
 
 def twin(model: nn.Module) -> nn.Module:
@@ -88,12 +90,12 @@ def find_quantizable(
     candidates = {name: module for name, module in model.named_modules() if type(module) in kinds}
     stock = any(isinstance(module, PreTrainedModel) for module in model.modules())
     called = dict.fromkeys(candidates, 0) if batch is None else _called(model, candidates, batch)
-    reasons = {
-        name: f"hfq has no int8 {type(module).__name__}"
+    other = {
+        name: type(module).__name__
         for name, module in model.named_modules()
         if name not in candidates and next(module.parameters(recurse=False), None) is not None
     }
-    reasons |= {name: "not used by the forward pass" for name in candidates if name not in called}
+    reasons = {name: "not used by the forward pass" for name in candidates if name not in called}
     reasons |= dict.fromkeys(_sharing(model, [*called]), "shares its weight")
     for name in called:
         if isinstance(candidates[name], CONVOLUTIONS):
@@ -115,7 +117,7 @@ def find_quantizable(
             "Conv1d and Conv2d, and transformers' Conv1D."
         )
     pooled = frozenset(name for name in layers if stock and called[name] == 2)
-    return Quantizable(tuple(layers), tuple(embeddings), reasons, pooled)
+    return Quantizable(tuple(layers), tuple(embeddings), reasons, pooled, other)
 
 
 def _called(model: nn.Module, candidates: Mapping[str, nn.Module], batch: Batch) -> dict[str, int]:
