@@ -115,9 +115,10 @@ def _search(
     ui: Reporter,
 ) -> Found:
     options, accuracy = conf.options(), conf.accuracy_criterion
+    example = None if conf.example_inputs is None else bind(model, conf.example_inputs)
     ui.stage(f"Calibration on {len(batches)} batches" if batches else "No calibration")
     if evaluate is None or baseline is None:
-        space = prepare(model, batches, options=options, ui=ui)
+        space = prepare(model, batches, options=options, ui=ui, example=example)
         candidate = untuned(options, ranked(space, log=log, ui=ui) if batches else None)
         return Found(space, Outcome(candidate, None, met=True), space.plan(candidate))
 
@@ -128,7 +129,7 @@ def _search(
 
     goal = Goal(baseline, accuracy.tolerable_loss, accuracy.criterion, accuracy.higher_is_better)
     ui.note(f"FP32 scores {baseline:.4f}")
-    return find(model, batches, run, goal, options=options, log=log, ui=ui, metric="score")
+    return find(model, batches, run, goal, options=options, log=log, ui=ui, metric="score", example=example)
 
 
 def _check_arguments(

@@ -265,6 +265,21 @@ def test_dynamic_needs_no_data() -> None:
     assert relative_error(int8(x).detach(), model(x).detach()) < 0.05
 
 
+def test_example_inputs_say_which_layers_take_part() -> None:
+    class Branching(MLP):
+        def forward(self, x: Tensor, deep: bool = True) -> Tensor:
+            hidden = torch.relu(self.first(x))
+            return self.head(torch.relu(self.second(hidden)) if deep else hidden)
+
+    x = torch.randn(32, 12, generator=torch.Generator().manual_seed(0))
+    shallow = PostTrainingQuantConfig(approach="dynamic", example_inputs={"x": x, "deep": False})
+    layers = fit(Branching(), shallow).report().layers
+    assert layers.dynamic == ["first"]
+    assert layers.float_layers["second"] == "not used by the forward pass"
+    deep = PostTrainingQuantConfig(example_inputs=x)
+    assert fit(Branching(), deep, [x]).report().layers.static == ["first", "second"]
+
+
 def test_excluded_float_keeps_no_layer_float() -> None:
     model, x, y = make("mlp")
     scores = iter([1.0])

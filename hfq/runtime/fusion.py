@@ -6,6 +6,7 @@ before: no list of model names, nothing assumed about anybody's `forward`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +20,28 @@ SAME_ANSWER = 0.02  # relative difference of each output once a code may round t
 
 
 def fuse(model: nn.Module) -> None:
-    """Fuse in place wherever it is proved equal. What needs a forward is tried on the model's `dummy_inputs`, if any."""
+    """Fuse in place wherever it is proved equal.
+
+    What needs a forward is tried on the `dummy_inputs` of the model, or of the models it is built around.
+    """
     for parent in list(model.modules()):
         _fuse_activation(parent)
-    example = getattr(model, "dummy_inputs", None)
-    before = None if example is None else _answers(model, example)
-    if example is None or before is None:
+    for part in _with_examples(model):
+        _fuse_flow(part, part.dummy_inputs)
+
+
+def _with_examples(model: nn.Module) -> Iterator[Any]:
+    if getattr(model, "dummy_inputs", None) is not None:
+        yield model
+        return
+    for child in model.children():
+        yield from _with_examples(child)
+
+
+def _fuse_flow(model: nn.Module, example: Mapping[str, Tensor]) -> None:
+    """Fuse what hands tensors from layer to layer, as one forward on `example` shows it."""
+    before = _answers(model, example)
+    if before is None:
         return
     for fusion in (_requantization, _shared_matmuls):
         apply, undo = fusion(model, example)

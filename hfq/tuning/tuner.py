@@ -51,12 +51,14 @@ def find(
     log: TrialLog,
     ui: Reporter,
     metric: str,
+    example: Batch | None = None,
 ) -> Found:
     """Search for a plan that meets `goal`. The float model is read, never changed.
 
     `batches`: the calibration slice. `evaluate` is given an int8 model that runs, and the plan it was made from.
+    `example`: as of `prepare`.
     """
-    space = prepare(model, batches, options=options, ui=ui)
+    space = prepare(model, batches, options=options, ui=ui, example=example)
     searchable = ranked(space, log=log, ui=ui)
 
     def run_trial(candidate: Candidate) -> Score:
@@ -85,9 +87,14 @@ def find(
     return Found(space, outcome, space.plan(outcome.candidate))
 
 
-def prepare(model: nn.Module, batches: Sequence[Batch], *, options: Options, ui: Reporter) -> Space:
-    """Find what can be int8 and, where activations may need a scale, calibrate. Without batches: by structure alone."""
-    first = batches[0] if batches else None
+def prepare(
+    model: nn.Module, batches: Sequence[Batch], *, options: Options, ui: Reporter, example: Batch | None = None
+) -> Space:
+    """Find what can be int8 and, where activations may need a scale, calibrate. Without batches: by structure alone.
+
+    `example`: what the graph is traced with; the first batch when absent.
+    """
+    first = example or (batches[0] if batches else None)
     layers = find_quantizable(
         model, first, first=options.quantize_first, last=options.quantize_last, asked_for=options.wants_int8
     )
