@@ -17,10 +17,13 @@ class HfqCommand(BaseOptimumCLICommand):
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
+        parser.prefix_chars = (
+            ""  # or argparse would answer --help and refuse --version itself: REMAINDER begins at a word
+        )
         parser.add_argument("arguments", nargs=REMAINDER, help="as `hfq` takes them; try `quantize --help`")
 
     def run(self) -> None:
-        from hfq.cli import main  # absolute: it is the copy that runs
+        from hfq.cli import main  # not relative: what runs is the copy in optimum's folder
 
         sys.argv = ["hfq", *self.args.arguments]
         main()
