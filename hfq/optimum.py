@@ -1,17 +1,26 @@
 """hfq as an optimum quantizer: the same pipeline as `hfq quantize`, by optimum's names."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 from optimum.quantization_base import OptimumQuantizer
 
+from .errors import UsageError
 from .pipeline import Result
 from .pipeline import quantize as run_pipeline
-from .recipe import make_recipe
+from .recipe import Recipe, make_recipe
 from .resources import resource
 from .ui import Reporter
 
 OF_THE_CHECKPOINT = ("revision", "task", "trust_remote_code")
+REFUSED = {
+    "checkpoint": "from_pretrained has named it",
+    **dict.fromkeys(OF_THE_CHECKPOINT, "it belongs to the checkpoint; give it to from_pretrained"),
+    "token": "give it to from_pretrained, or set HF_TOKEN",
+    "output": "the folder is save_dir",
+    **dict.fromkeys(("push", "to", "private", "create_pr"), "nothing is published here; use `hfq push` afterwards"),
+}
 
 
 class HfqQuantizer(OptimumQuantizer):
@@ -22,10 +31,10 @@ class HfqQuantizer(OptimumQuantizer):
         >>> quantizer.quantize("./int8", dataset="nyu-mll/glue", subset="mrpc")
     """
 
-    def __init__(self, checkpoint: str, *, token: str | None = None, **settings: Any) -> None:
+    def __init__(self, checkpoint: str, *, token: str | None = None, **of_the_checkpoint: Any) -> None:
         self.checkpoint = checkpoint
         self.token = token
-        self.settings = settings
+        self.of_the_checkpoint = of_the_checkpoint
 
     @classmethod
     def from_pretrained(
@@ -33,30 +42,59 @@ class HfqQuantizer(OptimumQuantizer):
     ) -> "HfqQuantizer":
         """A quantizer of the checkpoint `model_or_path`, a Hub id or folder. `kwargs`: revision, task, trust_remote_code.
 
+        Nothing is read yet: `quantize` does that, and says what is wrong with the checkpoint.
+
         Raises:
-            TypeError: another keyword.
-            ValueError: `file_name` is given: a checkpoint's weights are all its safetensors files.
+            UsageError: another keyword, or a model instead of its name; or `file_name`: hfq takes all weights.
         """
+        if not isinstance(model_or_path, (str, Path)):
+            raise UsageError(
+                f"model_or_path is of type {type(model_or_path).__name__}; expected a Hub id or folder. "
+                "A model in memory is quantized by hfq.quantization.fit."
+            )
         if file_name is not None:
-            raise ValueError(f"file_name is {file_name!r}; hfq takes all safetensors files of a checkpoint.")
-        unknown = sorted(set(kwargs) - set(OF_THE_CHECKPOINT))
-        if unknown:
-            raise TypeError(f"from_pretrained has no argument {unknown[0]!r}; expected {', '.join(OF_THE_CHECKPOINT)}.")
+            raise UsageError(f"file_name is {file_name!r}, but hfq takes all safetensors files of a checkpoint.")
+        for name in kwargs:
+            if name not in OF_THE_CHECKPOINT:
+                raise UsageError(
+                    f"from_pretrained has no argument {name!r}; expected {', '.join(OF_THE_CHECKPOINT)} or token."
+                )
         return cls(str(model_or_path), token=token, **kwargs)
 
-    def quantize(self, save_dir: str | Path, file_prefix: str | None = None, **kwargs: Any) -> Result:
-        """Search, export to the folder `save_dir`, measure. `kwargs`: the keys of a recipe (`hfq.recipe.Recipe`).
+    def quantize(
+        self, save_dir: str | Path, file_prefix: str | None = None, *, resume: bool = False, **kwargs: Any
+    ) -> Result:
+        """Search, export to the folder `save_dir`, measure. `kwargs`: the other keys of a recipe (`hfq.recipe.Recipe`).
+
+        `resume`: go on with a run into `save_dir` that was interrupted or missed its goal; no trial is repeated.
 
         Raises:
-            UsageError: a key or value that a recipe cannot have, naming it; `push` is for `hfq push`.
-            ValueError: `file_prefix` is given: stock transformers looks for model.safetensors.
+            UsageError: an argument that cannot be used here, with the reason; or `file_prefix`.
             GoalNotMetError, HfqError: as `hfq.pipeline.quantize` does.
         """
         if file_prefix is not None:
-            raise ValueError(f"file_prefix is {file_prefix!r}; transformers looks for model.safetensors.")
-        for name in ("push", "to", "private", "create_pr"):
-            if name in kwargs:
-                raise ValueError(f"{name} is given, but nothing is published here. Use `hfq push {save_dir}`.")
-        values = {**self.settings, **kwargs, "checkpoint": self.checkpoint, "output": str(save_dir)}
-        recipe = make_recipe(values)
-        return run_pipeline(recipe, recipes=resource("pipelines"), ui=Reporter(), token=self.token)
+            raise UsageError(f"file_prefix is {file_prefix!r}, but transformers looks for model.safetensors.")
+        for name in kwargs:
+            if name in REFUSED:
+                raise UsageError(f"quantize has no argument {name!r}: {REFUSED[name]}.")
+        values = {"checkpoint": self.checkpoint, **self.of_the_checkpoint, **kwargs, "output": str(save_dir)}
+        recipe = make_recipe(values, origin="HfqQuantizer")
+        return run_pipeline(
+            recipe,
+            recipes=resource("pipelines"),
+            ui=Reporter(),
+            token=self.token,
+            resume=resume,
+            command=_command(recipe),
+        )
+
+
+def _command(recipe: Recipe) -> str:
+    """The `hfq quantize` that repeats this, for the card; as there, without where things lie on this machine."""
+    words = []
+    for name, value in recipe.model_dump(exclude_defaults=True).items():
+        flag = f"--{name.removesuffix('s') if name == 'text_columns' else name}".replace("_", "-")
+        for each in value if isinstance(value, list) else [value]:
+            text = Path(each).name if str(each).startswith(("/", "~")) else str(each)
+            words += [text] if name == "checkpoint" else [flag] if each is True else [flag, text]
+    return shlex.join(["hfq", "quantize", *words])
