@@ -18,6 +18,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
+
 HFQ = str(Path(sys.executable).with_name("hfq"))
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "pipelines" / "demo"
@@ -87,6 +89,22 @@ def forkserver() -> Forkserver:
 def copy_checkpoint(to: Path) -> Path:
     """The demo checkpoint, to be changed."""
     return Path(shutil.copytree(CHECKPOINT, to))
+
+
+def write_outliers(to: Path) -> Path:
+    """A checkpoint that answers as the demo's does in float, and that one scale a token cannot hold.
+
+    Every second channel between value and output projection is 10,000 times larger, and made small again after.
+    """
+    folder = copy_checkpoint(to)
+    weights = load_file(folder / "model.safetensors")
+    for name, tensor in weights.items():
+        if ".attention.self.value." in name:
+            tensor[::2] *= 1e4
+        elif name.endswith(".attention.output.dense.weight"):
+            tensor[:, ::2] /= 1e4
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def write_slice(to: Path, **rows: int) -> Path:

@@ -16,8 +16,18 @@ from typing import Any
 import pytest
 import typer
 import yaml
-from command import CHECKPOINT, HFQ, ROOT, Done, copy_checkpoint, environment, forkserver, hfq, write_slice
-from safetensors.torch import load_file, save_file
+from command import (
+    CHECKPOINT,
+    HFQ,
+    ROOT,
+    Done,
+    copy_checkpoint,
+    environment,
+    forkserver,
+    hfq,
+    write_outliers,
+    write_slice,
+)
 
 from hfq import __version__
 from hfq.cli import app
@@ -110,19 +120,7 @@ class Interrupted:
 
 @pytest.fixture(scope="module")
 def outliers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint that answers as the demo's does in float, and that one scale a token cannot hold.
-
-    Every second channel between value and output projection is 10,000 times larger, and made small again after.
-    """
-    folder = copy_checkpoint(tmp_path_factory.mktemp("outliers") / "outliers")
-    weights = load_file(folder / "model.safetensors")
-    for name, tensor in weights.items():
-        if ".attention.self.value." in name:
-            tensor[::2] *= 1e4
-        elif name.endswith(".attention.output.dense.weight"):
-            tensor[:, ::2] /= 1e4
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+    return write_outliers(tmp_path_factory.mktemp("outliers") / "outliers")
 
 
 def commits(hub: LocalHub, repo_id: str) -> int:

@@ -1,62 +1,149 @@
 """hfq under optimum's names: `optimum-cli hfq`, and a quantizer class."""
 
 import json
+import re
 import subprocess
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForSequenceClassification
+from command import CHECKPOINT, Done, forkserver, hfq, write_outliers, write_slice
+from transformers import BertConfig, BertForSequenceClassification
 
-from hfq.errors import UsageError
+from hfq import __version__
+from hfq.errors import GoalNotMetError, UsageError
 from hfq.optimum import HfqQuantizer
 
-DEMO = Path(__file__).parent.parent / "pipelines" / "demo"
-CHECKPOINT, DATA = str(DEMO / "bert-mini-sms-spam"), str(DEMO / "data")
+OPTIMUM_CLI = str(Path(sys.executable).with_name("optimum-cli"))
+DEPENDS_ON_TIME = ("created", "duration_s", "examples_per_s", "load_s", "peak_memory_mb")
+STOCK = """
+import sys, transformers
+print(transformers.pipeline("text-classification", model=sys.argv[1])("URGENT! You have won a 1 week FREE prize")[0]["label"])
+assert "hfq" not in sys.modules
+"""
 
 
-def optimum_cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from optimum.commands.optimum_cli import main; main()", "hfq", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+@dataclass(frozen=True)
+class Run:
+    """What `optimum-cli hfq quantize` printed, and where it wrote `out`."""
+
+    cwd: Path
+    arguments: list[str]
+    done: Done
 
 
-def test_command_quantizes_as_hfq_does(tmp_path: Path) -> None:
-    done = optimum_cli("quantize", CHECKPOINT, "--dataset", DATA, "--output", "out", "--json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    written = (tmp_path / "out" / "hfq.json").read_text()
-    assert json.loads(done.stdout) == json.loads(written)
-    result = HfqQuantizer.from_pretrained(CHECKPOINT).quantize(tmp_path / "class", dataset=DATA)
-    by_command = json.loads(written)
-    assert by_command["command"].startswith("hfq quantize")
-    assert result.folder == tmp_path / "class"
-    assert result.report.chosen == by_command["chosen"]
-    assert result.report.quantized.accuracy == by_command["quantized"]["accuracy"]
-    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "class")]
+def optimum_cli(*arguments: object, cwd: Path) -> Done:
+    return hfq("hfq", *arguments, cwd=cwd, command=OPTIMUM_CLI)
+
+
+def timeless(value: Any) -> Any:
+    """A report without what differs between two runs."""
+    if isinstance(value, dict):
+        return {name: timeless(item) for name, item in value.items() if name not in DEPENDS_ON_TIME}
+    return [timeless(item) for item in value] if isinstance(value, list) else value
+
+
+def without_figures(text: str) -> list[str]:
+    """Lines of progress, without those of the closing table that were measured by a clock."""
+    return [line for line in text.splitlines() if not line.startswith((" Duration", " Peak memory"))]
+
+
+def report(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "hfq.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("optimum")
+    (folder / "model").symlink_to(CHECKPOINT)
+    write_slice(folder / "data", train=60, validation=60)
+    arguments = ["quantize", "./model", "--dataset", "./data", "--approach", "dynamic", "--output", "out", "--json"]
+    return Run(folder, arguments, optimum_cli(*arguments, cwd=folder))
+
+
+def test_command_writes_and_prints_what_hfq_does(run: Run) -> None:
+    assert run.done.code == 0, run.done.err
+    assert run.done.out == (run.cwd / "out" / "hfq.json").read_text()
+    (run.cwd / "out").rename(run.cwd / "by-optimum")
+    own = forkserver().hfq(*run.arguments, cwd=run.cwd)
+    (run.cwd / "out").rename(run.cwd / "by-hfq")
+    assert without_figures(run.done.err) == without_figures(own.err)
+    assert timeless(report(run.cwd / "by-optimum")) == timeless(report(run.cwd / "by-hfq"))
+    weights = [(run.cwd / name / "model.safetensors").read_bytes() for name in ("by-optimum", "by-hfq")]
     assert weights[0] == weights[1]
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "class")
-    assert model(input_ids=torch.ones(1, 4, dtype=torch.long)).logits.shape == (1, 2)
 
 
-def test_help_and_errors_are_those_of_hfq(tmp_path: Path) -> None:
-    shown = optimum_cli("quantize", "--help", cwd=tmp_path)
-    assert shown.returncode == 0
-    assert "--tolerable-loss" in shown.stdout
-    failed = optimum_cli("quantize", "./nowhere", cwd=tmp_path)
-    assert failed.returncode == 1
-    assert failed.stderr.splitlines()[-1].startswith("hfq: Checkpoint ./nowhere does not exist.")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["quantize", "--help"],
+        ["--help"],
+        [],
+        ["quantize", "./nowhere", "--dataset", "./data"],
+        ["quantize", "./nowhere", "--tolerable-loss", "2"],
+        ["quantize", "./nowhere", "--no-such-flag"],
+        ["no-such-command"],
+    ],
+    ids=" ".join,
+)
+def test_help_errors_and_exit_codes_are_those_of_hfq(arguments: list[str], tmp_path: Path) -> None:
+    found = optimum_cli(*arguments, cwd=tmp_path)
+    assert found == forkserver().hfq(*arguments, cwd=tmp_path)
+    assert "Traceback" not in found.err
 
 
-def test_what_cannot_be_done_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"file_name is 'model\.onnx'"):
+def test_command_takes_flags_before_the_first_word(tmp_path: Path) -> None:
+    assert optimum_cli("--version", cwd=tmp_path) == Done(0, f"hfq {__version__}\n", "")
+
+
+def test_quantizer_resumes_after_a_missed_goal_and_stock_transformers_opens_the_result(
+    run: Run, tmp_path: Path
+) -> None:
+    quantizer = HfqQuantizer.from_pretrained(write_outliers(tmp_path / "outliers"))
+    settings = {"dataset": str(run.cwd / "data"), "approach": "dynamic", "max_trials": 1, "tolerable_loss": 0}
+    with pytest.raises(GoalNotMetError) as missed:
+        quantizer.quantize(tmp_path / "int8", **settings)
+    assert not (tmp_path / "int8").exists()
+
+    result = quantizer.quantize(save_dir=tmp_path / "int8", resume=True, allow_loss=True, **settings)
+    assert result.folder == tmp_path / "int8"
+    assert [asdict(trial) for trial in result.report.trials] == missed.value.details["trials"]  # none ran again
+    assert report(result.folder)["quantized"]["accuracy"] == result.report.quantized.accuracy
+    opened = subprocess.run([sys.executable, "-c", STOCK, str(result.folder)], capture_output=True, text=True)
+    assert opened.stdout in ("spam\n", "ham\n"), opened.stderr
+
+    flags = "--dataset data --approach dynamic --tolerable-loss 0.0 --max-trials 1 --allow-loss --output int8"
+    assert result.report.command == f"hfq quantize outliers {flags}"
+    assert f"```bash\n{result.report.command}\n```" in (result.folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"output": "elsewhere"}, "'output': the folder is save_dir"),
+        ({"checkpoint": "other"}, "'checkpoint': from_pretrained has named it"),
+        ({"revision": "main"}, "'revision': it belongs to the checkpoint"),
+        ({"token": "x"}, "'token': give it to from_pretrained"),
+        ({"push": True}, "'push': nothing is published here"),
+        ({"file_prefix": "int8"}, "file_prefix is 'int8'"),
+        ({"quantization_config": None}, "'quantization_config' is no key of a recipe"),
+        ({"tolerable_loss": 2}, "HfqQuantizer cannot be run: tolerable_loss: "),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_quantize_cannot_do_is_refused(arguments: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=re.escape(reason)):
+        HfqQuantizer.from_pretrained(CHECKPOINT).quantize(tmp_path / "out", **arguments)
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_from_pretrained_cannot_do_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"file_name is 'model\.onnx'"):
         HfqQuantizer.from_pretrained(CHECKPOINT, "model.onnx")
-    with pytest.raises(TypeError, match="subfolder"):
+    with pytest.raises(UsageError, match="no argument 'subfolder'"):
         HfqQuantizer.from_pretrained(CHECKPOINT, subfolder="x")
-    quantizer = HfqQuantizer.from_pretrained(CHECKPOINT)
-    with pytest.raises(ValueError, match="file_prefix is 'int8'"):
-        quantizer.quantize(tmp_path / "out", "int8")
-    with pytest.raises(ValueError, match="push is given"):
-        quantizer.quantize(tmp_path / "out", push=True)
-    with pytest.raises(UsageError, match="calibration_dataset"):
-        quantizer.quantize(tmp_path / "out", calibration_dataset=DATA)
-    assert not (tmp_path / "out").exists()
+    model: Any = BertForSequenceClassification(BertConfig(num_hidden_layers=0, hidden_size=12, vocab_size=9))
+    with pytest.raises(UsageError, match="BertForSequenceClassification; expected a Hub id or folder"):
+        HfqQuantizer.from_pretrained(model)
