@@ -1,18 +1,22 @@
 """Work that int8 layers can share: a matmul with the activation function that follows it, with quantizing for the
-layer that reads the result, and with the layers that read the same input.
+layer that reads the result, and with the layers that read the same input; and bfloat16 attention between them.
 
 Candidates are found by structure and by what one forward shows, and kept only if the model answers as it did
 before: no list of model names, nothing assumed about anybody's `forward`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 
+from ..errors import UsageError
+from . import attention
 from .modules import Int8Linear, PostOp, input_codes, share_matmul
 
 EQUAL = 1e-4  # largest relative difference of one layer: the fused erf and tanh are oneDNN's, the others torch's
@@ -20,14 +24,40 @@ SAME_ANSWER = 0.02  # relative difference of each output once a code may round t
 
 
 def fuse(model: nn.Module) -> None:
-    """Fuse in place wherever it is proved equal.
+    """Fuse in place wherever it is proved equal and `HFQ_FUSIONS` allows it.
 
     What needs a forward is tried on the `dummy_inputs` of the model, or of the models it is built around.
+
+    Raises:
+        UsageError: `HFQ_FUSIONS` names a fusion that does not exist.
     """
-    for parent in list(model.modules()):
-        _fuse_activation(parent)
+    wanted = wanted_fusions()
+    if "activation" in wanted:
+        for parent in list(model.modules()):
+            _fuse_activation(parent)
     for part in _with_examples(model):
-        _fuse_flow(part, part.dummy_inputs)
+        _fuse_flow(part, part.dummy_inputs, [FLOW_FUSIONS[name] for name in FLOW_FUSIONS if name in wanted])
+
+
+def wanted_fusions() -> tuple[str, ...]:
+    """Names from `HFQ_FUSIONS`: comma-separated, or one of the sets "exact" (the default), "all" and "none".
+
+    bfloat16 attention is not in the default: it rounds scores to 8 bits, which turns int8 codes and, on a small
+    model, costs more answers than int8 itself. Who wants its speed asks for it and measures with it.
+
+    Raises:
+        UsageError: there is no fusion of that name.
+    """
+    setting = os.environ.get("HFQ_FUSIONS", "exact")
+    if setting in FUSION_SETS:
+        return FUSION_SETS[setting]
+    names = tuple(name.strip() for name in setting.split(","))
+    if unknown := [name for name in names if name not in FUSION_SETS["all"]]:
+        raise UsageError(
+            f"HFQ_FUSIONS names {', '.join(map(repr, unknown))}; expected one of {', '.join(FUSION_SETS)}, "
+            f"or some of {', '.join(FUSION_SETS['all'])}."
+        )
+    return names
 
 
 def _with_examples(model: nn.Module) -> Iterator[Any]:
@@ -38,12 +68,12 @@ def _with_examples(model: nn.Module) -> Iterator[Any]:
         yield from _with_examples(child)
 
 
-def _fuse_flow(model: nn.Module, example: Mapping[str, Tensor]) -> None:
+def _fuse_flow(model: nn.Module, example: Mapping[str, Tensor], fusions: Sequence["Fusion"]) -> None:
     """Fuse what hands tensors from layer to layer, as one forward on `example` shows it."""
     before = _answers(model, example)
     if before is None:
         return
-    for fusion in (_requantization, _shared_matmuls):
+    for fusion in fusions:
         apply, undo = fusion(model, example)
         apply()
         after = _answers(model, example)
@@ -52,6 +82,7 @@ def _fuse_flow(model: nn.Module, example: Mapping[str, Tensor]) -> None:
 
 
 Change = tuple[Callable[[], None], Callable[[], None]]  # do it, and undo it
+Fusion = Callable[[nn.Module, Mapping[str, Tensor]], Change]
 
 
 def _requantization(model: nn.Module, example: Mapping[str, Tensor]) -> Change:
@@ -83,6 +114,26 @@ def _shared_matmuls(model: nn.Module, example: Mapping[str, Tensor]) -> Change:
                 layer.unpack()
 
     return apply, undo
+
+
+def _attention(model: nn.Module, example: Mapping[str, Tensor]) -> Change:
+    """Let a transformers model use `hfq.runtime.attention` where it would use torch's."""
+    if not isinstance(model, PreTrainedModel) or not attention.can_replace(model):
+        return lambda: None, lambda: None
+    attention.register()
+    return lambda: model.set_attn_implementation(attention.NAME), lambda: model.set_attn_implementation("sdpa")
+
+
+FLOW_FUSIONS: dict[str, Fusion] = {
+    "requantization": _requantization,
+    "shared-matmul": _shared_matmuls,
+    "attention": _attention,
+}
+FUSION_SETS: dict[str, tuple[str, ...]] = {
+    "exact": ("activation", "requantization", "shared-matmul"),  # up to requantization error
+    "all": ("activation", *FLOW_FUSIONS),
+    "none": (),
+}
 
 
 def _same_answers(before: list[Tensor], after: list[Tensor]) -> bool:

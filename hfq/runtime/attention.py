@@ -1,0 +1,74 @@
+"""Attention between int8 layers: bfloat16 matmuls where the CPU multiplies bfloat16, torch's own attention elsewhere.
+
+It stands under its own name in transformers' attention registry, so every model that looks its attention up there can
+use it, whatever its family. torch's fused CPU attention multiplies in float32 blocks; two batched matmuls through
+oneDNN take a third of its time on a CPU with AVX-512 BF16.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "hfq"
+WORTHWHILE = 1 << 16  # scores, over all heads; below it, the calls cost more than the arithmetic
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for bfloat16 products (AVX-512 BF16, AMX): without them it is emulated."""
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
+def register() -> None:
+    """Put the attention under `NAME` where transformers looks it up. It takes the same masks as "sdpa"."""
+    AttentionInterface.register(NAME, bfloat16_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def can_replace(model: PreTrainedModel) -> bool:
+    """Whether `model` runs torch's attention because nobody asked for another."""
+    return model.config._attn_implementation == "sdpa" and multiplies_bfloat16()
+
+
+def bfloat16_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """`softmax(q k^T * scaling + mask) v` of an encoder: float `[batch, heads, length, size]` to `[batch, length, heads, size]`.
+
+    `attention_mask`: bool, true where a key may be seen, broadcast to `[batch, heads, length, keys]`. Products are
+    bfloat16 with float32 sums. What an encoder does not do (causal masks, shared key heads, dropout, additive masks),
+    and what is too small to gain, goes to torch's attention.
+    """
+    batch, heads, length, size = query.shape
+    keys = key.shape[2]
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    plain = key.shape[1] == heads and value.shape == key.shape and not dropout
+    plain &= not any(kwargs.get(name) is not None for name in ("position_bias", "cache", "softcap", "s_aux"))
+    masked_plainly = not causal if attention_mask is None else attention_mask.dtype == torch.bool
+    if not plain or not masked_plainly or batch * heads * length * keys < WORTHWHILE:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+        )
+    scale = size**-0.5 if scaling is None else scaling
+    scores = torch.bmm(_rows(query).mul_(scale), _rows(key).transpose(1, 2))
+    if attention_mask is not None:
+        scores.view(batch, heads, length, keys).masked_fill_(~attention_mask, torch.finfo(scores.dtype).min)
+    y = torch.bmm(scores.softmax(-1), _rows(value)).view(batch, heads, length, size)
+    return torch.empty(batch, length, heads, size, dtype=query.dtype).copy_(y.transpose(1, 2)), None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`[batch, heads, length, size]` in any layout to bfloat16 `[batch * heads, length, size]`, in one pass."""
+    return torch.empty(x.shape, dtype=torch.bfloat16).copy_(x).flatten(0, 1)
