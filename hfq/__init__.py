@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from wrapt import when_imported
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load"]
+__all__ = ["__version__", "compile", "load"]
 
 if TYPE_CHECKING:
+    from .runtime.compiling import compile
     from .runtime.loading import load
 
 
@@ -30,4 +31,8 @@ def __getattr__(name: str) -> Any:
         from .runtime.loading import load
 
         return load
+    if name == "compile":
+        from .runtime.compiling import compile
+
+        return compile
     raise AttributeError(f"module 'hfq' has no attribute {name!r}")
