@@ -92,18 +92,59 @@ def logits_of(subject: Subject, batches: Sequence[dict[str, Tensor]], *, threads
         return load_file(path)["logits"]
 
 
-class Worker:
+class Process:
+    """`python -m MODULE`, which answers each JSON line with another. `name`: of what it measures, for messages."""
+
+    def __init__(self, module: str, name: str) -> None:
+        self.name = name
+        self.log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 - closed with the process; a pipe would fill up
+        self.process = subprocess.Popen(  # noqa: S603 - our own module, by our own interpreter
+            [sys.executable, "-m", module],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+        )
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Send one request and wait for its answer."""
+        stdin, stdout = self.process.stdin, self.process.stdout
+        if stdin is None or stdout is None:
+            raise HfqError("The benchmark process has no pipes.")
+        try:
+            print(json.dumps(request), file=stdin, flush=True)
+            line = stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            self.log.seek(0)
+            tail = self.log.read().strip().splitlines()[-1:]
+            raise HfqError(f"The process that measures {self.name} ended early: {' '.join(tail) or 'no message'}.")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise HfqError(f"{self.name} cannot be loaded and run in a fresh process: {answer['error']}")
+        return answer
+
+    def close(self) -> None:
+        """End the process and its pipes."""
+        self.process.kill()
+        self.process.communicate()
+        self.log.close()
+
+    def __enter__(self) -> "Process":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Worker(Process):
     """One `hfq.worker` process with a checkpoint loaded."""
 
     def __init__(self, subject: Subject, batches: Path, *, threads: int | None) -> None:
-        self.name = subject.checkpoint.info.id
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "hfq.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        super().__init__("hfq.worker", subject.checkpoint.info.id)
         quantized = subject.checkpoint.is_quantized
         try:
             self.loaded = self.ask(
@@ -122,37 +163,6 @@ class Worker:
         except BaseException:
             self.close()
             raise
-
-    def ask(self, request: dict[str, Any]) -> dict[str, float]:
-        """Send one request and wait for its answer."""
-        stdin, stdout, stderr = self.process.stdin, self.process.stdout, self.process.stderr
-        if stdin is None or stdout is None or stderr is None:
-            raise HfqError("The benchmark process has no pipes.")
-        try:
-            print(json.dumps(request), file=stdin, flush=True)
-            line = stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            tail = stderr.read().strip().splitlines()[-1:]
-            raise HfqError(f"The process that measures {self.name} ended early: {' '.join(tail) or 'no message'}.")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise HfqError(f"{self.name} cannot be loaded and run in a fresh process: {answer['error']}")
-        return answer
-
-    def close(self) -> None:
-        """End the process and its pipes."""
-        self.process.kill()
-        self.process.communicate()
-
-    def __enter__(self) -> "Worker":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _save(batches: Sequence[dict[str, Tensor]], folder: Path) -> Path:

@@ -223,22 +223,91 @@ def run(
     _run(make_recipe(changed), token=token, local_hub=local_hub, resume=resume, as_json=as_json)
 
 
-@app.command(epilog="**Examples**\n\nhfq inspect ./out\n\nhfq inspect me/bert-mrpc-int8 --json")
+@app.command(
+    epilog="**Examples**\n\nhfq inspect ./out\n\nhfq inspect me/bert-mrpc-int8 --json\n\nhfq inspect --runtime"
+)
 def inspect(
-    checkpoint: Checkpoint,
+    checkpoint: Annotated[
+        str | None, typer.Argument(help="Hub id or folder of a checkpoint.", show_default=False)
+    ] = None,
+    runtime: Annotated[
+        bool, typer.Option("--runtime", help="Show what this machine runs int8 with; no checkpoint is needed.")
+    ] = False,
     revision: Revision = None,
     token: Token = None,
     as_json: Json = False,
 ) -> None:
-    """Show what is int8 and what is not, scales, sizes, config and provenance."""
-    from .inspection import describe, show
+    """Show what is int8 and what is not, scales, sizes, config and provenance; or this machine's kernels."""
+    from .inspection import describe, describe_runtime, show, show_facts
     from .source import pull
 
-    found = describe(pull(checkpoint, revision=revision, token=token, trust_remote_code=True))
+    if (checkpoint is None) is not runtime:
+        raise UsageError("hfq inspect takes a checkpoint, or --runtime and no checkpoint.")
+    if checkpoint is None:
+        found, display = describe_runtime(), show_facts
+    else:
+        found, display = describe(pull(checkpoint, revision=revision, token=token, trust_remote_code=True)), show
     if as_json:
         _print(json.dumps(found, indent=2, ensure_ascii=False))
     else:
-        show(found)
+        display(found)
+
+
+@app.command(
+    name="bench",
+    epilog="**Examples**\n\nhfq bench ./out --baseline ./my-checkpoint\n\n"
+    "hfq bench me/bert-mrpc-int8 --vs openvino,onnxruntime --shapes 1x16,32x128",
+)
+def bench_command(
+    checkpoint: Checkpoint,
+    vs: Annotated[
+        str,
+        typer.Option(
+            help="Peers, with commas: openvino, onnxruntime, torchao.  \\[default: those installed]", show_default=False
+        ),
+    ] = "",
+    baseline: Annotated[
+        str | None,
+        typer.Option(help="Float checkpoint it was made from.  \\[default: what hfq.json names]", show_default=False),
+    ] = None,
+    shapes: Annotated[str, typer.Option(help="Batch x length, with commas.")] = "1x16,1x128,8x128,32x128",
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of every engine on each shape.")] = 5,
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Also time `hfq.compile`.")] = True,
+    output: Annotated[Path, typer.Option(help="Folder for bench.md, bench.json and bench.png.")] = Path("bench"),
+    threads: Threads = None,
+    token: Token = None,
+    as_json: Json = False,
+) -> None:
+    """Latency, throughput, load time, size and memory beside FP32 and the int8 runtimes that are installed."""
+    import torch
+
+    from .bench.run import bench, chosen, pull_baseline
+    from .bench.table import markdown, write
+    from .measurement import hardware
+    from .source import pull
+    from .ui import Reporter
+
+    sizes = [_shape(text) for text in shapes.split(",")]
+    names = chosen([name.strip() for name in vs.split(",") if name.strip()], compiled=compiled)
+    quantized = pull(checkpoint, token=token)
+    if not quantized.is_quantized:
+        raise UsageError(f"{checkpoint} is not quantized. Quantize it first: hfq quantize {checkpoint} --output ./out")
+    float_model = pull_baseline(quantized, baseline, token=token)
+    threads = threads or torch.get_num_threads()
+    machine = {**hardware(), "threads": threads}
+    found = bench(
+        quantized,
+        float_model,
+        names=names,
+        shapes=sizes,
+        threads=threads,
+        rounds=rounds,
+        hardware=machine,
+        ui=Reporter(),
+    )
+    written = write(found, output)
+    _print(json.dumps(found.as_dict(), indent=2, ensure_ascii=False) if as_json else markdown(found))
+    Reporter().stage(f"Wrote {', '.join(map(str, written))}")
 
 
 @app.command(name="eval", epilog="**Examples**\n\nhfq eval ./out --dataset ./data --split test")
@@ -264,7 +333,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure accuracy, seconds and memory of any checkpoint, quantized or not."""
-    from .inspection import show_evaluation
+    from .inspection import show_facts
     from .pipeline import evaluate_checkpoint
     from .recipe import make_recipe
     from .ui import Reporter
@@ -279,7 +348,7 @@ def evaluate(
     if as_json:
         _print(json.dumps(found, indent=2, ensure_ascii=False))
     else:
-        show_evaluation(found)
+        show_facts(found)
 
 
 @app.command(name="push", epilog="**Examples**\n\nhfq push ./out --to me/bert-mrpc-int8")
@@ -455,6 +524,13 @@ def _command() -> str:
 
 def _print(text: str) -> None:
     sys.stdout.write(text + "\n")
+
+
+def _shape(text: str) -> tuple[int, int]:
+    if not re.fullmatch(r"\s*[1-9]\d*x[1-9]\d*\s*", text):
+        raise UsageError(f"--shapes {text!r} is not batch x length, such as 8x128.")
+    batch, length = text.split("x")
+    return int(batch), int(length)
 
 
 def _fail(message: str, code: int) -> NoReturn:

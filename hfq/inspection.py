@@ -1,6 +1,7 @@
 """What `hfq inspect`, `hfq eval` and a finished run show: a checkpoint's layers, sizes and provenance, as tables."""
 
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -110,8 +111,30 @@ def show_result(report: Report, console: Console) -> None:
     console.print(table)
 
 
-def show_evaluation(found: Mapping[str, Any]) -> None:
-    """Print what `hfq eval` measured."""
+def describe_runtime() -> dict[str, Any]:
+    """What int8 layers run with on this machine: CPU, instruction sets, kernel, fusions, threads."""
+    import torch
+
+    from .measurement import hardware
+    from .runtime.attention import multiplies_bfloat16
+    from .runtime.compiling import has_compiler
+    from .runtime.fusion import wanted_fusions
+
+    reported = torch.cpu.get_capabilities()
+    wanted = ("avx2", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "dot", "i8mm", "bf16", "sve")
+    return {
+        **hardware(),
+        "instructions": [name for name in wanted if reported.get(name)],
+        "onednn_isa_limit": os.environ.get("ONEDNN_MAX_CPU_ISA"),
+        "hfq_isa": os.environ.get("HFQ_ISA", "native"),
+        "fusions": list(wanted_fusions()),
+        "bfloat16_attention": multiplies_bfloat16() and "attention" in wanted_fusions(),
+        "compiler": has_compiler(),
+    }
+
+
+def show_facts(found: Mapping[str, Any]) -> None:
+    """Print names and values."""
     table = Table(show_header=False, box=None)
     for name, value in found.items():
         table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))

@@ -8,30 +8,32 @@ import json
 import re
 import sys
 import time
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+S = TypeVar("S")
 
 
 def main() -> None:
     """Answer `load` once, then `pass` and `logits` as often as asked, until standard input ends."""
+    serve(_Session, _Session.answer)
+
+
+def serve(opened: Callable[[dict[str, Any]], S], answer: Callable[[S, dict[str, Any]], dict[str, Any]]) -> None:
+    """Answer each request line; the first one opens the session that answers them all, itself included."""
     answers = sys.stdout
     sys.stdout = sys.stderr  # libraries print; only answers may go to standard output
-    session: _Session | None = None
+    session: S | None = None
     for line in sys.stdin:
         request = json.loads(line)
-        answer: dict[str, Any]
         try:
-            if request["do"] == "load":
-                session = _Session(request)
-                answer = session.loaded
-            elif session is None:
-                raise RuntimeError("nothing is loaded yet")
-            else:
-                answer = session.run_pass() if request["do"] == "pass" else session.save_logits(request["path"])
+            session = opened(request) if session is None else session
+            found = answer(session, request)
         except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), file=answers, flush=True)
+            found = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(found), file=answers, flush=True)
 
 
 class _Session:
@@ -59,6 +61,11 @@ class _Session:
         load_s = time.perf_counter() - start
         self._forward(self.batches[-1])  # warm-up, and the largest batch: the peak is reached here
         self.loaded = {"load_s": load_s, "imported_mib": imported_mib, "memory_mib": self._memory_mib()}
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        if request["do"] == "load":
+            return self.loaded
+        return self.run_pass() if request["do"] == "pass" else self.save_logits(request["path"])
 
     def run_pass(self) -> dict[str, float]:
         start = time.perf_counter()

@@ -281,6 +281,73 @@ def test_eval_measures_what_the_report_says(checkpoint: str, column: str, run: R
 # The Hub
 
 
+# Bench
+
+
+def test_bench_measures_every_engine_on_every_shape_and_writes_what_it_found(run: Run) -> None:
+    flags = [
+        "--baseline",
+        "./model",
+        "--shapes",
+        "2x8,1x16",
+        "--rounds",
+        "1",
+        "--no-compile",
+        "--vs",
+        "torch",
+        "--json",
+    ]
+    done = hfq("bench", "./out", *flags, cwd=run.cwd)
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert json.loads((run.cwd / "bench" / "bench.json").read_text()) == found
+    engines = {engine["name"]: engine for engine in found["engines"]}
+    assert list(engines) == ["torch", "hfq"]
+    for engine in engines.values():
+        assert engine["failure"] is None
+        assert list(engine["by_shape"]) == ["2x8", "1x16"]
+        for latency in engine["by_shape"].values():
+            assert 0 < latency["p50"] <= latency["p95"] <= latency["p99"]
+        assert engine["load_s"] > 0 and engine["peak_mb"] > 0
+    assert engines["torch"]["agreement"] == 1 and engines["torch"]["error"] == 0
+    assert 0 < engines["hfq"]["error"] < 0.5  # int8 did run, and answers nearly the same
+    assert engines["hfq"]["size_mb"] < 0.3 * engines["torch"]["size_mb"]
+    table = (run.cwd / "bench" / "bench.md").read_text()
+    assert "| 2x8 | hfq |" in table and "| 1x16 | torch |" in table
+    assert (run.cwd / "bench" / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["./out"], "--baseline"),
+        (["./model"], "not quantized"),
+        (["./out", "--baseline", "./model", "--vs", "tensorrt"], "tensorrt"),
+        (["./out", "--baseline", "./model", "--shapes", "8by16"], "8by16"),
+        (["./out", "--baseline", "./nowhere"], "nowhere"),
+    ],
+)
+def test_bench_refuses_what_it_cannot_compare(flags: list[str], said: str, run: Run) -> None:
+    done = hfq("bench", *flags, "--output", "refused", cwd=run.cwd)
+    assert done.code in (1, 2)
+    assert said in done.err and "Traceback" not in done.err
+    assert not (run.cwd / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    "variables, kernel",
+    [({"HFQ_ISA": "portable"}, "portable"), ({"HFQ_ISA": "native", "ONEDNN_MAX_CPU_ISA": "SSE41"}, None)],
+)
+def test_inspect_shows_the_runtime_and_its_limits(variables: dict[str, str], kernel: str | None, run: Run) -> None:
+    done = hfq("inspect", "--runtime", "--json", cwd=run.cwd, env={**variables, "HFQ_FUSIONS": "activation"})
+    found = json.loads(done.out)
+    assert found["kernel"] in ([kernel] if kernel else ["onednn", "portable"])
+    assert found["hfq_isa"] == variables["HFQ_ISA"]
+    assert found["onednn_isa_limit"] == variables.get("ONEDNN_MAX_CPU_ISA")
+    assert found["fusions"] == ["activation"]
+    assert hfq("inspect", cwd=run.cwd).code == hfq("inspect", "./out", "--runtime", cwd=run.cwd).code == 2
+
+
 def test_push_makes_one_commit_that_stock_transformers_loads(run: Run, hub: LocalHub) -> None:
     repo_id = f"{USER}/pushed"
     for commit_made in (True, False):

@@ -1,0 +1,216 @@
+"""The runtimes that `hfq bench` compares. Each prepares a folder once, then loads it in a process of its own.
+
+A peer is quantized as its own guide says, from the float checkpoint, with the same calibration inputs for all.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+Run = Callable[[Tensor, Tensor], Tensor]  # input_ids and attention_mask int64 [batch, length] to logits float
+INPUTS = ("input_ids", "attention_mask")
+
+
+@dataclass(frozen=True)
+class Job:
+    """`quantized` and `baseline`: the int8 checkpoint and the float one it was made from. `calibration`: input ids."""
+
+    quantized: Path
+    baseline: Path
+    auto_class: str
+    calibration: list[Tensor]
+    threads: int
+
+
+class Engine(Protocol):
+    """One runtime. `requires`: modules that must be installed."""
+
+    requires: tuple[str, ...]
+
+    def prepare(self, job: Job, folder: Path) -> Path:
+        """Make what is loaded, in `folder` if it is anything new. Its size is reported."""
+
+    def load(self, path: Path, job: Job) -> Run:
+        """Load what `prepare` returned. This is what "load time" means."""
+
+
+class TorchFloat:
+    """The float checkpoint in eager mode, as a user without any of this runs it."""
+
+    requires: tuple[str, ...] = ()
+
+    def prepare(self, job: Job, folder: Path) -> Path:
+        return job.baseline
+
+    def load(self, path: Path, job: Job) -> Run:
+        return _transformers(_model(path, job))
+
+
+class Hfq:
+    """The int8 checkpoint through `from_pretrained`, with hfq imported."""
+
+    requires: tuple[str, ...] = ()
+
+    def prepare(self, job: Job, folder: Path) -> Path:
+        return job.quantized
+
+    def load(self, path: Path, job: Job) -> Run:
+        import hfq.runtime.quantizer  # noqa: F401
+
+        return _transformers(_model(path, job))
+
+
+class HfqCompiled(Hfq):
+    """The same, through `hfq.compile`."""
+
+    def load(self, path: Path, job: Job) -> Run:
+        from hfq.runtime.compiling import compile
+
+        return _transformers(compile(_model(path, job)))
+
+
+class OpenVino:
+    """NNCF post-training quantization for transformers, run by OpenVINO with its latency hint."""
+
+    requires: tuple[str, ...] = ("openvino", "nncf")
+
+    def prepare(self, job: Job, folder: Path) -> Path:
+        import nncf
+        import openvino
+        import torch
+
+        example = _example(job)
+        with torch.no_grad():
+            graph = openvino.convert_model(_Logits(_model(job.baseline, job)), example_input=example)
+        samples = [{name: value.numpy() for name, value in _inputs(ids).items()} for ids in job.calibration]
+        quantized = nncf.quantize(
+            graph, nncf.Dataset(samples), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(samples)
+        )
+        openvino.save_model(quantized, folder / "model.xml", compress_to_fp16=False)
+        return folder
+
+    def load(self, path: Path, job: Job) -> Run:
+        import openvino
+        import torch
+
+        settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": job.threads}
+        request = openvino.Core().compile_model(path / "model.xml", "CPU", settings).create_infer_request()
+
+        def run(ids: Tensor, mask: Tensor) -> Tensor:
+            answers = request.infer({"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+            return torch.from_numpy(answers[0])
+
+        return run
+
+
+class OnnxRuntime:
+    """ONNX Runtime's dynamic quantization, the one its guide advises for transformers."""
+
+    requires: tuple[str, ...] = ("onnx", "onnxscript", "onnxruntime")
+
+    def prepare(self, job: Job, folder: Path) -> Path:
+        import torch
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+
+        # Whatever the example's shape, size 1 would be taken for a constant.
+        dimensions = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=512)}
+        exported = folder / "float.onnx"
+        torch.onnx.export(
+            _Logits(_model(job.baseline, job)),
+            tuple(_example(job).values()),
+            str(exported),
+            input_names=list(INPUTS),
+            output_names=["logits"],
+            dynamic_shapes=dict.fromkeys(INPUTS, dimensions),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+        quantize_dynamic(exported, folder / "model.onnx", weight_type=QuantType.QInt8, per_channel=True)
+        exported.unlink()
+        return folder
+
+    def load(self, path: Path, job: Job) -> Run:
+        import onnxruntime
+        import torch
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = job.threads
+        session = onnxruntime.InferenceSession(path / "model.onnx", options, providers=["CPUExecutionProvider"])
+
+        def run(ids: Tensor, mask: Tensor) -> Tensor:
+            feeds = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
+            return torch.from_numpy(session.run(None, feeds)[0])
+
+        return run
+
+
+class TorchAo:
+    """torchao's dynamic int8 activations and int8 weights, compiled, which is how its guide runs them."""
+
+    requires: tuple[str, ...] = ("torchao",)
+
+    def prepare(self, job: Job, folder: Path) -> Path:
+        return job.baseline  # torchao quantizes after loading
+
+    def load(self, path: Path, job: Job) -> Run:
+        import torch
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+        model = _model(path, job)
+        quantize_(model, Int8DynamicActivationInt8WeightConfig())
+        return _transformers(torch.compile(model, dynamic=False))
+
+
+ENGINES: dict[str, Engine] = {
+    "torch": TorchFloat(),
+    "hfq": Hfq(),
+    "hfq-compiled": HfqCompiled(),
+    "openvino": OpenVino(),
+    "onnxruntime": OnnxRuntime(),
+    "torchao": TorchAo(),
+}
+PEERS = tuple(name for name in ENGINES if name not in ("torch", "hfq", "hfq-compiled"))
+
+
+def missing(name: str) -> list[str]:
+    """Modules that an engine needs and that are not installed."""
+    return [module for module in ENGINES[name].requires if importlib.util.find_spec(module) is None]
+
+
+class _Logits(nn.Module):
+    """A model with positional tensors in and one tensor out, as exporters want it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+
+
+def _model(path: Path, job: Job) -> Any:
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    model = getattr(transformers, job.auto_class).from_pretrained(path, dtype=torch.float32)
+    return model.eval().requires_grad_(False)
+
+
+def _transformers(model: Any) -> Run:
+    return lambda ids, mask: model(input_ids=ids, attention_mask=mask).logits
+
+
+def _inputs(ids: Tensor) -> dict[str, Tensor]:
+    import torch
+
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _example(job: Job) -> dict[str, Tensor]:
+    return _inputs(job.calibration[0].repeat(2, 1))

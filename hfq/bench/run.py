@@ -1,0 +1,213 @@
+"""Drive the engines: prepare each, load each in a process of its own, then time them in turn on every shape."""
+
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from ..benchmark import Process
+from ..errors import UsageError
+from ..report import Report, read_report
+from ..source import Checkpoint, pull
+from ..tasks import TASKS, find_task
+from ..ui import Reporter
+from .engines import PEERS, missing
+
+CALIBRATION = 100  # inputs, as the peers' own guides take
+SAME_ANSWER = 0.9  # share of inputs answered as the float model does; below it the table says so
+Shape = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds a forward of one shape, and examples a second at the median."""
+
+    p50: float
+    p95: float
+    p99: float
+    throughput: float
+
+
+@dataclass(frozen=True)
+class EngineResult:
+    """`load_s`: seconds. `size_mb`, `peak_mb`: MiB, the peak less what imports take. `by_shape`: keys like "8x128".
+
+    `agreement`: share of the largest shape's inputs whose label is the float model's. `error`: relative difference of
+    the logits. `failure`: why it did not run; then nothing else holds.
+    """
+
+    name: str
+    load_s: float = 0.0
+    size_mb: float = 0.0
+    peak_mb: float = 0.0
+    agreement: float = 0.0
+    error: float = 0.0
+    by_shape: dict[str, Latency] = field(default_factory=dict)
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """What one run measured. Only figures of one run may be compared."""
+
+    checkpoint: str
+    baseline: str
+    shapes: list[str]
+    hardware: dict[str, Any]
+    engines: list[EngineResult]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def bench(
+    quantized: Checkpoint,
+    baseline: Checkpoint,
+    *,
+    names: Sequence[str],
+    shapes: Sequence[Shape],
+    threads: int,
+    rounds: int,
+    hardware: dict[str, Any],
+    ui: Reporter,
+) -> BenchResult:
+    """Measure the engines called `names`, the first of which is the reference, on random tokens of `shapes`.
+
+    An engine that fails is reported as such, and does not end the others.
+    """
+    task = find_task(quantized.config, None)
+    vocabulary = quantized.config["vocab_size"]
+    found: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory(prefix="hfq-bench-") as folder, ExitStack() as stack:
+        calibration = Path(folder) / "calibration.safetensors"
+        save_file(_calibration(vocabulary), calibration)
+        opening = {
+            "do": "open",
+            "quantized": str(quantized.path),
+            "baseline": str(baseline.path),
+            "auto_class": TASKS[task].auto_class,
+            "architecture": (quantized.config.get("architectures") or [""])[0],
+            "calibration": str(calibration),
+            "vocabulary": vocabulary,
+            "threads": threads,
+        }
+        running: dict[str, Process] = {}
+        for name in names:
+            ui.stage(f"Prepare and load {name}")
+            try:
+                running[name], found[name] = _start(name, opening, Path(folder) / name, stack)
+            except Exception as error:  # a peer's own failure, of any type: it is a result
+                found[name] = {"failure": str(error)}
+                ui.warn(f"{name}: {error}")
+        for batch, length in sorted(shapes, key=lambda shape: shape[0] * shape[1]):
+            ui.stage(f"Time {batch}×{length}")
+            _time(running, found, {**opening, "shape": [batch, length]}, rounds=rounds)
+        largest = max(shapes, key=lambda shape: shape[0] * shape[1])
+        _compare(running, found, {**opening, "do": "logits", "shape": [max(16, largest[0]), largest[1]]})
+    results = [EngineResult(name=name, **found[name]) for name in names]
+    return BenchResult(
+        quantized.info.id, baseline.info.id, [f"{batch}x{length}" for batch, length in shapes], hardware, results
+    )
+
+
+def chosen(peers: Sequence[str], *, compiled: bool) -> list[str]:
+    """Engines to run, the float model first: all installed peers if none is named.
+
+    Raises:
+        UsageError: a peer is unknown, or named and not installed.
+    """
+    if unknown := [name for name in peers if name not in (*PEERS, "torch")]:
+        raise UsageError(f"--vs {', '.join(unknown)} is not known. Expected some of: {', '.join(PEERS)}.")
+    for name in peers:
+        if absent := missing(name):
+            raise UsageError(f"--vs {name} needs {', '.join(absent)}. Install them: pip install 'hfq[bench]'.")
+    others = [name for name in PEERS if (name in peers if peers else not missing(name))]
+    return ["torch", "hfq", *(["hfq-compiled"] if compiled else []), *others]
+
+
+def pull_baseline(quantized: Checkpoint, named: str | None, *, token: str | None) -> Checkpoint:
+    """The float checkpoint called `named`, or the one that hfq.json says `quantized` was made from.
+
+    Raises:
+        UsageError: it was made from a folder, whose place hfq.json does not keep.
+        SourceError: it cannot be pulled, or there is no hfq.json.
+    """
+    if named is not None:
+        return pull(named, token=token)
+    report = read_report(quantized.path)
+    if not isinstance(report, Report):
+        raise UsageError(
+            f"{quantized.info.id} was made by fit from a model in memory. Say where its float checkpoint is: --baseline FOLDER"
+        )
+    made_from = report.checkpoint
+    if made_from.revision.startswith("sha256:"):
+        raise UsageError(
+            f"{quantized.info.id} was made from a folder called {made_from.id}. Say where: --baseline FOLDER"
+        )
+    return pull(made_from.id, revision=made_from.revision, token=token)
+
+
+def _start(name: str, opening: dict[str, Any], folder: Path, stack: ExitStack) -> tuple[Process, dict[str, Any]]:
+    """Prepare in one process and load in another, so that quantizing is in neither time nor memory."""
+    folder.mkdir()
+    request = {**opening, "engine": name}
+    with Process("hfq.bench.worker", name) as preparing:
+        preparing.ask(request)
+        path = preparing.ask({"do": "prepare", "folder": str(folder)})["path"]
+    process = stack.enter_context(Process("hfq.bench.worker", name))
+    process.ask(request)
+    loaded = process.ask({**request, "do": "load", "path": path})
+    weights = [file for file in Path(path).rglob("*") if file.suffix in (".safetensors", ".bin", ".xml", ".onnx")]
+    size = sum(file.stat().st_size for file in weights) / 2**20
+    return process, {"load_s": loaded["load_s"], "size_mb": size, "by_shape": {}}
+
+
+def _time(
+    running: dict[str, Process], found: dict[str, dict[str, Any]], request: dict[str, Any], *, rounds: int
+) -> None:
+    """`rounds` turns of every engine on one shape, after a warm-up in which they compile and settle."""
+    batch, length = request["shape"]
+    repeat = max(2, min(30, 4096 // (batch * length)))
+    seconds: dict[str, list[float]] = {name: [] for name in running}
+    for turn in range(rounds + 1):
+        for name in list(running):
+            try:
+                answer = running[name].ask({**request, "do": "time", "repeat": repeat if turn else 3})
+            except Exception as error:
+                found[name] = {"failure": f"at {batch}x{length}: {error}"}
+                del running[name]
+                continue
+            found[name]["peak_mb"] = answer["peak_mib"]
+            if turn:
+                seconds[name] += answer["seconds"]
+    for name in running:
+        p50, p95, p99 = (
+            torch.tensor(seconds[name], dtype=torch.float64)
+            .quantile(torch.tensor([0.5, 0.95, 0.99], dtype=torch.float64))
+            .tolist()
+        )
+        found[name]["by_shape"][f"{batch}x{length}"] = Latency(p50 * 1e3, p95 * 1e3, p99 * 1e3, batch / p50)
+
+
+def _compare(running: dict[str, Process], found: dict[str, dict[str, Any]], request: dict[str, Any]) -> None:
+    answers = {name: torch.tensor(process.ask(request)["logits"]) for name, process in running.items()}
+    reference = answers.get("torch")
+    if reference is None:
+        return
+    for name, logits in answers.items():
+        found[name]["agreement"] = (logits.argmax(1) == reference.argmax(1)).float().mean().item()
+        found[name]["error"] = ((logits - reference).norm() / reference.norm()).item()
+
+
+def _calibration(vocabulary: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(16, 128, (CALIBRATION,), generator=generator).tolist()
+    return {
+        f"{i:03d}": torch.randint(vocabulary // 10, vocabulary, (1, length), generator=generator)
+        for i, length in enumerate(lengths)
+    }

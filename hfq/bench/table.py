@@ -1,0 +1,80 @@
+"""A bench result as Markdown, JSON and a plot."""
+
+import json
+from pathlib import Path
+
+from .run import SAME_ANSWER, BenchResult, EngineResult
+
+
+def write(result: BenchResult, folder: Path) -> list[Path]:
+    """`bench.md`, `bench.json` and `bench.png` in `folder`, which is made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"bench.{suffix}" for suffix in ("md", "json", "png")]
+    paths[0].write_text(markdown(result), encoding="utf-8")
+    paths[1].write_text(json.dumps(result.as_dict(), indent=2, ensure_ascii=False), encoding="utf-8")
+    _plot(result, paths[2])
+    return paths
+
+
+def markdown(result: BenchResult) -> str:
+    """The figures as two tables: by shape, and by engine."""
+    ran = [engine for engine in result.engines if engine.failure is None]
+    lines = [
+        f"# {result.checkpoint}",
+        "",
+        f"{result.hardware['cpu']}, {result.hardware['threads']} threads, torch kernel {result.hardware['kernel']}. "
+        f"Float model: {result.baseline}. All engines in turn, in one run; times are milliseconds.",
+        "",
+        "| batch x length | engine | p50 | p95 | p99 | examples/s | x FP32 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for shape in result.shapes:
+        reference = next((e.by_shape[shape].p50 for e in ran if e.name == "torch"), None)
+        for engine in ran:
+            latency = engine.by_shape[shape]
+            ratio = f"{reference / latency.p50:.2f}" if reference else ""
+            lines.append(
+                f"| {shape} | {engine.name} | {latency.p50:.2f} | {latency.p95:.2f} | {latency.p99:.2f} "
+                f"| {latency.throughput:.1f} | {ratio} |"
+            )
+    lines += [
+        "",
+        "| engine | load s | size MiB | peak MiB | same label as FP32 | logit error |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [_engine_row(engine) for engine in ran]
+    for engine in result.engines:
+        if engine.failure is not None:
+            lines += ["", f"**{engine.name} did not run:** {engine.failure}"]
+        elif engine.agreement < SAME_ANSWER:
+            lines += ["", f"**{engine.name} answers otherwise than the float model on these inputs.**"]
+    return "\n".join([*lines, ""])
+
+
+def _engine_row(engine: EngineResult) -> str:
+    return (
+        f"| {engine.name} | {engine.load_s:.2f} | {engine.size_mb:.1f} | {engine.peak_mb:.0f} "
+        f"| {engine.agreement:.1%} | {engine.error:.3f} |"
+    )
+
+
+def _plot(result: BenchResult, path: Path) -> None:
+    """Speed against the float model, a group of bars a shape."""
+    from matplotlib.figure import Figure
+
+    ran = [engine for engine in result.engines if engine.failure is None]
+    figure = Figure(figsize=(max(7.0, 1.5 + 1.6 * len(result.shapes)), 4.0), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / max(1, len(ran))
+    for position, engine in enumerate(ran):
+        throughput = [engine.by_shape[shape].throughput for shape in result.shapes]
+        places = [index + (position - (len(ran) - 1) / 2) * width for index in range(len(result.shapes))]
+        axes.bar(places, throughput, width, label=engine.name)
+    axes.set_xticks(range(len(result.shapes)), result.shapes)
+    axes.set_xlabel("batch x length (tokens)")
+    axes.set_ylabel("examples per second (median)")
+    axes.set_yscale("log")
+    axes.set_title(f"{result.checkpoint} on {result.hardware['cpu']}, {result.hardware['threads']} threads")
+    axes.grid(axis="y", alpha=0.3)
+    figure.legend(loc="outside right upper")
+    figure.savefig(path, dpi=144)

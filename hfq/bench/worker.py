@@ -1,0 +1,77 @@
+"""A process that prepares or runs one engine: `python -m hfq.bench.worker`, driven by `hfq.bench.run`.
+
+Requests are JSON lines on standard input, answers JSON lines on standard output.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from ..worker import peak_mib, serve
+
+
+class _Session:
+    def __init__(self, request: dict[str, Any]) -> None:
+        import torch
+        from safetensors.torch import load_file
+
+        from .engines import ENGINES, Job
+
+        self.torch = torch
+        torch.set_num_threads(request["threads"])
+        calibration = list(load_file(request["calibration"]).values())
+        self.engine = ENGINES[request["engine"]]
+        for module in self.engine.requires:
+            __import__(module)
+        self.job = Job(
+            Path(request["quantized"]),
+            Path(request["baseline"]),
+            request["auto_class"],
+            calibration,
+            request["threads"],
+        )
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        if request["do"] == "open":
+            return {}
+        if request["do"] == "prepare":
+            return {"path": str(self.engine.prepare(self.job, Path(request["folder"])))}
+        if request["do"] == "load":
+            return self._load(Path(request["path"]), request["architecture"])
+        if request["do"] == "logits":
+            return {"logits": self._forward(**self._batch(request)).float().tolist()}
+        return {"seconds": self._time(request), "peak_mib": peak_mib() - self.imported_mib}
+
+    def _load(self, path: Path, architecture: str) -> dict[str, Any]:
+        import transformers
+
+        getattr(transformers, architecture, None)  # imports the model's code before time and memory are counted
+        self.imported_mib = peak_mib()
+        start = time.perf_counter()
+        self.run = self.engine.load(path, self.job)
+        return {"load_s": time.perf_counter() - start}
+
+    def _time(self, request: dict[str, Any]) -> list[float]:
+        batch = self._batch(request)
+        seconds = []
+        for _ in range(request["repeat"]):
+            start = time.perf_counter()
+            self._forward(**batch)
+            seconds.append(time.perf_counter() - start)
+        return seconds
+
+    def _forward(self, ids: Any, mask: Any) -> Any:
+        with self.torch.no_grad():
+            return self.run(ids, mask)
+
+    def _batch(self, request: dict[str, Any]) -> dict[str, Any]:
+        batch, length = request["shape"]
+        generator = self.torch.Generator().manual_seed(0)
+        ids = self.torch.randint(
+            request["vocabulary"] // 10, request["vocabulary"], (batch, length), generator=generator
+        )
+        return {"ids": ids, "mask": self.torch.ones_like(ids)}
+
+
+if __name__ == "__main__":
+    serve(_Session, _Session.answer)
