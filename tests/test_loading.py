@@ -156,7 +156,8 @@ def test_answers_are_those_of_the_float_model(exports: Exports, plan: str) -> No
 def test_int8_kernels_run_whichever_is_imported_first(exports: Exports, plan: str) -> None:
     assert int8_linears(exports.models[plan])
     assert "Int8Linear" in exports.layers["hfq last"][plan]
-    assert torch.allclose(exports.answers["hfq last"][plan], exports.answers["hfq first"][plan], atol=1e-3)
+    # Not to the bit: one had all rows at once, so its slices, and the order of float sums in attention, are others.
+    assert relative_error(exports.answers["hfq last"][plan], exports.answers["hfq first"][plan]) < 0.02
 
 
 @pytest.mark.parametrize("plan", ["static", "mixed", "sharded"])

@@ -6,6 +6,7 @@ buckets, so that a server that sees every length compiles a handful of times, no
 
 import functools
 import os
+import types
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,7 +53,7 @@ class _Buckets:
 
     def __init__(self, model: nn.Module) -> None:
         self.eager = model.forward
-        self.compiled = torch.compile(self.eager, dynamic=False)
+        self.compiled = torch.compile(types.MethodType(type(model).forward, model), dynamic=False)
         self.padding = getattr(getattr(model, "config", None), "pad_token_id", None) or 0
         self.shapes: set[tuple[int, int]] = set()
         functools.update_wrapper(self, self.eager)  # transformers reads the signature

@@ -17,7 +17,9 @@ from transformers import PreTrainedModel
 
 from ..errors import UsageError
 from . import attention
+from .kernels import return_freed_memory
 from .modules import Int8Linear, PostOp, input_codes, share_matmul
+from .slicing import slice_batches
 
 EQUAL = 1e-4  # largest relative difference of one layer: the fused erf and tanh are oneDNN's, the others torch's
 SAME_ANSWER = 0.02  # relative difference of each output once a code may round the other way
@@ -37,6 +39,9 @@ def fuse(model: nn.Module) -> None:
             _fuse_activation(parent)
     for part in _with_examples(model):
         _fuse_flow(part, part.dummy_inputs, [FLOW_FUSIONS[name] for name in FLOW_FUSIONS if name in wanted])
+    if "slices" in wanted and isinstance(model, PreTrainedModel):
+        slice_batches(model)
+    return_freed_memory()
 
 
 def wanted_fusions() -> tuple[str, ...]:
@@ -130,8 +135,8 @@ FLOW_FUSIONS: dict[str, Fusion] = {
     "attention": _attention,
 }
 FUSION_SETS: dict[str, tuple[str, ...]] = {
-    "exact": ("activation", "requantization", "shared-matmul"),  # up to requantization error
-    "all": ("activation", *FLOW_FUSIONS),
+    "exact": ("activation", "requantization", "shared-matmul", "slices"),  # up to requantization error
+    "all": ("activation", *FLOW_FUSIONS, "slices"),
     "none": (),
 }
 

@@ -214,6 +214,26 @@ def keep_freed_memory() -> bool:
     return bool(libc.mallopt(m_mmap_threshold, 1 << 30) and libc.mallopt(m_trim_threshold, (1 << 31) - 1))
 
 
+def return_freed_memory() -> None:
+    """Give back what glibc kept while a model was loaded and packed: once, so it costs no forward anything."""
+    if keep_freed_memory():
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def drop_pages(tensor: Tensor) -> None:
+    """Tell Linux that the pages of a tensor that will not be read again may go: those of a mapped file, at no cost.
+
+    Only advice, so never wrong: what is read all the same is read again.
+    """
+    if platform.system() != "Linux":
+        return
+    page, pageout = os.sysconf("SC_PAGE_SIZE"), 21
+    start = -(-tensor.data_ptr() // page) * page
+    length = (tensor.data_ptr() + tensor.nbytes) // page * page - start
+    if length > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), pageout)
+
+
 def _onednn_is_exact() -> bool:
     if not torch.backends.mkldnn.is_available():
         return False

@@ -11,7 +11,16 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from .kernels import Kernel, PortableKernel, PostOp, apply_post_op, keep_freed_memory, quantize_uint8, select_kernel
+from .kernels import (
+    Kernel,
+    PortableKernel,
+    PostOp,
+    apply_post_op,
+    drop_pages,
+    keep_freed_memory,
+    quantize_uint8,
+    select_kernel,
+)
 
 Activation = Literal["static", "dynamic", "weight-only"]
 
@@ -34,6 +43,7 @@ class PackedModule(nn.Module):
         """Hand the weight over. The first forward does it if need be."""
         packed = self.make_packed()
         if packed is not None:
+            drop_pages(self._parameters["weight"])  # type: ignore[arg-type]
             self._packed = packed
             del self._parameters["weight"]
         return packed
@@ -273,7 +283,9 @@ def state_mib(model: nn.Module) -> float:
 def leave_file(model: nn.Module) -> None:
     """Copy what is left out of the mapped checkpoint file: one embedding would keep all of it resident."""
     for tensor in [*model.parameters(), *model.buffers()]:
-        tensor.data = tensor.data.clone()
+        mapped = tensor.data
+        tensor.data = mapped.clone()
+        drop_pages(mapped)
 
 
 def pack_all(model: nn.Module) -> None:

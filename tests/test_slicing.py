@@ -1,0 +1,125 @@
+"""Ragged and large batches run in slices, and answer as they do whole."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from models import quantized, relative_error, tiny, token_batches
+from torch import Tensor, nn
+
+from hfq.runtime import slicing
+from hfq.runtime.fusion import fuse
+from hfq.runtime.slicing import slice_batches, slices
+from hfq.tuning.candidates import Candidate
+
+Forward = tuple[list[tuple[int, ...]], Any]
+
+
+def shapes_of(model: Any, run: Any) -> Forward:
+    """Shapes of the ids that reach the embedding, and what the model returned."""
+    seen: list[tuple[int, ...]] = []
+    embedding = model.get_input_embeddings()
+    handle = embedding.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape)))
+    with torch.inference_mode():
+        outputs = run(model)
+    handle.remove()
+    return seen, outputs
+
+
+def ragged(rows: int = 24, length: int = 60, *, left: bool = False) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 200, (rows, length), generator=generator)
+    lengths = torch.randint(5, length, (rows, 1), generator=generator)
+    mask = (torch.arange(length) < lengths).long()
+    mask = mask.flip(1) if left else mask
+    return {"input_ids": ids.where(mask.bool(), 0), "attention_mask": mask}
+
+
+@pytest.mark.parametrize("family", ["Bert", "DistilBert", "Roberta", "Electra", "MPNet"])
+def test_slices_answer_as_the_whole_batch_and_compute_less_padding(family: str) -> None:
+    model = quantized(tiny(family), Candidate("static"), token_batches(2))
+    batch = ragged()
+    whole, expected = shapes_of(model, lambda m: m(**batch).logits)
+    slice_batches(model)
+    parts, found = shapes_of(model, lambda m: m(**batch).logits)
+    assert whole == [(24, 60)] and len(parts) > 1
+    assert sum(rows for rows, _ in parts) == 24
+    assert sum(rows * length for rows, length in parts) < 24 * 50
+    assert relative_error(found, expected) < 0.02
+
+
+def test_a_large_batch_is_cut_and_a_small_even_one_is_not() -> None:
+    model = tiny()
+    slice_batches(model)
+    ids = torch.randint(5, 200, (40, 64))
+    parts, logits = shapes_of(model, lambda m: m(ids).logits)
+    assert parts == [(16, 64), (16, 64), (8, 64)] and logits.shape == (40, 3)
+    assert shapes_of(model, lambda m: m(input_ids=ids[:8]).logits)[0] == [(8, 64)]
+
+
+def test_left_padding_is_never_cut_off() -> None:
+    model = tiny()
+    batch = ragged(left=True)
+    with torch.inference_mode():
+        expected = model(**batch).logits
+    slice_batches(model)
+    parts, found = shapes_of(model, lambda m: m(**batch).logits)
+    assert {length for _, length in parts} == {60}
+    assert relative_error(found, expected) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"labels": torch.zeros(24, dtype=torch.long)}, {"output_hidden_states": True}, {"return_dict": False}]
+)
+def test_what_is_more_than_one_row_of_logits_is_answered_whole(arguments: dict[str, Any]) -> None:
+    model, batch = tiny(), ragged()
+    expected = shapes_of(model, lambda m: m(**batch, **arguments))[1]
+    slice_batches(model)
+    parts, found = shapes_of(model, lambda m: m(**batch, **arguments))
+    assert parts == [(24, 60)]
+    assert torch.equal(found[0], expected[0])
+
+
+def test_token_outputs_are_answered_whole() -> None:
+    model: Any = tiny().bert
+    batch = ragged()
+    slice_batches(model)
+    _, outputs = shapes_of(model, lambda m: m(**batch))
+    assert outputs.last_hidden_state.shape == (24, 60, 64)
+    assert shapes_of(model, lambda m: m(**batch))[0] == [(24, 60)]  # and tried once only
+
+
+def test_copies_slice_with_their_own_weights() -> None:
+    model, batch = tiny(), ragged()
+    slice_batches(model)
+    before = shapes_of(model, lambda m: m(**batch).logits)[1]
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        other.classifier.bias.data += 1
+        assert relative_error(shapes_of(other, lambda m: m(**batch).logits)[1], before + 1) < 1e-5
+    assert torch.equal(shapes_of(model, lambda m: m(**batch).logits)[1], before)
+
+
+def test_rows_without_a_single_token_are_answered() -> None:
+    model, batch = tiny(), ragged()
+    batch["attention_mask"][3] = 0
+    slice_batches(model)
+    assert shapes_of(model, lambda m: m(**batch).logits)[1].isfinite().all()
+
+
+def test_every_row_is_in_one_slice() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for rows in (0, 1, 7, 300):
+        lengths = torch.randint(0, 600, (rows,), generator=generator).tolist()
+        found = slices(lengths)
+        assert sorted(row for part in found for row in part) == list(range(rows))
+        assert all(len(part) == 1 or len(part) * lengths[part[-1]] <= slicing.MOST_TOKENS for part in found)
+
+
+@pytest.mark.parametrize("setting, sliced", [("exact", True), ("activation", False), ("none", False)])
+def test_slicing_can_be_turned_off(setting: str, sliced: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HFQ_FUSIONS", setting)
+    model: nn.Module = quantized(tiny(), Candidate("dynamic"), token_batches(2))
+    fuse(model)
+    assert (len(shapes_of(model, lambda m: m(**ragged()).logits)[0]) > 1) == sliced
