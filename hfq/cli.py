@@ -9,8 +9,10 @@ import re
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -374,6 +376,34 @@ def push_command(
         _publish(folder, to=target, private=private, create_pr=create_pr, token=hub_token or token, ui=Reporter())
 
 
+@app.command(epilog="**Examples**\n\nhfq watch pipelines/ --once\n\nhfq watch pipelines/ --interval 600")
+def watch(
+    folder: Annotated[Path, typer.Argument(help="Folder of recipes, or one recipe.", show_default=False)],
+    once: Annotated[bool, typer.Option("--once", help="Look once and exit, for schedules.")] = False,
+    interval: Annotated[float, typer.Option(min=1, help="Seconds between two looks.")] = 600,
+    token: Token = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each recipe looked at.")] = False,
+) -> None:
+    """Quantize and publish what is new: recipes whose repository lacks the newest revision of the source.
+
+    A recipe publishes to its `to`, or to YOU/CHECKPOINT-int8. One that fails does not stop the others.
+    """
+    from .watch import Watcher, exit_code
+
+    watcher = Watcher(folder, recipes=_recipes(), token=token)
+    while True:
+        outcomes = watcher.round()
+        if as_json:
+            _print("\n".join(json.dumps(asdict(outcome), ensure_ascii=False) for outcome in outcomes))
+            sys.stdout.flush()
+        if once:
+            break
+        time.sleep(interval)
+    if code := exit_code(outcomes):
+        failed = [outcome.recipe for outcome in outcomes if outcome.exit_code]
+        _fail(f"Not published: {', '.join(failed)}. What each lacks is said above.", code)
+
+
 class _Interrupted(BaseException):
     """Ctrl-C, as a type that typer and Lightning do not know: each would end the command in its own way."""
 
@@ -486,7 +516,7 @@ def _target(to: str | None, name: str, token: str | None) -> str:
 def _publish(
     folder: Path, *, to: str | None, private: bool, create_pr: bool, token: str | None, ui: "Reporter"
 ) -> None:
-    from .hub import push_folder
+    from .hub import COMMIT_TITLE, push_folder
 
     ui.stage("Publish")
     pushed = push_folder(
@@ -496,7 +526,7 @@ def _publish(
         token=token,
         private=private,
         create_pr=create_pr,
-        message=f"INT8 export by hfq {__version__}",
+        message=f"{COMMIT_TITLE} {__version__}",
     )
     ui.note(f"{pushed.url} at {pushed.commit}" if pushed.changed else f"{pushed.url} holds this already: no commit")
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .errors import ExportError
+from .files import write_text
 from .quantization.scheme import Plan
 from .runtime.conv import Int8Conv1D
 from .runtime.swap import stored_type
@@ -104,16 +105,6 @@ def _group(approach: str, targets: list[str]) -> dict[str, Any]:
         "weights": WEIGHTS,
         "input_activations": ACTIVATIONS[approach],
     }
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write, fsync, and only then give the file its name."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

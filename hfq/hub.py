@@ -14,6 +14,7 @@ from pathlib import Path
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
+    Discussion,
     HfApi,
     ModelCard,
     RepoFile,
@@ -25,6 +26,7 @@ from huggingface_hub.errors import (
     HFValidationError,
     HTTPError,
     OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
@@ -34,6 +36,7 @@ from .errors import ExportError, HubError, UsageError
 from .report import REPORT_FILE, read_report
 
 CARD_FILE = "README.md"
+COMMIT_TITLE = "INT8 export by hfq"
 _OUR_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 _ANY_WEIGHTS = re.compile(
     r".+\.(safetensors|bin|pt|pth|ckpt|pkl|onnx|gguf|h5|keras|msgpack|ot|tflite|npz|pb)", re.IGNORECASE
@@ -127,6 +130,41 @@ def push_folder(
         empty = _Remote(created, head=api.model_info(created).sha, private=private, files={})
         result = _commit(api, empty, files=files, create_pr=create_pr, message=message)
         return replace(result, created=True)
+
+
+def published_revisions(repo_id: str, *, token: str | None, private: bool, create_pr: bool) -> set[str]:
+    """Revisions of float checkpoints whose export is in a repository already, by its `hfq.json`.
+
+    One or none; and with `create_pr`, those of hfq's pull requests too, open or turned down.
+
+    Raises:
+        HubError: the Hub cannot be asked, or a push there would be refused whatever is in it.
+    """
+    api = HfApi(token=token, library_name="hfq")
+    with _explained(f"Reading {REPORT_FILE} of {repo_id}", token=token):
+        remote = _read_remote(api, repo_id, revision=None)
+        if remote is None:
+            return set()
+        _refuse_foreign(remote, {})
+        _refuse_public(remote, private=private)
+        heads = [remote.head] if any(map(_OUR_WEIGHTS.fullmatch, remote.files)) else []
+        if create_pr:
+            requests = api.get_repo_discussions(remote.id, discussion_type="pull_request")
+            heads += [request.git_reference for request in requests if _is_proposal(request)]
+        return {found for head in heads if (found := _recorded_revision(api, remote.id, head))}
+
+
+def _is_proposal(request: Discussion) -> bool:
+    return request.title.startswith(COMMIT_TITLE) and request.status != "merged"
+
+
+def _recorded_revision(api: HfApi, repo_id: str, revision: str | None) -> str | None:
+    """The checkpoint's revision in a published report; None where there is no report of a checkpoint's export."""
+    try:
+        path = api.hf_hub_download(repo_id, REPORT_FILE, revision=revision)
+        return str(json.loads(Path(path).read_text(encoding="utf-8"))["checkpoint"]["revision"])
+    except (RemoteEntryNotFoundError, json.JSONDecodeError, KeyError, TypeError):
+        return None
 
 
 def resolve_repo_id(repo_id: str | None, *, default_name: str, token: str | None) -> str:

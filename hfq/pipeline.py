@@ -22,7 +22,8 @@ from .card import render_card
 from .data import majority_accuracy
 from .errors import ExportError, GoalNotMetError, UsageError
 from .evaluation import Evaluation
-from .export import export, write_text
+from .export import export
+from .files import write_text
 from .measurement import compare_with_stock, hardware, measure_export
 from .quantization.convert import quantize_model
 from .quantization.inputs import model_inputs

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from .card import render_fit_card
 from .errors import ExportError
-from .export import write_text, write_weights_and_config
+from .export import write_weights_and_config
+from .files import write_text
 from .quantization.scheme import Plan
 from .report import REPORT_FILE, FitReport, Trial
 from .runtime.swap import transformers_part

@@ -5,7 +5,8 @@ Safetensors only: weights in pickle files can run code when they are read.
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,20 @@ def pull(
     return Checkpoint(info, path, config, card, weights)
 
 
+def head_revision(
+    reference: str, *, revision: str | None = None, token: str | None = None, trust_remote_code: bool = False
+) -> str:
+    """What `pull` would record as the revision of a checkpoint, now. Of one on the Hub, no file is downloaded.
+
+    Raises:
+        SourceError: it does not exist, or may not be read.
+    """
+    if is_path(reference):
+        return pull(reference, revision=revision, trust_remote_code=trust_remote_code).info.revision
+    with _explained(reference, revision):
+        return str(HfApi(token=token).model_info(reference, revision=revision).sha)
+
+
 def _folder(reference: str) -> Path:
     path = Path(reference).expanduser()
     if path.suffix == ".ckpt" and path.is_file():
@@ -100,7 +115,7 @@ def _folder(reference: str) -> Path:
 
 
 def _download(reference: str, revision: str | None, token: str | None, trust_remote_code: bool) -> tuple[Path, str]:
-    try:
+    with _explained(reference, revision):
         info = HfApi(token=token).model_info(reference, revision=revision)
         names = [sibling.rfilename for sibling in info.siblings or []]
         _refuse_pickles(names, reference)
@@ -108,6 +123,14 @@ def _download(reference: str, revision: str | None, token: str | None, trust_rem
         path = snapshot_download(
             reference, revision=info.sha, token=token, allow_patterns=patterns, ignore_patterns=SUBFOLDERS
         )
+    return Path(path), str(info.sha)
+
+
+@contextmanager
+def _explained(reference: str, revision: str | None) -> Iterator[None]:
+    """Turn what the Hub's client raises about a checkpoint into one `SourceError`."""
+    try:
+        yield
     except GatedRepoError as error:
         raise SourceError(
             f"{reference} is gated. Ask for access on its page, then pass --token or set HF_TOKEN."
@@ -139,7 +162,6 @@ def _download(reference: str, revision: str | None, token: str | None, trust_rem
         raise SourceError(
             f"The Hub could not be reached for {reference}: {_first_line(error)}. Check the network."
         ) from error
-    return Path(path), str(info.sha)
 
 
 def is_network_error(error: BaseException) -> bool:

@@ -1,0 +1,252 @@
+"""`hfq watch`: publish what is new on the sources of a folder of recipes, once or again and again.
+
+What is published already is asked of the Hub each time: nothing is kept here that could be lost or go stale.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from huggingface_hub import get_token
+
+from . import __version__
+from .errors import GoalNotMetError, HfqError, SourceError, UsageError
+from .files import write_text
+from .hub import COMMIT_TITLE, published_revisions, push_folder, resolve_repo_id
+from .recipe import Recipe, is_path, read_recipe
+from .report import Report, read_report
+from .source import head_revision
+from .ui import Reporter
+
+SUFFIXES = (".yaml", ".yml")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one recipe. `exit_code` is what `hfq run` would have ended with."""
+
+    recipe: str
+    state: Literal["published", "current", "missed", "failed"]
+    message: str
+    exit_code: int = 0
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A recipe of the folder, and the repository that its result belongs in."""
+
+    path: Path
+    recipe: Recipe
+    target: str
+
+
+class Missed:
+    """Goals that were missed, so that nobody tries again what cannot succeed; in a file if they are to outlive us.
+
+    A recipe that was changed, or a new revision of its source, is another try.
+    """
+
+    def __init__(self, file: Path | None = None) -> None:
+        self._file = file
+        self._messages: dict[str, str] = {}
+        if file is not None and file.is_file():
+            try:
+                self._messages = dict(json.loads(file.read_text(encoding="utf-8")))
+            except (OSError, ValueError) as error:
+                raise UsageError(f"{file} cannot be read as JSON: {error}. Remove it to start without it.") from error
+
+    def message(self, recipe: Recipe, revision: str) -> str | None:
+        """What was said when this goal was missed; None if it was not."""
+        return self._messages.get(_digest(recipe, revision))
+
+    def add(self, recipe: Recipe, revision: str, message: str) -> None:
+        """Remember one."""
+        self._messages[_digest(recipe, revision)] = message
+        if self._file is not None:
+            write_text(self._file, json.dumps(self._messages, indent=2, ensure_ascii=False) + "\n")
+
+
+class Watcher:
+    """Brings the published models of a folder of recipes up to date with their sources.
+
+    Args:
+        folder: of recipes, or one recipe.
+        recipes: folder searched for a checkpoint's recipe when one names no dataset.
+        token: None for the one `hf auth login` or `HF_TOKEN` left.
+        missed: goals not to try again.
+
+    Raises:
+        UsageError: there is no recipe.
+    """
+
+    def __init__(self, folder: Path, *, recipes: Path, token: str | None = None, missed: Missed | None = None) -> None:
+        self.folder = folder
+        self._recipes = recipes
+        self._token = token
+        self._missed = missed or Missed()
+        self._complete: set[str] = set()  # exports that are whole here, and that the Hub did not take yet
+        recipe_files(folder)
+
+    def round(self) -> list[Outcome]:
+        """Look at every recipe once. One that fails does not stop the others."""
+        watched = self._watched()
+        return [self._outcome(path, found) for path, found in watched.items()]
+
+    def update(self, path: Path) -> Outcome:
+        """Look at one recipe of the folder."""
+        missing = UsageError(f"{path} is not there any more. Nothing is done for it.")
+        return self._outcome(path, self._watched().get(path, missing))
+
+    def _outcome(self, path: Path, watched: Watched | HfqError) -> Outcome:
+        ui = Reporter()  # of its own: a report holds the warnings of its run
+        ui.stage(f"Recipe {path.name}")
+        try:
+            if isinstance(watched, HfqError):
+                raise watched
+            outcome = self._bring_up_to_date(watched, ui)
+        except GoalNotMetError as error:
+            outcome = Outcome(path.name, "missed", str(error), error.exit_code)
+        except HfqError as error:
+            outcome = Outcome(path.name, "failed", str(error), error.exit_code)
+        except Exception as error:  # whatever a library raises about one recipe, the others have their turn
+            text = f"{type(error).__name__}: {error}".replace(self._token or get_token() or "\0", "HF_TOKEN")
+            outcome = Outcome(path.name, "failed", text, HfqError.exit_code)
+        (ui.warn if outcome.exit_code else ui.note)(outcome.message)
+        return outcome
+
+    def _bring_up_to_date(self, watched: Watched, ui: Reporter) -> Outcome:
+        recipe, target = watched.recipe, watched.target
+        revision = head_revision(
+            recipe.checkpoint,
+            revision=recipe.revision,
+            token=self._token,
+            trust_remote_code=recipe.trust_remote_code,
+        )
+        published = published_revisions(target, token=self._token, private=recipe.private, create_pr=recipe.create_pr)
+        source = f"{recipe.checkpoint} at {revision[:19]}"
+        if revision in published:
+            return Outcome(watched.path.name, "current", f"{target} holds {source}: nothing to do")
+        if message := self._missed.message(recipe, revision):
+            raise GoalNotMetError(
+                f"Not tried again: {source} missed the goal before, and neither it nor the recipe has changed. {message}",
+                details={},
+            )
+        try:
+            folder = self._quantized(watched, revision, ui)
+        except GoalNotMetError as error:
+            self._missed.add(recipe, revision, str(error))
+            raise
+        ui.stage("Publish")
+        pushed = push_folder(
+            folder,
+            repo_id=target,
+            default_name=target,
+            token=self._token,
+            private=recipe.private,
+            create_pr=recipe.create_pr,
+            message=f"{COMMIT_TITLE} {__version__}",
+        )
+        self._complete.discard(_digest(recipe, revision))
+        return Outcome(watched.path.name, "published", f"{pushed.url} holds {source}: commit {pushed.commit}")
+
+    def _quantized(self, watched: Watched, revision: str, ui: Reporter) -> Path:
+        """The folder with the export of that revision, made now unless only its push had failed."""
+        recipe = watched.recipe
+        key = _digest(recipe, revision)
+        if key in self._complete and _holds(recipe.output_folder, revision):
+            return recipe.output_folder
+        resolve_repo_id(None, default_name="any", token=self._token)  # a bad token costs a second now, or a whole run
+        import torch  # most rounds need neither it nor the pipeline
+
+        from .pipeline import quantize
+
+        pinned = {} if is_path(recipe.checkpoint) else {"revision": revision}
+        threads = torch.get_num_threads()
+        try:
+            result = quantize(
+                recipe.model_copy(update={"to": watched.target, **pinned}),
+                recipes=self._recipes,
+                ui=ui,
+                token=self._token,
+                resume=True,
+                command=f"hfq run {watched.path.name} --push",
+            )
+        finally:
+            torch.set_num_threads(threads)  # a recipe's own number is not the next one's
+        self._complete.add(key)
+        return result.folder
+
+    def _watched(self) -> dict[Path, Watched | HfqError]:
+        """Every recipe of the folder, or why it cannot be run."""
+        found: dict[Path, Watched | HfqError] = {}
+        for path in recipe_files(self.folder):
+            try:
+                recipe = read_recipe(path)
+                found[path] = Watched(path, recipe, self._target(recipe))
+            except HfqError as error:
+                found[path] = error
+        return found | _clashes([one for one in found.values() if isinstance(one, Watched)])
+
+    def _target(self, recipe: Recipe) -> str:
+        name = recipe.to or f"{recipe.name}-int8"
+        return resolve_repo_id(name if "/" in name else f"{self._owner}/{name}", default_name=name, token=self._token)
+
+    @cached_property
+    def _owner(self) -> str:
+        """Whose token it is: asked once, as the Hub answers that question only so often."""
+        return resolve_repo_id(None, default_name="any", token=self._token).partition("/")[0]
+
+
+def recipe_files(folder: Path) -> list[Path]:
+    """The recipes in a folder, by name; or the one that was named itself.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if folder.is_file():
+        return [folder]
+    found = sorted(path for path in folder.glob("*") if path.suffix in SUFFIXES and path.is_file())
+    if not found:
+        what = "holds no recipe" if folder.is_dir() else "does not exist"
+        raise UsageError(f"{folder} {what}. Expected a folder with YAML files such as pipelines/demo.yaml.")
+    return found
+
+
+def exit_code(outcomes: Sequence[Outcome]) -> int:
+    """0 if all is published; 3 if only goals were missed; else the gravest of the others' codes."""
+    return min((outcome.exit_code for outcome in outcomes if outcome.exit_code), default=0)
+
+
+def _clashes(watched: Sequence[Watched]) -> dict[Path, HfqError]:
+    """Recipes that would replace each other's results for ever."""
+    found: dict[Path, HfqError] = {}
+    places: dict[str, Callable[[Watched], object]] = {
+        "to": lambda one: one.target.casefold(),
+        "output": lambda one: one.recipe.output_folder.resolve(),
+    }
+    for key, place in places.items():
+        for one in watched:
+            others = [other.path.name for other in watched if other is not one and place(other) == place(one)]
+            if others:
+                found[one.path] = UsageError(
+                    f"{one.path.name} has the same {key!r} as {' and '.join(others)} ({place(one)}): each would replace "
+                    f"what the other made. Give each its own {key!r}."
+                )
+    return found
+
+
+def _holds(folder: Path, revision: str) -> bool:
+    """Whether that is an export of that revision."""
+    try:
+        report = read_report(folder)
+    except SourceError:
+        return False
+    return isinstance(report, Report) and report.checkpoint.revision == revision
+
+
+def _digest(recipe: Recipe, revision: str) -> str:
+    return hashlib.sha256(f"{recipe.model_dump_json()}\n{revision}".encode()).hexdigest()
