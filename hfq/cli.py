@@ -404,6 +404,37 @@ def watch(
         _fail(f"Not published: {', '.join(failed)}. What each lacks is said above.", code)
 
 
+@app.command(
+    epilog="""**Examples**
+
+WEBHOOK_SECRET=… hfq webhook pipelines/ --port 7860
+
+WEBHOOK_SECRET=… hfq webhook pipelines/ --host 0.0.0.0"""
+)
+def webhook(
+    folder: Annotated[Path, typer.Argument(help="Folder of recipes, or one recipe.", show_default=False)],
+    queue: Annotated[Path, typer.Option(help="Folder for what is to be done; it survives a restart.")] = Path(
+        "hfq-queue"
+    ),
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine's.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
+    retry: Annotated[
+        float, typer.Option(min=1, help="Seconds until what failed is tried again; doubles with each attempt.")
+    ] = 60,
+    token: Token = None,
+) -> None:
+    """Listen to the Hub's webhooks, and quantize and publish what is new, as `hfq watch` does.
+
+    The Hub posts to /webhooks/hub. The webhook's secret is read from WEBHOOK_SECRET.
+    """
+    from .webhook import Address, serve
+
+    secret = os.environ.get("WEBHOOK_SECRET")
+    serve(
+        folder, queue=queue, address=Address(host, port), secret=secret, recipes=_recipes(), token=token, retry_s=retry
+    )
+
+
 class _Interrupted(BaseException):
     """Ctrl-C, as a type that typer and Lightning do not know: each would end the command in its own way."""
 

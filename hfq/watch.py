@@ -96,10 +96,14 @@ class Watcher:
         watched = self._watched()
         return [self._outcome(path, found) for path, found in watched.items()]
 
-    def update(self, path: Path) -> Outcome:
-        """Look at one recipe of the folder."""
-        missing = UsageError(f"{path} is not there any more. Nothing is done for it.")
-        return self._outcome(path, self._watched().get(path, missing))
+    def update(self, name: str) -> Outcome:
+        """Look at one recipe of the folder, by its file name."""
+        for path, watched in self._watched().items():
+            if path.name == name:
+                return self._outcome(path, watched)
+        return self._outcome(
+            Path(name), UsageError(f"{name} is not in {self.folder} any more: nothing is done for it.")
+        )
 
     def _outcome(self, path: Path, watched: Watched | HfqError) -> Outcome:
         ui = Reporter()  # of its own: a report holds the warnings of its run
