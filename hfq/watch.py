@@ -123,17 +123,17 @@ class Watcher:
         return outcome
 
     def _bring_up_to_date(self, watched: Watched, ui: Reporter) -> Outcome:
-        recipe, target = watched.recipe, watched.target
+        recipe = watched.recipe
         revision = head_revision(
             recipe.checkpoint,
             revision=recipe.revision,
             token=self._token,
             trust_remote_code=recipe.trust_remote_code,
         )
-        published = published_revisions(target, token=self._token, private=recipe.private, create_pr=recipe.create_pr)
         source = f"{recipe.checkpoint} at {revision[:19]}"
-        if revision in published:
-            return Outcome(watched.path.name, "current", f"{target} holds {source}: nothing to do")
+        current = Outcome(watched.path.name, "current", f"{watched.target} holds {source}: nothing to do")
+        if self._is_published(watched, revision):
+            return current
         if message := self._missed.message(recipe, revision):
             raise GoalNotMetError(
                 f"Not tried again: {source} missed the goal before, and neither it nor the recipe has changed. {message}",
@@ -145,10 +145,12 @@ class Watcher:
             self._missed.add(recipe, revision, str(error))
             raise
         ui.stage("Publish")
+        if self._is_published(watched, revision):  # by another hfq, while this one was at work
+            return current
         pushed = push_folder(
             folder,
-            repo_id=target,
-            default_name=target,
+            repo_id=watched.target,
+            default_name=watched.target,
             token=self._token,
             private=recipe.private,
             create_pr=recipe.create_pr,
@@ -156,6 +158,12 @@ class Watcher:
         )
         self._complete.discard(_digest(recipe, revision))
         return Outcome(watched.path.name, "published", f"{pushed.url} holds {source}: commit {pushed.commit}")
+
+    def _is_published(self, watched: Watched, revision: str) -> bool:
+        recipe = watched.recipe
+        return revision in published_revisions(
+            watched.target, token=self._token, private=recipe.private, create_pr=recipe.create_pr
+        )
 
     def _quantized(self, watched: Watched, revision: str, ui: Reporter) -> Path:
         """The folder with the export of that revision, made now unless only its push had failed."""

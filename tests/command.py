@@ -9,9 +9,11 @@ import gc
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -47,6 +49,47 @@ def environment(changes: Mapping[str, str | None] | None = None) -> dict[str, st
     """This process's environment with changes; None takes a variable away. One thread: more only wait here."""
     changed = {"OMP_NUM_THREADS": "1", **os.environ, **(changes or {})}
     return {name: value for name, value in changed.items() if value is not None}
+
+
+class Running:
+    """The command while it runs, killed at the end of the `with` block if it has not ended."""
+
+    def __init__(self, *args: object, cwd: Path, env: Mapping[str, str | None] | None = None) -> None:
+        self.process = subprocess.Popen(
+            [HFQ, *map(str, args)],
+            cwd=cwd,
+            env=environment(env),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.err = ""
+        self._timer = threading.Timer(120, self.process.kill)
+        self._timer.start()
+
+    def until(self, text: str) -> str:
+        """Wait for a line on standard error that holds `text`; return it."""
+        assert self.process.stderr
+        for line in self.process.stderr:
+            self.err += line
+            if text in line:
+                return line
+        raise AssertionError(f"It ended without {text!r}: {self.err}")
+
+    def stop(self, number: signal.Signals) -> Done:
+        """Send a signal, and wait for the end."""
+        self.process.send_signal(number)
+        out, err = self.process.communicate()
+        self.err += err
+        return Done(self.process.returncode, out, self.err)
+
+    def __enter__(self) -> "Running":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+        self.process.kill()
+        self.process.communicate()
 
 
 class Forkserver:
