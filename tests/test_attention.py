@@ -106,13 +106,19 @@ def test_fusions_are_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         wanted_fusions()
 
 
-@pytest.mark.parametrize("kept", ["none", "activation", "requantization", "shared-matmul"])
+@pytest.mark.parametrize("kept", ["none", "activation", "residual", "requantization", "shared-matmul"])
 def test_each_fusion_can_be_turned_off(kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from test_fusion import fused_activations, layers_that_return_codes, layers_that_share_a_matmul
+    from test_fusion import (
+        blocks_that_add_in_the_matmul,
+        fused_activations,
+        layers_that_return_codes,
+        layers_that_share_a_matmul,
+    )
 
     monkeypatch.setenv("HFQ_FUSIONS", kept)
     model = quantized(tiny("Bert", hidden_act="relu"), Candidate("static"), LONG)
     fuse(model)
     assert bool(fused_activations(model)) == (kept == "activation")
     assert bool(layers_that_share_a_matmul(model)) == (kept == "shared-matmul")
+    assert bool(blocks_that_add_in_the_matmul(model)) == (kept == "residual")
     assert not layers_that_return_codes(model)  # an activation function stands between the layers

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hfq.quantization.convert import int8_linear
 from hfq.quantization.scheme import LayerScheme
-from hfq.runtime.fusion import fuse
+from hfq.runtime.fusion import NormalizedSum, fuse
 from hfq.runtime.modules import Int8Linear
 from hfq.tuning.candidates import Candidate
 
@@ -305,3 +305,57 @@ def test_layer_that_shares_a_matmul_can_be_called_alone_and_from_many_threads() 
         found = list(pool.map(model, inputs))
     for x, answers in zip(inputs, found, strict=True):
         assert all(torch.equal(y, z) for y, z in zip(answers, alone(x), strict=True))
+
+
+def blocks_that_add_in_the_matmul(model: nn.Module) -> int:
+    return sum(isinstance(module.__dict__.get("forward"), NormalizedSum) for module in model.modules())
+
+
+@pytest.mark.parametrize("approach", ["static", "dynamic"])
+@pytest.mark.parametrize(("family", "blocks"), [("Bert", 4), ("Roberta", 4), ("Electra", 4), ("DistilBert", 0)])
+def test_residual_sums_are_part_of_the_matmul_where_a_block_only_adds_and_normalizes(
+    family: str, blocks: int, approach: Any
+) -> None:
+    model = quantized(tiny(family), Candidate(approach), BATCHES)
+    before = logits(model, BATCHES)
+    fuse(model)
+    assert blocks_that_add_in_the_matmul(model) == blocks
+    assert relative_error(logits(model, BATCHES), before) < 0.02
+
+
+class Residual(nn.Module):
+    """A block as in BERT, with another sum for each kind."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.dense, self.norm, self.kind = (
+            int8_linear(nn.Linear(8, 8), LayerScheme.static((-3.0, 3.0))),
+            nn.LayerNorm(8),
+            kind,
+        )
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        hidden = self.dense(x)
+        sums = {"added": hidden + y, "halved": hidden + 0.5 * y, "ignored": hidden, "swapped": hidden * y}
+        return self.norm(sums[self.kind])
+
+
+@pytest.mark.parametrize("kind", ["added", "halved", "ignored", "swapped"])
+def test_only_a_plain_sum_is_fused_and_what_is_added_stays_as_it_was(kind: str) -> None:
+    block = Residual(kind)
+    x, y = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
+    kept = y.clone()
+    before = block(x, y)
+    fuse(block)
+    assert blocks_that_add_in_the_matmul(block) == (kind == "added")
+    assert torch.allclose(block(x, y), before, atol=1e-5)
+    assert torch.equal(y, kept)
+
+
+def test_fusing_runs_no_matmul_and_the_first_forward_packs() -> None:
+    model = quantized(tiny(), Candidate("static"), BATCHES)
+    fuse(model)
+    assert not any(layer._packed for layer in int8_linears(model).values())
+    logits(model, BATCHES)
+    assert all(layer._packed for layer in int8_linears(model).values())

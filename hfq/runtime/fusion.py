@@ -1,8 +1,9 @@
 """Work that int8 layers can share: a matmul with the activation function that follows it, with quantizing for the
-layer that reads the result, and with the layers that read the same input; and bfloat16 attention between them.
+layer that reads the result, with the sum that follows it, and with the layers that read the same input; and bfloat16
+attention between them.
 
-Candidates are found by structure and by what one forward shows, and kept only if the model answers as it did
-before: no list of model names, nothing assumed about anybody's `forward`.
+They are found by structure and by what one forward shows (`hfq.runtime.flow`), no matmul run for it: no list of model
+names, nothing assumed about anybody's `forward`.
 """
 
 import os
@@ -12,17 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from ..errors import UsageError
 from . import attention
-from .kernels import return_freed_memory
-from .modules import Int8Linear, PostOp, input_codes, share_matmul
+from .flow import Flow, standing_in, trace
+from .modules import Int8Linear, PostOp, SharedMatmul, input_codes
 from .slicing import slice_batches
-
-EQUAL = 1e-4  # largest relative difference of one layer: the fused erf and tanh are oneDNN's, the others torch's
-SAME_ANSWER = 0.02  # relative difference of each output once a code may round the other way
 
 
 def fuse(model: nn.Module) -> None:
@@ -34,14 +31,17 @@ def fuse(model: nn.Module) -> None:
         UsageError: `HFQ_FUSIONS` names a fusion that does not exist.
     """
     wanted = wanted_fusions()
-    if "activation" in wanted:
-        for parent in list(model.modules()):
+    for parent in list(model.modules()):
+        if "activation" in wanted:
             _fuse_activation(parent)
+        if "residual" in wanted:
+            _fuse_residual(parent)
     for part in _with_examples(model):
         _fuse_flow(part, part.dummy_inputs, [FLOW_FUSIONS[name] for name in FLOW_FUSIONS if name in wanted])
+    if "attention" in wanted:
+        _fuse_attention(model)
     if "slices" in wanted and isinstance(model, PreTrainedModel):
         slice_batches(model)
-    return_freed_memory()
 
 
 def wanted_fusions() -> tuple[str, ...]:
@@ -74,161 +74,117 @@ def _with_examples(model: nn.Module) -> Iterator[Any]:
 
 
 def _fuse_flow(model: nn.Module, example: Mapping[str, Tensor], fusions: Sequence["Fusion"]) -> None:
-    """Fuse what hands tensors from layer to layer, as one forward on `example` shows it."""
-    before = _answers(model, example)
-    if before is None:
+    """Fuse what hands tensors from layer to layer, as one forward on `example` shows it; another shows that it runs."""
+    flow = trace(model, example)
+    if flow is None:
         return
-    for fusion in fusions:
-        apply, undo = fusion(model, example)
-        apply()
-        after = _answers(model, example)
-        if after is None or not _same_answers(before, after):
-            undo()
+    undo = [fusion(flow) for fusion in fusions]
+    while undo and not _same_forms(flow, trace(model, example)):
+        undo.pop()()
 
 
-Change = tuple[Callable[[], None], Callable[[], None]]  # do it, and undo it
-Fusion = Callable[[nn.Module, Mapping[str, Tensor]], Change]
+Fusion = Callable[[Flow], Callable[[], None]]  # does it, and returns what undoes it
 
 
-def _requantization(model: nn.Module, example: Mapping[str, Tensor]) -> Change:
+def _requantization(flow: Flow) -> Callable[[], None]:
     """Let a layer whose output only another static layer reads hand it int8 codes instead of floats."""
-    pairs = _direct_pairs(model, example)
+    pairs = [
+        (producer, consumer)
+        for producer, consumer in flow.direct_pairs()
+        if producer.activation == consumer.activation == "static" and producer.shared_matmul is None
+    ]
+    for producer, consumer in pairs:
+        producer.emit_codes_for(consumer)
 
-    def apply() -> None:
-        for producer, consumer in pairs:
-            producer.emit_codes_for(consumer)
-
-    def undo() -> None:  # something else reads one of these tensors, and got codes
+    def undo() -> None:
         for producer, _ in pairs:
             producer.emit_codes_for(None)
 
-    return apply, undo
+    return undo
 
 
-def _shared_matmuls(model: nn.Module, example: Mapping[str, Tensor]) -> Change:
+def _shared_matmuls(flow: Flow) -> Callable[[], None]:
     """Let layers that are given the very same tensor (query, key and value) multiply, and quantize it, together."""
-    groups = _common_readers(model, example)
 
-    def apply() -> None:
-        for group in groups:
-            share_matmul(group)
+    def codes(layer: Int8Linear) -> object:
+        kind = layer.activation if layer.is_plain else id(layer)  # one with a fusion of its own keeps to itself
+        return kind, type(layer), input_codes(layer) if layer.activation == "static" else None
+
+    groups = [SharedMatmul(layers) for layers in flow.common_readers(codes) if type(layers[0]) is Int8Linear]
 
     def undo() -> None:  # somebody needs the output contiguous
         for group in groups:
-            for layer in group:
-                layer.unpack()
+            group.dissolve()
 
-    return apply, undo
+    return undo
 
 
-def _attention(model: nn.Module, example: Mapping[str, Tensor]) -> Change:
+def _fuse_attention(model: nn.Module) -> None:
     """Let a transformers model use `hfq.runtime.attention` where it would use torch's."""
-    if not isinstance(model, PreTrainedModel) or not attention.can_replace(model):
-        return lambda: None, lambda: None
-    attention.register()
-    return lambda: model.set_attn_implementation(attention.NAME), lambda: model.set_attn_implementation("sdpa")
+    if isinstance(model, PreTrainedModel) and attention.can_replace(model):
+        attention.register()
+        model.set_attn_implementation(attention.NAME)
 
 
 FLOW_FUSIONS: dict[str, Fusion] = {
     "requantization": _requantization,
     "shared-matmul": _shared_matmuls,
-    "attention": _attention,
 }
-FUSION_SETS: dict[str, tuple[str, ...]] = {
-    "exact": ("activation", "requantization", "shared-matmul", "slices"),  # up to requantization error
-    "all": ("activation", *FLOW_FUSIONS, "slices"),
-    "none": (),
-}
+EXACT = ("activation", "residual", *FLOW_FUSIONS, "slices")  # up to requantization error
+FUSION_SETS: dict[str, tuple[str, ...]] = {"exact": EXACT, "all": (*EXACT, "attention"), "none": ()}
 
 
-def _same_answers(before: list[Tensor], after: list[Tensor]) -> bool:
-    return len(before) == len(after) and all(
-        a.dtype == b.dtype and (a.float() - b.float()).norm() <= SAME_ANSWER * b.float().norm()
-        for a, b in zip(after, before, strict=True)
-    )
+def _same_forms(before: Flow, after: Flow | None) -> bool:
+    return after is not None and before.forms == after.forms
 
 
-def _direct_pairs(model: nn.Module, example: Mapping[str, Tensor]) -> list[tuple[Int8Linear, Int8Linear]]:
-    """(producer, consumer) where the very tensor the one returned is what the other, and no other Linear, was given."""
-    made, read = _flow(model, example)
-    calls = [module for _, module in made]
-    pairs = []
-    for tensor, producer in made:
-        readers = [module for x, module in read if x is tensor]
-        if len(readers) != 1 or calls.count(producer) != 1 or not isinstance(readers[0], Int8Linear):
-            continue
-        if producer.activation == "static" and readers[0].activation == "static":
-            pairs.append((producer, readers[0]))
-    return pairs
-
-
-def _common_readers(model: nn.Module, example: Mapping[str, Tensor]) -> list[list[Int8Linear]]:
-    """Int8 layers that were given the very same tensor, and would quantize it to the same codes."""
-    made, read = _flow(model, example)
-    calls = [module for _, module in made]
-    groups: dict[tuple[object, ...], list[Int8Linear]] = {}
-    for x, module in read:
-        if type(module) is Int8Linear and calls.count(module) == 1 and module.is_plain:
-            codes = input_codes(module) if module.activation == "static" else None
-            groups.setdefault((id(x), codes), []).append(module)
-    return [group for group in groups.values() if len(group) > 1]
-
-
-def _flow(
-    model: nn.Module, example: Mapping[str, Tensor]
-) -> tuple[list[tuple[Tensor, Int8Linear]], list[tuple[Tensor, nn.Module]]]:
-    """What each int8 layer returned, and what it and each float Linear was given, in the order of one forward."""
-    made: list[tuple[Tensor, Int8Linear]] = []
-    read: list[tuple[Tensor, nn.Module]] = []
-    handles = []
-    for module in model.modules():
-        if isinstance(module, Int8Linear):
-            handles.append(module.register_forward_hook(lambda m, _, y: made.append((y, m))))
-        if isinstance(module, Int8Linear | nn.Linear):
-            handles.append(module.register_forward_pre_hook(lambda m, args: read.append((args[0], m))))
-    try:
-        _answers(model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return made, read
-
-
-def _answers(model: nn.Module, example: Mapping[str, Tensor]) -> list[Tensor] | None:
-    """Every tensor that the model returns."""
-    try:
-        with torch.inference_mode():
-            return [leaf for leaf in tree_leaves(model(**example)) if isinstance(leaf, Tensor)]
-    except Exception:  # the model's own code: an example that does not fit only means that nothing is fused
-        return None
-
-
-def _fuse_activation(parent: nn.Module) -> bool:
-    """Replace an activation function among the children by a post-op of the Linear beside it."""
-    for linear, name, post_op in _candidates(parent):
-        x = torch.randn(4, linear.in_features, generator=torch.Generator().manual_seed(0))
-        before = _output(parent, x)
-        if before is None:
-            continue
+def _fuse_activation(parent: nn.Module) -> None:
+    """Replace activation functions among the children by post-ops of the Linear before each."""
+    for linear, name, post_op in _activations(parent):
         activation = getattr(parent, name)
-        linear.post_op = post_op
+        x, y = _noise(linear.in_features), _noise(linear.out_features)
+        before = _output(parent, x, answers={linear: y})
         setattr(parent, name, nn.Identity())
-        after = _output(parent, x)
-        if after is not None and _close(before, after):
-            return True
-        linear.post_op = None
-        setattr(parent, name, activation)
-    return False
+        after = _output(parent, x, answers={linear: activation(y)})
+        if before is not None and after is not None and torch.equal(before, after):
+            linear.post_op = post_op
+        else:
+            setattr(parent, name, activation)
 
 
-def _candidates(parent: nn.Module) -> Iterator[tuple[Int8Linear, str, PostOp]]:
+def _activations(parent: nn.Module) -> Iterator[tuple[Int8Linear, str, PostOp]]:
     children = dict(parent.named_children())
-    for name, child in children.items():
-        post_op = _post_op(child)
-        if post_op is not None:
-            for linear in children.values():
-                if isinstance(linear, Int8Linear) and linear.post_op is None:
+    for linear in children.values():
+        if isinstance(linear, Int8Linear):
+            for name in children:
+                if linear.is_plain and (post_op := _post_op(getattr(parent, name))) is not None:
                     yield linear, name, post_op
+
+
+def _fuse_residual(parent: nn.Module) -> None:
+    """Let a block that adds its second input to what its Linear returns, and normalizes the sum, add in the matmul."""
+    children = list(parent.children())
+    linears = [child for child in children if isinstance(child, Int8Linear)]
+    norms = [child for child in children if isinstance(child, nn.LayerNorm)]
+    if len(linears) != 1 or len(norms) != 1 or "forward" in parent.__dict__ or not linears[0].is_plain:
+        return
+    (linear,), (norm,) = linears, norms
+    if norm.normalized_shape != (linear.out_features,):
+        return
+    x, y, residual = _noise(linear.in_features), _noise(linear.out_features), _noise(linear.out_features, seed=1)
+    found = _output(parent, x, residual, answers={linear: y})
+    if found is not None and torch.equal(found, norm(y + residual)):
+        parent.forward = NormalizedSum(linear, norm)
+
+
+class NormalizedSum:
+    """The `forward` of a residual block: `norm(linear(x) + residual)`, where the matmul adds."""
+
+    def __init__(self, linear: Int8Linear, norm: nn.LayerNorm) -> None:
+        self.linear, self.norm = linear, norm
+
+    def __call__(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        return self.norm(self.linear(hidden_states, residual=input_tensor))
 
 
 def _post_op(module: nn.Module) -> PostOp | None:
@@ -247,16 +203,21 @@ def _post_op(module: nn.Module) -> PostOp | None:
     return next((name for name, value in functions.items() if torch.allclose(y, value, atol=1e-6)), None)
 
 
-def _output(module: nn.Module, x: Tensor) -> Tensor | None:
+def _output(module: nn.Module, *inputs: Tensor, answers: Mapping[Int8Linear, Tensor] | None = None) -> Tensor | None:
+    """What `module` returns where int8 layers answer as `answers` says, and else with the mean of their input."""
+
+    def answer(layer: Int8Linear, x: Tensor) -> Tensor:
+        if layer in (answers or {}):
+            return answers[layer]  # type: ignore[index]
+        return x.float().mean(-1, keepdim=True).repeat(*[1] * (x.dim() - 1), layer.out_features)
+
     try:
-        with torch.inference_mode():
-            y = module(x)
+        with torch.inference_mode(), standing_in(module.modules(), answer):
+            y = module(*inputs)
     except Exception:  # a forward that wants other arguments: not a module this can be done to
         return None
     return y if isinstance(y, Tensor) else None
 
 
-def _close(before: Tensor, after: Tensor) -> bool:
-    return before.shape == after.shape and bool(
-        (before - after).abs().max() <= EQUAL * before.abs().max().clamp(min=1e-6)
-    )
+def _noise(features: int, *, seed: int = 0) -> Tensor:
+    return torch.randn(4, features, generator=torch.Generator().manual_seed(seed))

@@ -3,9 +3,7 @@
 Not here: how scales are found (`hfq.quantization`) or where layers live (`hfq.runtime.modules`).
 """
 
-import ctypes
 import os
-import platform
 import warnings
 from functools import lru_cache
 from typing import Literal, Protocol
@@ -52,10 +50,12 @@ class Kernel(Protocol):
         zero_point: int,
         post_op: PostOp | None,
         output: tuple[float, int] | None,
+        residual: Tensor | None = None,
     ) -> Tensor:
         """uint8 `[.., in]`, one scale and zero point for all, to float32 `[.., out]`, after `post_op`.
 
-        With `output`, a scale and zero point, to uint8 codes of those.
+        With `output`, a scale and zero point, to uint8 codes of those. With `residual`, `[.., out]`, that is added;
+        then there is neither `post_op` nor `output`.
         """
 
     def dynamic(
@@ -89,6 +89,7 @@ class OneDnnKernel:
         zero_point: int,
         post_op: PostOp | None,
         output: tuple[float, int] | None,
+        residual: Tensor | None = None,
     ) -> Tensor:
         return _qlinear(
             codes,
@@ -99,6 +100,7 @@ class OneDnnKernel:
             zero_point=zero_point,
             post_op=post_op,
             output=output,
+            residual=residual,
         )
 
     def dynamic(
@@ -141,9 +143,12 @@ class PortableKernel:
         zero_point: int,
         post_op: PostOp | None,
         output: tuple[float, int] | None,
+        residual: Tensor | None = None,
     ) -> Tensor:
         y = self._matmul(codes.float().sub_(zero_point), packed, scale * input_scale, bias)
         y = apply_post_op(y, post_op)
+        if residual is not None:
+            return y.add_(residual)
         return y if output is None else quantize_uint8(y, *output)
 
     def dynamic(
@@ -198,42 +203,6 @@ def select_kernel() -> Kernel:
     return PortableKernel()
 
 
-@lru_cache(maxsize=1)
-def keep_freed_memory() -> bool:
-    """Let glibc keep freed activations instead of returning them to the kernel after every layer.
-
-    Large float outputs otherwise pay for page faults on every forward, which costs about as much as the
-    int8 matmuls that produce them. Process-wide, once; `HFQ_KEEP_MEMORY=0` leaves the allocator alone.
-
-    Returns: whether the allocator was changed (glibc on Linux only).
-    """
-    if os.environ.get("HFQ_KEEP_MEMORY") == "0" or platform.libc_ver()[0] != "glibc":
-        return False
-    libc = ctypes.CDLL(None)
-    m_trim_threshold, m_mmap_threshold = -1, -3
-    return bool(libc.mallopt(m_mmap_threshold, 1 << 30) and libc.mallopt(m_trim_threshold, (1 << 31) - 1))
-
-
-def return_freed_memory() -> None:
-    """Give back what glibc kept while a model was loaded and packed: once, so it costs no forward anything."""
-    if keep_freed_memory():
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def drop_pages(tensor: Tensor) -> None:
-    """Tell Linux that the pages of a tensor that will not be read again may go: those of a mapped file, at no cost.
-
-    Only advice, so never wrong: what is read all the same is read again.
-    """
-    if platform.system() != "Linux":
-        return
-    page, pageout = os.sysconf("SC_PAGE_SIZE"), 21
-    start = -(-tensor.data_ptr() // page) * page
-    length = (tensor.data_ptr() + tensor.nbytes) // page * page - start
-    if length > 0:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), pageout)
-
-
 def _onednn_is_exact() -> bool:
     if not torch.backends.mkldnn.is_available():
         return False
@@ -259,14 +228,21 @@ def _qlinear(
     zero_point: int,
     post_op: PostOp | None = None,
     output: tuple[float, int] | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     name, algorithm = _ONEDNN_POST_OPS[post_op]
     weight_zero_points = torch.zeros(scale.numel(), dtype=torch.int32)
+    if residual is not None and residual.dtype == torch.float32 and residual.is_contiguous():
+        return torch.ops.onednn.qlinear_pointwise.binary(
+            codes, input_scale, zero_point, packed, scale, weight_zero_points, residual, bias,
+            1.0, 0, torch.float32, 1.0, 0, "add", 1.0, "none", [], "",
+        )  # fmt: skip
     output_scale, output_zero_point = output or (1.0, 0)
-    return torch.ops.onednn.qlinear_pointwise(
+    y = torch.ops.onednn.qlinear_pointwise(
         codes, input_scale, zero_point, packed, scale, weight_zero_points, bias,
         output_scale, output_zero_point, torch.uint8 if output else torch.float32, name, [], algorithm,
     )  # fmt: skip
+    return y if residual is None else y.add_(residual)
 
 
 def quantize_uint8(x: Tensor, scale: float, zero_point: int) -> Tensor:

@@ -11,7 +11,8 @@ from ..source import Checkpoint, pull
 from ..tasks import TASKS, find_task
 from .conv import Int8Conv
 from .fusion import fuse
-from .modules import Int8Linear, leave_file, pack_all
+from .memory import return_freed_memory
+from .modules import Int8Linear, note_files, pack_all
 from .swap import is_int8, swap_modules, transformers_part
 
 if TYPE_CHECKING:
@@ -28,7 +29,9 @@ def load(
     trust_remote_code: bool = False,
     **kwargs: Any,
 ) -> "PreTrainedModel | nn.Module":
-    """Load an int8 checkpoint, by Hub id or folder. Further arguments go to `from_pretrained`.
+    """Load an int8 checkpoint, by Hub id or folder, ready to serve. Further arguments go to `from_pretrained`.
+
+    Weights are in the layout of this CPU's kernels when it returns; `from_pretrained` leaves that to the first forward.
 
     Args:
         model: for a module that is not transformers': one of the class that was quantized, in float and with any
@@ -48,7 +51,7 @@ def load(
 
     found = pull(str(checkpoint), revision=revision, token=token, trust_remote_code=trust_remote_code)
     if model is not None:
-        return _fill(model, found)
+        return _ready(_fill(model, found))
     if "hfq_module" in found.config:
         name = found.config["hfq_module"]
         raise UsageError(f"{checkpoint} holds a {name}, which is not transformers'. Pass one: model={name}(…).")
@@ -61,7 +64,14 @@ def load(
             f"{checkpoint} has no layer that runs in int8 here. Expected a checkpoint made by `hfq quantize`; "
             "load a float one with transformers."
         )
-    return loaded
+    return _ready(loaded)
+
+
+def _ready(model: nn.Module) -> nn.Module:
+    """Packed now, so that the first request is answered as fast as the second."""
+    pack_all(model)
+    return_freed_memory()
+    return model
 
 
 def _fill(skeleton: nn.Module, checkpoint: Checkpoint) -> nn.Module:
@@ -86,7 +96,6 @@ def _fill(skeleton: nn.Module, checkpoint: Checkpoint) -> nn.Module:
         raise SourceError(
             f"{checkpoint.path} does not fit model, a {type(skeleton).__name__}: {' '.join(str(error).split())}"
         ) from error
-    pack_all(model)
-    leave_file(model)
+    note_files(model)
     fuse(model)
     return model

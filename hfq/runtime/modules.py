@@ -16,13 +16,13 @@ from .kernels import (
     PortableKernel,
     PostOp,
     apply_post_op,
-    drop_pages,
-    keep_freed_memory,
     quantize_uint8,
     select_kernel,
 )
+from .memory import checkpoint_files, drop_file_pages, keep_freed_memory
 
 Activation = Literal["static", "dynamic", "weight-only"]
+_PACKING = threading.RLock()  # a weight is packed once, even if the first two requests come at the same time
 
 
 class PackedModule(nn.Module):
@@ -34,19 +34,25 @@ class PackedModule(nn.Module):
     weight_scale: nn.Parameter
     weight_shape: tuple[int, ...]
     _packed: "PackedWeight | None"
+    _in_file_at: int | None = None  # address of a weight that lies in a mapped checkpoint file
 
     def make_packed(self) -> "PackedWeight | None":
         """The weight in the layout of this CPU's kernel; None where the plain weight is what runs."""
         raise NotImplementedError
 
     def pack(self) -> Any:
-        """Hand the weight over. The first forward does it if need be."""
-        packed = self.make_packed()
-        if packed is not None:
-            drop_pages(self._parameters["weight"])  # type: ignore[arg-type]
-            self._packed = packed
-            del self._parameters["weight"]
-        return packed
+        """Hand the weight over, and return what it became. The first forward does it, unless `pack_all` did."""
+        with _PACKING:
+            if self._packed is None and (packed := self.make_packed()) is not None:
+                self.hand_over(packed)
+            return self._packed
+
+    def hand_over(self, packed: "PackedWeight") -> None:
+        """Take `packed` in the place of the plain weight."""
+        weight = self._parameters.pop("weight")
+        if weight is not None and weight.data_ptr() == self._in_file_at:
+            drop_file_pages(weight)
+        self._packed = packed
 
     def unpack(self) -> None:
         """Take the weight back as a plain parameter."""
@@ -114,13 +120,17 @@ class Int8Linear(PackedModule):
         self.register_parameter("bias", frozen(torch.empty(out_features)) if bias else None)
         self.post_op: PostOp | None = None
         self._reader: tuple[Int8Linear] | None = None  # in a tuple: it is another module's child, not ours
+        self._group: SharedMatmul | None = None
         self._packed: Any = None  # _Packed or _Slice
 
-    def forward(self, x: Tensor) -> Tensor:
-        """float `[.., in]` to the same dtype, `[.., out]`. uint8 is taken as the codes of this layer's input scale."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """float `[.., in]` to the same dtype, `[.., out]`. uint8 is taken as the codes of this layer's input scale.
+
+        `residual`, float `[.., out]`, is added to the result; only where the layer `is_plain`.
+        """
         packed = self._packed or self.pack()
         with torch.no_grad():
-            return packed(x, self.post_op)
+            return packed(x, self.post_op, residual)
 
     def emit_codes_for(self, consumer: "Int8Linear | None") -> None:
         """Return uint8 codes of `consumer`'s input scale from now on, instead of floats; None: floats again."""
@@ -129,8 +139,26 @@ class Int8Linear(PackedModule):
 
     @property
     def is_plain(self) -> bool:
-        """Floats in, floats out, and no activation function: nothing is fused with this layer."""
-        return self.post_op is None and self._reader is None
+        """Floats out, no activation function and a matmul of its own: nothing is fused with what it returns."""
+        return self.post_op is None and self._reader is None and self._group is None
+
+    @property
+    def returns_codes(self) -> bool:
+        """Whether its output is another layer's uint8 codes."""
+        return self._reader is not None
+
+    @property
+    def shared_matmul(self) -> "SharedMatmul | None":
+        """The matmul that it shares with layers that read the same tensor."""
+        return self._group
+
+    def pack(self) -> Any:
+        if self._group is None:
+            return super().pack()
+        with _PACKING:
+            if self._packed is None:
+                self._group.pack()
+            return self._packed
 
     def make_packed(self) -> "_Packed":
         return _Packed([self], select_kernel())
@@ -174,13 +202,14 @@ class _Packed:
             self.input_scale, self.zero_point = input_codes(first)
         self.output = input_codes(first._reader[0]) if first._reader else None
 
-    def __call__(self, x: Tensor, post_op: PostOp | None) -> Tensor:
+    def __call__(self, x: Tensor, post_op: PostOp | None, residual: Tensor | None = None) -> Tensor:
         if self.activation == "weight-only":
             weight = self.weight.to(x.dtype) * self.scale[:, None].to(x.dtype)
             bias = None if self.bias is None else self.bias.to(x.dtype)
-            return apply_post_op(nn.functional.linear(x, weight, bias), post_op)
+            return _added(apply_post_op(nn.functional.linear(x, weight, bias), post_op), residual)
         if self.activation == "dynamic":
-            return self.kernel.dynamic(x, self.weight, self.scale, self.bias, post_op=post_op).to(x.dtype)
+            y = self.kernel.dynamic(x, self.weight, self.scale, self.bias, post_op=post_op).to(x.dtype)
+            return _added(y, residual)
         codes = x if x.dtype == torch.uint8 else quantize_uint8(x.float(), self.input_scale, self.zero_point)
         y = self.kernel.static(
             codes,
@@ -191,6 +220,7 @@ class _Packed:
             zero_point=self.zero_point,
             post_op=post_op,
             output=self.output,
+            residual=residual,
         )
         y = y.view(*x.shape[:-1], len(self.scale))  # oneDNN drops dimensions of an empty input
         return y if self.output else y.to(self.dtype if x.dtype == torch.uint8 else x.dtype)
@@ -202,46 +232,71 @@ class _Packed:
 class _Slice:
     """One layer's columns of a matmul that it shares: the first layer to be given a tensor computes it for all."""
 
-    def __init__(self, shared: "_Shared", start: int, stop: int) -> None:
+    def __init__(self, shared: "SharedMatmul", start: int, stop: int) -> None:
         self.shared = shared
         self.start, self.stop = start, stop
 
-    def __call__(self, x: Tensor, post_op: PostOp | None) -> Tensor:
-        return self.shared(x, self.start)[..., self.start : self.stop]
+    def __call__(self, x: Tensor, post_op: PostOp | None, residual: Tensor | None = None) -> Tensor:
+        return _added(self.shared(x, self.start)[..., self.start : self.stop], residual)
 
     def unpack(self) -> Tensor:
-        return self.shared.packed.unpack()[self.start : self.stop].contiguous()
+        return self.shared.unpack()[self.start : self.stop].contiguous()
 
 
-class _Shared:
-    """The products of the last input, until each layer has taken its columns. A thread has its own."""
+class SharedMatmul:
+    """One matmul of several layers, which are always given the same tensor and have equal input scales.
 
-    def __init__(self, packed: _Packed, layers: int) -> None:
-        self.packed = packed
-        self.layers = layers
-        self.last = threading.local()
+    It keeps the products of the last input until each layer has taken its columns. A thread has its own.
+    """
+
+    def __init__(self, modules: Sequence[Int8Linear]) -> None:
+        self.modules = tuple(modules)
+        self._packed: _Packed | None = None
+        self._last = threading.local()
+        for module in modules:
+            module.unpack()
+            module._group = self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"modules": self.modules}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.modules, self._packed, self._last = state["modules"], None, threading.local()
+
+    def pack(self) -> None:
+        """Pack the rows of all layers as one weight."""
+        self._packed = _Packed(self.modules, select_kernel())
+        for module, start in zip(self.modules, self.starts, strict=True):
+            if module._packed is None:
+                module.hand_over(_Slice(self, start, start + module.out_features))
+
+    def unpack(self) -> Tensor:
+        """The rows of all layers, int8 `[sum of out, in]`."""
+        assert self._packed is not None
+        return self._packed.unpack()
+
+    def dissolve(self) -> None:
+        """Give each layer back a matmul of its own."""
+        for module in self.modules:
+            module.unpack()
+        for module in self.modules:
+            module._group = None
+
+    @property
+    def starts(self) -> list[int]:
+        """The first column of each layer."""
+        return [sum(module.out_features for module in self.modules[:i]) for i in range(len(self.modules))]
 
     def __call__(self, x: Tensor, layer: int) -> Tensor:
-        last = self.last
+        last = self._last
         if getattr(last, "input", None) is not x or layer in last.served:
-            last.input, last.products, last.served = x, self.packed(x, None), set()
+            assert self._packed is not None
+            last.input, last.products, last.served = x, self._packed(x, None), set()
         last.served.add(layer)
         products = last.products
-        if len(last.served) == self.layers:
+        if len(last.served) == len(self.modules):
             last.input = last.products = None  # keep no activations alive between forwards
         return products
-
-
-def share_matmul(modules: Sequence[Int8Linear]) -> None:
-    """Multiply once for all `modules`, which are always given the same tensor and have equal input scales."""
-    for module in modules:
-        module.unpack()
-    shared = _Shared(_Packed(modules, select_kernel()), len(modules))
-    start = 0
-    for module in modules:
-        module._packed = _Slice(shared, start, start + module.out_features)
-        del module.weight
-        start += module.out_features
 
 
 class Int8Embedding(nn.Module):
@@ -280,19 +335,24 @@ def state_mib(model: nn.Module) -> float:
     return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()) / 2**20
 
 
-def leave_file(model: nn.Module) -> None:
-    """Copy what is left out of the mapped checkpoint file: one embedding would keep all of it resident."""
-    for tensor in [*model.parameters(), *model.buffers()]:
-        mapped = tensor.data
-        tensor.data = mapped.clone()
-        drop_pages(mapped)
-
-
 def pack_all(model: nn.Module) -> None:
     """Pack every int8 layer now, so that the first forward is as fast as the second."""
     for module in model.modules():
-        if isinstance(module, PackedModule) and module._packed is None:
+        if isinstance(module, PackedModule):
             module.pack()
+
+
+def note_files(model: nn.Module) -> None:
+    """Have int8 layers know which of their weights lie in mapped checkpoint files: packing lets go of those pages."""
+    files = checkpoint_files()
+    for module in model.modules():
+        if isinstance(module, PackedModule) and module._packed is None:
+            address = module.weight.data_ptr()
+            module._in_file_at = address if any(address in file for file in files) else None
+
+
+def _added(y: Tensor, residual: Tensor | None) -> Tensor:
+    return y if residual is None else y + residual
 
 
 def _bias(module: Int8Linear) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 from .fusion import fuse
-from .modules import leave_file, pack_all
+from .modules import note_files
 from .swap import is_int8, must_be_widened, swap_modules
 
 
@@ -38,8 +38,7 @@ class Int8HfQuantizer(CompressedTensorsHfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.runs_int8:
             model.requires_grad_(False)
-            pack_all(model)
-            leave_file(model)
+            note_files(model)
             fuse(model)
             if self.quantization_config.dequantize:  # to_dict() leaves it out, and stock could not open the copy
                 settings = {**self.quantization_config.to_dict(), "dequantize": True}
