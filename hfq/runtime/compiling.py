@@ -1,7 +1,7 @@
-"""`hfq.compile`: torch.compile for the small batches where calls, and not matmuls, take the time.
+"""`hfq.compile`: torch.compile between the matmuls, which oneDNN runs either way.
 
-A large batch spends its time in oneDNN either way and gains nothing, so it runs as it is. Lengths are rounded up to
-buckets, so that a server that sees every length compiles a handful of times, not once a request.
+It is compiled for any batch and length at once, so a server that sees every shape compiles once for single inputs and
+once for batches, not once a request.
 """
 
 import functools
@@ -15,22 +15,20 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # tokens; an input is padded to the next
-MOST_TOKENS = 1024  # batch x length; more is left to eager mode
-MOST_SHAPES = 24  # compiled at once; an input of yet another shape is left to eager mode
-_TOKENS = ("input_ids", "attention_mask", "token_type_ids")
+from .modules import pack_all
+from .slicing import TOKENS, SlicedForward, is_token_batch
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def compile(model: Model) -> Model:
-    """Compile `model`, in place, for encoder inputs of up to 1024 tokens; others run as before.
+    """Compile `model`, in place, for encoder inputs of any shape; what is unusual about other inputs runs as before.
 
-    Each shape, a batch size and a length bucket, is compiled when it first comes, which takes 10 to 30 seconds; the
-    C++ that results is kept on disk, in `TORCHINDUCTOR_CACHE_DIR` or the cache folder of the Hub's client. Weights
-    and scales become constants (freezing), so changing them afterwards has no effect. Without a C++ compiler the
-    model is returned as it is, with a warning.
+    The first single input and the first batch are compiled when they come, which takes 10 to 40 seconds each; the C++
+    that results is kept on disk, in `TORCHINDUCTOR_CACHE_DIR` or the cache folder of the Hub's client. Weights and
+    scales become constants (freezing), so changing them afterwards has no effect. Without a C++ compiler the model is
+    returned as it is, with a warning.
 
     Example:
         >>> model = hfq.compile(hfq.load("me/bert-mrpc-int8"))
@@ -43,69 +41,51 @@ def compile(model: Model) -> Model:
             stacklevel=2,
         )
         return model
-    if not isinstance(model.forward, _Buckets):
-        model.forward = _Buckets(model)
+    pack_all(model)  # what is packed while it is traced would be packed again each time
+    forward = model.forward
+    if isinstance(forward, SlicedForward):
+        if not isinstance(forward.forward, _Compiled):
+            forward.forward = _Compiled(model, forward.forward)
+    elif not isinstance(forward, _Compiled):
+        model.forward = _Compiled(model, forward)
     return model
 
 
-class _Buckets:
-    """A model's `forward` that compiles small inputs by bucket and gives everything else to the original."""
+class _Compiled:
+    """A model's `forward` that compiles token batches and gives everything else to the original."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.eager = model.forward
-        self.compiled = torch.compile(types.MethodType(type(model).forward, model), dynamic=False)
-        self.padding = getattr(getattr(model, "config", None), "pad_token_id", None) or 0
-        self.shapes: set[tuple[int, int]] = set()
-        functools.update_wrapper(self, self.eager)  # transformers reads the signature
+    def __init__(self, model: nn.Module, eager: Any) -> None:
+        self.eager = eager
+        self._own = types.MethodType(type(model).forward, model)
+        # Guards on modules would be checked at each call, for a tenth of the time that a single input takes.
+        guards: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+        self._compiled = torch.compile(self._unstacked, options=guards)
+        functools.update_wrapper(self, self._own)  # transformers reads its signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        inputs = dict(zip(_TOKENS, args, strict=False)) | kwargs
-        shape = self._bucket(inputs) if len(args) <= 1 else None
-        if shape is None:
+        inputs = dict(zip(TOKENS, args, strict=False)) | kwargs
+        if len(args) > 1 or torch.is_grad_enabled() or not is_token_batch(inputs) or inputs["input_ids"].shape[1] < 2:
             return self.eager(*args, **kwargs)
-        length = inputs["input_ids"].shape[1]
-        if "attention_mask" not in inputs:
-            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        padded = {
-            name: F.pad(value, (0, shape[1] - length), value=self.padding if name == "input_ids" else 0)
-            for name, value in inputs.items()
-        }
+        inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
+        names = tuple(sorted(inputs))
         # Frozen weights are ordinary tensors, and inference mode would hand the compiler something else.
         with torch.inference_mode(False), torch.no_grad(), _settings():
-            outputs = self.compiled(**{name: value.clone() for name, value in padded.items()})
-        for name, value in outputs.items():
-            if isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == shape[1] and length != shape[1]:
-                outputs[name] = value[:, :length]
-        return outputs
+            stacked = torch.stack([inputs[name].long() for name in names])
+            for dimension in (1, 2) if stacked.shape[1] > 1 else (2,):
+                torch._dynamo.mark_dynamic(stacked, dimension)
+            return self._compiled(names, stacked)
 
-    def _bucket(self, inputs: dict[str, Any]) -> tuple[int, int] | None:
-        """Batch and bucket of an input that is worth compiling; None for anything unusual."""
-        if any(name not in _TOKENS or not isinstance(value, Tensor) for name, value in inputs.items()):
-            return None
-        ids = inputs.get("input_ids")
-        if ids is None or any(value.dim() != 2 or value.shape != ids.shape for value in inputs.values()):
-            return None
-        batch, length = ids.shape
-        bucket = next((size for size in LENGTHS if size >= length), None)
-        if not batch or not length or bucket is None or batch * bucket > MOST_TOKENS or torch.is_grad_enabled():
-            return None
-        if (batch, bucket) not in self.shapes:
-            if len(self.shapes) == MOST_SHAPES:
-                return None
-            self.shapes.add((batch, bucket))
-        return batch, bucket
+    def _unstacked(self, names: tuple[str, ...], inputs: Tensor) -> Any:
+        """The model on `inputs`, int64 `[names, batch, length]`: one tensor, so that all have the same dynamic shape."""
+        return self._own(**dict(zip(names, inputs.unbind(), strict=True)))
 
 
 @contextmanager
 def _settings() -> Iterator[None]:
-    """Inductor's settings while it compiles: constants folded, and no giving up after eight shapes."""
-    import torch._dynamo.config
+    """Inductor's setting while it compiles: constants folded."""
     import torch._inductor.config
 
-    with (
-        torch._inductor.config.patch(freezing=True),
-        torch._dynamo.config.patch(recompile_limit=2 * MOST_SHAPES),
-    ):
+    with torch._inductor.config.patch(freezing=True):
         yield
 
 

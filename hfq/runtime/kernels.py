@@ -17,6 +17,7 @@ from ..errors import UsageError
 PostOp = Literal["relu", "gelu", "gelu_tanh"]
 SYMMETRIC_RANGE = 127.5  # compressed-tensors divides a token's absolute maximum by this: (127 + 128) / 2
 DYNAMIC_ROWS = 512  # tokens quantized and multiplied at a time: their floats stay in cache, and out of the peak
+_NO_ZERO_POINTS = torch.zeros(1, dtype=torch.int32)  # weights are symmetric
 _ONEDNN_POST_OPS: dict[PostOp | None, tuple[str, str]] = {
     None: ("none", ""),
     "relu": ("relu", ""),
@@ -231,15 +232,14 @@ def _qlinear(
     residual: Tensor | None = None,
 ) -> Tensor:
     name, algorithm = _ONEDNN_POST_OPS[post_op]
-    weight_zero_points = torch.zeros(scale.numel(), dtype=torch.int32)
     if residual is not None and residual.dtype == torch.float32 and residual.is_contiguous():
         return torch.ops.onednn.qlinear_pointwise.binary(
-            codes, input_scale, zero_point, packed, scale, weight_zero_points, residual, bias,
+            codes, input_scale, zero_point, packed, scale, _NO_ZERO_POINTS, residual, bias,
             1.0, 0, torch.float32, 1.0, 0, "add", 1.0, "none", [], "",
         )  # fmt: skip
     output_scale, output_zero_point = output or (1.0, 0)
     y = torch.ops.onednn.qlinear_pointwise(
-        codes, input_scale, zero_point, packed, scale, weight_zero_points, bias,
+        codes, input_scale, zero_point, packed, scale, _NO_ZERO_POINTS, bias,
         output_scale, output_zero_point, torch.uint8 if output else torch.float32, name, [], algorithm,
     )  # fmt: skip
     return y if residual is None else y.add_(residual)

@@ -6,14 +6,15 @@ activations stay in cache, and the peak of memory is a slice's and not the batch
 
 import functools
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-MOST_TOKENS = 1024  # rows x length of a slice
+MOSTTOKENS = 1024  # rows x length of a slice
 WASTE = 128  # tokens of padding that cost less than one more forward
-_TOKENS = ("input_ids", "attention_mask", "token_type_ids")
+TOKENS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 def slice_batches(model: nn.Module) -> None:
@@ -29,14 +30,14 @@ def row_lengths(attention_mask: Tensor) -> Tensor:
 
 
 def slices(lengths: list[int]) -> list[list[int]]:
-    """Rows of each slice, given the rows' lengths: ascending, at most `MOST_TOKENS` and little padding in each."""
+    """Rows of each slice, given the rows' lengths: ascending, at most `MOSTTOKENS` and little padding in each."""
     found: list[list[int]] = []
     longest = waste = 0
     for row in sorted(range(len(lengths)), key=lengths.__getitem__):
         length = lengths[row]
         if found:
             waste += (length - longest) * len(found[-1])
-        if not found or waste > WASTE or (len(found[-1]) + 1) * length > MOST_TOKENS:
+        if not found or waste > WASTE or (len(found[-1]) + 1) * length > MOSTTOKENS:
             found.append([])
             waste = 0
         found[-1].append(row)
@@ -44,37 +45,45 @@ def slices(lengths: list[int]) -> list[list[int]]:
     return found
 
 
+def is_token_batch(inputs: dict[str, Any]) -> bool:
+    """Whether these are plain tokens: ids `[batch, length]`, and nothing but what goes with each of them."""
+    if any(name not in TOKENS or not isinstance(value, Tensor) for name, value in inputs.items()):
+        return False
+    ids = inputs.get("input_ids")
+    return ids is not None and all(value.dim() == 2 and value.shape == ids.shape for value in inputs.values())
+
+
 class SlicedForward:
-    """A model's `forward` that runs its class's own on one slice after the other."""
+    """A model's `forward` that runs another one, its class's own, on one slice after the other."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.forward: Callable[..., Any] = types.MethodType(type(model).forward, model)
         self.whole = False  # the model answers in a form that cannot be put together
-        functools.update_wrapper(self, types.MethodType(type(model).forward, model))  # transformers reads its signature
+        functools.update_wrapper(self, self.forward)  # transformers reads its signature
 
     def __reduce__(self) -> tuple[Any, ...]:
         return SlicedForward, (self.model,)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        forward = functools.partial(type(self.model).forward, self.model)
-        inputs = dict(zip(_TOKENS, args, strict=False)) | kwargs
+        inputs = dict(zip(TOKENS, args, strict=False)) | kwargs
         if len(args) > 1 or not self._can_slice(inputs):
-            return forward(*args, **kwargs)
+            return self.forward(*args, **kwargs)
         mask = inputs.get("attention_mask")
         rows, length = inputs["input_ids"].shape
         lengths = [length] * rows if mask is None else row_lengths(mask).tolist()
         parts = slices(lengths)
         if len(parts) < 2:
-            return forward(*args, **kwargs)
+            return self.forward(*args, **kwargs)
         logits: Tensor | None = None
         for part_rows in parts:
             index = torch.tensor(part_rows)
             longest = max(1, lengths[part_rows[-1]])
-            outputs = forward(**{name: value[index, :longest] for name, value in inputs.items()})
+            outputs = self.forward(**{name: value[index, :longest] for name, value in inputs.items()})
             part = outputs.get("logits") if isinstance(outputs, dict) and len(outputs) == 1 else None
             if part is None or part.dim() != 2:
                 self.whole = True
-                return forward(*args, **kwargs)
+                return self.forward(*args, **kwargs)
             if logits is None:
                 logits = part.new_empty(rows, part.shape[1])
             logits[index] = part
@@ -85,7 +94,4 @@ class SlicedForward:
         """Whether these are plain token batches, of a model that is not being trained."""
         if self.whole or self.model.training or torch.compiler.is_compiling():
             return False
-        if any(name not in _TOKENS or not isinstance(value, Tensor) for name, value in inputs.items()):
-            return False
-        ids = inputs.get("input_ids")
-        return ids is not None and all(value.dim() == 2 and value.shape == ids.shape for value in inputs.values())
+        return is_token_batch(inputs)
