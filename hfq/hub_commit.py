@@ -10,7 +10,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HTTPError
 
 from .errors import HfqError, HubError
-from .hub_errors import NOT_UNDERSTOOD, conflict, explain, status_of
+from .hub_errors import NOT_UNDERSTOOD, conflict, explain, response_of
 from .hub_repository import (
     OUR_WEIGHTS,
     Remote,
@@ -89,12 +89,15 @@ class _Creation:
                 self.ours = True
                 return
             except (HTTPError, OSError) as error:
-                if status_of(error) == 409:  # by a request of ours whose answer was lost, if there was one
+                response = response_of(error)
+                if (
+                    response is not None and response.status_code == 409
+                ):  # by a request of ours whose answer was lost, if there was one
                     return
                 if not is_passing(error):
                     raise
                 self.ours = True
-                if not waits.another(error):
+                if not waits.another(error, response):
                     raise
             except (ValueError, *NOT_UNDERSTOOD):  # created, but the answer does not say so as it should
                 self.ours = True
@@ -162,12 +165,13 @@ def _send(push: Push, remote: Remote, operations: Sequence[CommitOperation]) -> 
             )
             return PushResult(commit.pr_url or url, commit.oid, created=False, changed=commit.oid != remote.head)
         except (HTTPError, OSError, ValueError, *NOT_UNDERSTOOD) as error:
-            status = status_of(error)
-            if status is not None and status not in (409, 412) and not is_passing(error):
+            response = response_of(error)
+            status = response.status_code if response is not None else None
+            if status not in (None, 409, 412) and not is_passing(error):
                 raise
             if made := _made_after_all(push, remote, error):
                 return made
-            if (push.create_pr and status not in (429, 503)) or not waits.another(error):
+            if (push.create_pr and status not in (429, 503)) or not waits.another(error, response):
                 raise
 
 
@@ -214,7 +218,7 @@ def set_tag(api: HfApi, repo_id: str, tag: str, *, commit: str) -> None:
         except (HTTPError, OSError) as error:
             if tags(api, repo_id).get(tag) == commit:  # since before, or by a request whose answer was lost
                 return
-            if not (is_passing(error) and waits.another(error)):
+            if not (is_passing(error) and waits.another(error, response_of(error))):
                 raise
 
 

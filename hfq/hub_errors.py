@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from httpx2 import Response
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
@@ -86,10 +87,10 @@ def conflict(error: BaseException) -> str:
     return f"{what}. {remedy}"
 
 
-def status_of(error: BaseException) -> int | None:
-    """The status of the answer at the root of an error; None if there was no answer."""
+def response_of(error: BaseException) -> Response | None:
+    """The answer at the root of an error; None if there was none."""
     root = _http_error(error)
-    return root.response.status_code if isinstance(root, HfHubHTTPError) else None
+    return root.response if isinstance(root, HfHubHTTPError) else None
 
 
 def _http_error(error: BaseException | None) -> BaseException | None:

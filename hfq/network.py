@@ -51,7 +51,10 @@ class Waits:
         return (retry_after_s(response) or 0) > self._left_s
 
     def another(self, error: BaseException | None, response: httpx2.Response | None = None) -> bool:
-        """Wait, and say True; or say False at once where that would take too long, or has been done enough."""
+        """Wait, and say True; or say False at once where that would take too long, or has been done enough.
+
+        `error` or `response` is what failed; the response may say how long to wait.
+        """
         asked_s = retry_after_s(response) if response is not None else None
         wait_s = asked_s if asked_s is not None else 0.5 * 2 ** (self._attempts - 1)
         if self._attempts == ATTEMPTS or wait_s > self._left_s:
@@ -80,15 +83,15 @@ class PatientClient(httpx2.Client):
                 continue
             if request.url.path == _CARD_CHECK and _has_no_opinion(response):
                 return httpx2.Response(200, json={"errors": [], "warnings": []}, request=request)
-            if response.status_code not in _PASSING_STATUSES or not (
-                _is_repeatable(request) or waits.too_long(response)
-            ):
+            failed = response.status_code in _PASSING_STATUSES or (not stream and _is_cut_off(response))
+            if not failed or not (_is_repeatable(request) or waits.too_long(response)):
                 return response
             response.read()
             response.close()
             if not (_is_repeatable(request) and waits.another(None, response)):
                 # huggingface_hub would begin anew, or sleep for as long as the answer says.
                 hf_raise_for_status(response)
+                return response
 
 
 def is_passing(error: BaseException) -> bool:
@@ -136,6 +139,17 @@ def _has_no_opinion(response: httpx2.Response) -> bool:
         return not isinstance(json.loads(response.read()), dict)
     except ValueError:
         return True
+
+
+def _is_cut_off(response: httpx2.Response) -> bool:
+    """Whether an answer says that it is JSON, and ends before it is."""
+    if not (response.is_success and response.headers.get("Content-Type", "").startswith("application/json")):
+        return False
+    try:
+        response.json()
+    except ValueError:
+        return True
+    return False
 
 
 def retry_after_s(response: httpx2.Response) -> float | None:

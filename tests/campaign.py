@@ -25,16 +25,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import yaml
-from command import CHECKPOINT, Done, Forkserver, write_slice
+from command import Done, Forkserver, copy_checkpoint, write_slice
 from factories import make_folder, make_report
 from faulty_proxy import Fault, FaultyProxy
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from hfq.local_hub import LocalHub
 from hfq.local_hub.store import RefusedError
 
 USER = "hfq-user"
-SOURCE, DATA = f"{USER}/source", f"{USER}/data"
+DATA = f"{USER}/data"
 OPTIONS = {"approach": "dynamic", "max_trials": 1, "calibration_samples": 8, "max_length": 16, "allow_loss": True}
 EXPORT = {"README.md", "config.json", "hfq.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 MODES = ("quantize", "quantize a dataset of the Hub", "watch: new source", "watch: new revision")
@@ -52,14 +53,14 @@ class Campaign:
         self.hub = LocalHub()
         self.hub.start()
         self.proxy = FaultyProxy(self.hub.url).__enter__()
-        self.revision = self.hub.commit_folder(SOURCE, small_checkpoint(self.home / "model"))
+        self.model = small_checkpoint(self.home / "model")
         self.data = write_slice(self.home / "rows", train=24, validation=16)
         self.hub.commit_folder(DATA, self.data, repo_type="dataset")
         variables = {**self.hub.environment(), "HF_ENDPOINT": self.proxy.url, "HFQ_HUB_PATIENCE": "4"}
         caches = {"HF_HOME": str(self.home / "hf"), "HF_DATASETS_CACHE": str(self.home / "hf" / "datasets")}
         quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
         self.server = Forkserver({**variables, **caches, **quiet}, fork_workers=True)
-        self.lengths = {mode: self._length(mode) for mode in MODES}
+        self._lengths: dict[str, int] = {}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -72,8 +73,9 @@ class Campaign:
         """Carry out one run and its rerun; say what happened. Rules it broke are in `broken`."""
         chance = random.Random(f"{self.seed}/{number}")
         mode = chance.choices(MODES, weights=(4, 2, 2, 2))[0]
-        trial = self._prepare(mode, f"{USER}/target-{number}")
-        self.proxy.begin(Fault(chance.randrange(self.lengths[mode]), chance.choice))
+        place = chance.randrange(self._length(mode))
+        trial = self._prepare(mode, f"run-{number}")
+        self.proxy.begin(Fault(chance.choice, at=place))
         started = time.monotonic()
         done = trial.command()
         fault = next(
@@ -93,7 +95,13 @@ class Campaign:
         shutil.rmtree(trial.folder)
         return text
 
-    def _prepare(self, mode: str, target: str) -> "Trial":
+    def _prepare(self, mode: str, name: str) -> "Trial":
+        """A source whose weights nobody has seen, and a command to publish it."""
+        weights = load_file(self.model / "model.safetensors")
+        weights["classifier.bias"] += 1e-3
+        save_file(weights, self.model / "model.safetensors", metadata={"format": "pt"})
+        source, target = f"{USER}/{name}", f"{USER}/{name}-int8"
+        revision = self.hub.commit_folder(source, self.model)
         shutil.rmtree(self.home / "hf", ignore_errors=True)
         folder = Path(tempfile.mkdtemp(dir=self.home))
         published = 0
@@ -105,27 +113,32 @@ class Campaign:
             self.hub.commit_folder(target, old)
             published = 1
         dataset = DATA if "dataset" in mode else str(self.data)
-        recipe = {"checkpoint": SOURCE, "dataset": dataset, "to": target, "output": "out", "push": True, **OPTIONS}
+        recipe = {"checkpoint": source, "dataset": dataset, "to": target, "output": "out", "push": True, **OPTIONS}
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-        return Trial(self, folder, target, mode.startswith("watch"), published)
+        return Trial(self, folder, target, revision, mode.startswith("watch"), published)
 
     def _length(self, mode: str) -> int:
-        """How many requests such a run has."""
-        trial = self._prepare(mode, f"{USER}/{re.sub('[^a-z]+', '-', mode)}")
+        """How many requests such a run has, which must succeed without a fault."""
+        if mode in self._lengths:
+            return self._lengths[mode]
+        trial = self._prepare(mode, re.sub("[^a-z]+", "-", mode))
         self.proxy.begin()
         done = trial.command()
         if problems := list(trial.problems(done, must_succeed=True)):
             raise SystemExit("\n".join([f"Without a fault, {mode!r} fails:", *problems, done.err]))
-        return len(self.proxy.requests)
+        shutil.rmtree(trial.folder)
+        self._lengths[mode] = len(self.proxy.requests)
+        return self._lengths[mode]
 
 
 @dataclass
 class Trial:
-    """A command that publishes to `target`, in its own folder. `published`: commits there before it."""
+    """A command that publishes `revision` of a source to `target`. `published`: commits there before it."""
 
     campaign: Campaign
     folder: Path
     target: str
+    revision: str
     is_watch: bool
     published: int
 
@@ -175,12 +188,12 @@ class Trial:
         if commits == 0:
             return "gone", -1
         files = hub.files(self.target)
+        if commits == self.published and b"0" * 40 in files["hfq.json"]:
+            return "untouched", commits
         if set(files) - {".gitattributes"} != EXPORT:
             return f"half there: {sorted(files)}", commits
         revision = json.loads(files["hfq.json"])["checkpoint"]["revision"]
-        if self.published and commits == self.published and revision == "0" * 40:
-            return "untouched", commits
-        if revision != self.campaign.revision:
+        if revision != self.revision:
             return f"of revision {revision}", commits
         weights = self.folder / "published.safetensors"
         weights.write_bytes(files["model.safetensors"])
@@ -193,12 +206,12 @@ class Trial:
 
 def small_checkpoint(folder: Path) -> Path:
     """The demo's checkpoint with one layer of three: what it answers matters little here."""
-    from transformers import AutoTokenizer, BertForSequenceClassification, logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    BertForSequenceClassification.from_pretrained(CHECKPOINT, num_hidden_layers=1).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(CHECKPOINT).save_pretrained(folder)
+    copy_checkpoint(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if not re.search(r"\.layer\.[12]\.", name)}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -112,8 +113,13 @@ class Forkserver:
             text=True,
         )
 
-    def hfq(self, *args: object, cwd: Path, env: Mapping[str, str | None] | None = None) -> Done:
-        """Like `hfq` above. Variables that a library reads when it is imported, as HF_ENDPOINT, cannot be changed."""
+    def hfq(
+        self, *args: object, cwd: Path, env: Mapping[str, str | None] | None = None, kill_at: str | None = None
+    ) -> Done:
+        """Like `hfq` above. Variables that a library reads when it is imported, as HF_ENDPOINT, cannot be changed.
+
+        `kill_at`: send SIGKILL once standard error holds this.
+        """
         assert self._process.stdin and self._process.stdout
         with tempfile.TemporaryDirectory() as folder:
             out, err = Path(folder) / "out", Path(folder) / "err"
@@ -123,6 +129,7 @@ class Forkserver:
                 "env": environment({**self._env, **(env or {})}),
                 "out": str(out),
                 "err": str(err),
+                "kill_at": kill_at,
             }
             print(json.dumps(request), file=self._process.stdin, flush=True)
             code = int(self._process.stdout.readline())
@@ -188,12 +195,13 @@ def _serve() -> None:
     if len(sys.argv) > 1:
         sys.executable = _fork_workers(Path(sys.argv[1]))
     for line in sys.stdin:
+        request = json.loads(line)
         child = os.fork()
         if child == 0:
-            _become(json.loads(line))
+            _become(request)
             main()
             sys.exit(0)
-        _, status = os.waitpid(child, 0)
+        status = _wait(child, request)
         os.write(answers, b"%d\n" % os.waitstatus_to_exitcode(status))
 
 
@@ -240,6 +248,20 @@ for number in (0, 1, 2):
     os.close(number)
 connection.recv(1)  # until the other side ends, or this one is killed
 """
+
+
+def _wait(child: int, request: Mapping[str, Any]) -> int:
+    """The status of a child that has ended, by itself or because it was to be killed."""
+    while request["kill_at"]:
+        err = Path(request["err"])
+        if err.is_file() and request["kill_at"] in err.read_text():
+            os.kill(child, signal.SIGKILL)
+            break
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return status
+        time.sleep(0.005)
+    return os.waitpid(child, 0)[1]
 
 
 def _become(request: Mapping[str, Any]) -> None:

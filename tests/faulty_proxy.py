@@ -42,10 +42,15 @@ class CutError(Exception):
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to the request with the number `at` (from 0): a kind that `choose` takes from those it can suffer."""
+    """What happens to a request: a kind that `choose` takes from those it can suffer.
 
-    at: int
+    It is the request with the number `at` (from 0), or the first `times` with `where` in "METHOD path".
+    """
+
     choose: Callable[[list[str]], str]
+    at: int | None = None
+    where: str | None = None
+    times: int = 1
 
 
 @dataclass
@@ -83,7 +88,7 @@ class FaultyProxy:
         """The answer to a request, spoiled if its turn has come; `CutError` if the connection is to end."""
         with self._lock:
             number, kind = len(self.requests), ""
-            if self.fault and self.fault.at == number:
+            if self.fault and self._is_next(self.fault, number, f"{method} {path}"):
                 kind = self.fault.choose(_possible(method, path, length))
             self.requests.append((method, path, f"!{kind}"))
         if kind == "cut in upload":
@@ -103,6 +108,12 @@ class FaultyProxy:
         if not kind:
             self.requests[number] = (method, path, str(answer.status))
         return _spoiled(kind, answer)
+
+    def _is_next(self, fault: Fault, number: int, request: str) -> bool:
+        if fault.where is None:
+            return number == fault.at
+        happened = sum(how.startswith("!") and len(how) > 1 for _, _, how in self.requests)
+        return fault.where in request and happened < fault.times
 
     def _forward(self, method: str, path: str, request: Message) -> Message:
         address = urlsplit(self.upstream)
