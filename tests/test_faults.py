@@ -17,6 +17,7 @@
 
 import re
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,6 @@ from typing import Any
 import httpx2
 import pytest
 from campaign import Campaign, small_checkpoint
-from command import Forkserver, write_slice
 from factories import make_folder
 from faulty_proxy import QUIRKS, Fault, FaultyProxy
 from huggingface_hub import HfApi, constants
@@ -38,6 +38,17 @@ from hfq.source import pull
 USER = "hfq-user"
 COMMIT = "/commit/"
 PASSING = ("503", "500", "429", "504", "cut before", "cut in upload", "late 504", "lost", "cut in body", "truncated")
+FAST = [
+    "--approach",
+    "dynamic",
+    "--max-trials",
+    "1",
+    "--calibration-samples",
+    "8",
+    "--max-length",
+    "16",
+    "--allow-loss",
+]
 FINAL = ("401", "403", "404")
 
 
@@ -97,7 +108,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def published(hub: LocalHub, repo_id: str) -> dict[str, bytes] | None:
     """The files in a repository but for the Hub's own; None if there is no repository."""
-    if not HfApi(endpoint=hub.url).repo_exists(repo_id):
+    if not HfApi(endpoint=hub.url, token=hub.token).repo_exists(repo_id):
         return None
     return {name: content for name, content in hub.files(repo_id).items() if name != ".gitattributes"}
 
@@ -314,49 +325,37 @@ def test_works_with_a_hub_that_has(
 # Whole runs
 
 
-def test_a_run_that_is_killed_at_every_stage_goes_on(
-    hub: LocalHub, checkpoint: Path, tmp_path: Path, repo_id: str
-) -> None:
-    data = write_slice(tmp_path / "data", train=24, validation=16)
-    server = Forkserver(fork_workers=True)
-    fast = [
-        "--approach",
-        "dynamic",
-        "--max-trials",
-        "1",
-        "--calibration-samples",
-        "8",
-        "--max-length",
-        "16",
-        "--allow-loss",
-    ]
-    words = ["quantize", checkpoint, "--dataset", data, *fast, "--output", "out", "--push", "--to", repo_id, "--resume"]
-    try:
-        for stage in (
-            "Checkpoint",
-            "Dataset",
-            "Baseline",
-            "Calibration",
-            "Trials",
-            "Export",
-            "Measure",
-            "Done",
-            "Publish",
-        ):
-            done = server.hfq(*words, cwd=tmp_path, kill_at=f"▸ {stage}")
-            assert done.code == -9, f"{stage}: {done.err}"
-            assert published(hub, repo_id) in (None, {})
-        done = server.hfq(*words, cwd=tmp_path)
-    finally:
-        server.close()
-    assert done.code == 0, done.err
-    assert {path.name for path in tmp_path.iterdir()} == {"data", "out"}
-    assert published(hub, repo_id) == contents(tmp_path / "out")
-    assert commits(hub, repo_id) == 1
-
-
-def test_twelve_runs_with_a_fault_each_end_whole_or_not_at_all() -> None:
-    """The beginning of `python tests/campaign.py --seed 0`."""
+@pytest.fixture(scope="module")
+def campaign() -> Iterator[Campaign]:
     with Campaign(seed=0) as campaign:
-        told = [campaign.run(number) for number in range(12)]
+        yield campaign
+
+
+def test_a_run_that_is_killed_at_every_stage_goes_on(campaign: Campaign, tmp_path: Path) -> None:
+    words = [
+        "quantize",
+        campaign.model,
+        "--dataset",
+        campaign.data,
+        *FAST,
+        "--output",
+        "out",
+        "--push",
+        "--to",
+        "killed",
+    ]
+    for stage in ("Checkpoint", "Calibration", "Trials", "Export", "Measure", "Publish"):
+        done = campaign.server.hfq(*words, "--resume", cwd=tmp_path, kill_at=f"▸ {stage}")
+        assert done.code == -signal.SIGKILL, done.err
+        assert not published(campaign.hub, f"{USER}/killed")
+    done = campaign.server.hfq(*words, "--resume", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert published(campaign.hub, f"{USER}/killed") == contents(tmp_path / "out")
+    assert commits(campaign.hub, f"{USER}/killed") == 1
+
+
+def test_runs_with_a_fault_each_end_whole_or_not_at_all_and_then_succeed(campaign: Campaign) -> None:
+    """The beginning of `python tests/campaign.py --seed 0`."""
+    told = [campaign.run(number) for number in range(8)]
     assert campaign.broken == [], "\n".join(told)
