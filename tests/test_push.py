@@ -14,6 +14,8 @@ from huggingface_hub import HfApi, constants
 from hfq.errors import ExportError, HubError, SourceError, UsageError
 from hfq.hub import PushResult, push_folder, resolve_repo_id
 from hfq.local_hub import LocalHub
+from hfq.recipe import make_recipe
+from hfq.watch import Watcher
 
 USER = "hfq-user"
 COMMIT = r"/commit/"
@@ -443,3 +445,16 @@ def test_a_gated_repository_of_ones_own(hub: LocalHub, folder: Path, repo_id: st
     hub.create_repo(repo_id, gated=True)
     assert push(folder, repo_id).changed
     assert not push(folder, repo_id).changed
+
+
+@pytest.mark.parametrize("key", ["branch", "tag"])
+def test_a_pull_request_has_neither_branch_nor_tag(key: str) -> None:
+    with pytest.raises(UsageError, match="leave out 'branch' and 'tag', or 'create_pr'"):
+        make_recipe({"checkpoint": "x", "create_pr": True, key: "v1"})
+
+
+def test_a_tag_is_refused_where_every_revision_is_published(tmp_path: Path) -> None:
+    (tmp_path / "tagged.yaml").write_text("checkpoint: me/x\ntag: v1\n")
+    (outcome,) = Watcher(tmp_path, recipes=tmp_path).round()
+    assert (outcome.state, outcome.exit_code) == ("failed", 2)
+    assert "the tag 'v1', which can name one commit only" in outcome.message
