@@ -458,3 +458,10 @@ def test_a_tag_is_refused_where_every_revision_is_published(tmp_path: Path) -> N
     (outcome,) = Watcher(tmp_path, recipes=tmp_path).round()
     assert (outcome.state, outcome.exit_code) == ("failed", 2)
     assert "the tag 'v1', which can name one commit only" in outcome.message
+
+
+@pytest.mark.parametrize("status", [401, 429, 503])
+def test_a_card_that_cannot_be_checked_is_not_published(hub: LocalHub, folder: Path, repo_id: str, status: int) -> None:
+    hub.fail("POST", "/api/validate-yaml", status, times=ALWAYS)
+    assert "Validating the model card failed" in refusal(folder, repo_id)
+    assert not exists(repo_id)
