@@ -99,6 +99,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON on 
 To = Annotated[str | None, typer.Option(help="Repository.  \\[default: YOU/CHECKPOINT-int8]", show_default=False)]
 Private = Annotated[bool, typer.Option("--private", help="Create the repository private.")]
 CreatePr = Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing to main.")]
+Force = Annotated[
+    bool,
+    typer.Option("--force", help="Overwrite a repository that holds another model; its history keeps that."),
+]
+Branch = Annotated[
+    str | None, typer.Option(help="Branch to push to; made if there is none.  \\[default: main]", show_default=False)
+]
+Tag = Annotated[str | None, typer.Option(help="Tag for the commit that is pushed.", show_default=False)]
 Push = Annotated[bool, typer.Option("--push", help="Publish the result on the Hub.")]
 LocalHub = Annotated[
     bool,
@@ -177,6 +185,9 @@ def quantize(
     to: To = None,
     private: Private = False,
     create_pr: CreatePr = False,
+    force: Force = False,
+    branch: Branch = None,
+    tag: Tag = None,
     token: Token = None,
     trust_remote_code: RemoteCode = False,
     save_recipe: Annotated[
@@ -197,7 +208,7 @@ def quantize(
         "criterion": criterion and criterion.value, "max_trials": max_trials, "timeout": timeout, "explore": explore,
         "allow_loss": allow_loss, "max_length": max_length, "batch_size": batch_size, "seed": seed, "revision": revision, "task": task,
         "threads": threads, "accelerator": accelerator, "devices": devices, "strategy": strategy, "output": output, "push": push, "to": to,
-        "private": private, "create_pr": create_pr, "trust_remote_code": trust_remote_code,
+        "private": private, "create_pr": create_pr, "force": force, "branch": branch, "tag": tag, "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     recipe = make_recipe(_given(flags))
     if save_recipe:
@@ -359,12 +370,16 @@ def push_command(
     to: To = None,
     private: Private = False,
     create_pr: CreatePr = False,
+    force: Force = False,
+    branch: Branch = None,
+    tag: Tag = None,
     token: Token = None,
     local_hub: LocalHub = False,
 ) -> None:
     """Publish a quantized folder in one atomic commit. The same content twice makes no second commit."""
     from .card import model_name
     from .pipeline import renew_card
+    from .recipe import make_recipe
     from .report import Report, read_report
     from .ui import Reporter
 
@@ -373,7 +388,9 @@ def push_command(
         target = _target(to, model_name(report).removesuffix("-int8"), hub_token or token)
         if isinstance(report, Report):
             renew_card(folder, report, repo_id=target)
-        _publish(folder, to=target, private=private, create_pr=create_pr, token=hub_token or token, ui=Reporter())
+        how = {"private": private, "create_pr": create_pr, "force": force, "branch": branch, "tag": tag}
+        recipe = make_recipe({"checkpoint": str(folder), "to": target, **how})
+        _publish(folder, recipe, token=hub_token or token, ui=Reporter())
 
 
 @app.command(epilog="**Examples**\n\nhfq watch pipelines/ --once\n\nhfq watch pipelines/ --interval 600")
@@ -502,14 +519,7 @@ def _run(recipe: "Recipe", *, token: str | None, local_hub: bool, resume: bool, 
     if recipe.push or local_hub:
         try:
             with _hub(local_hub) as hub_token:
-                _publish(
-                    result.folder,
-                    to=recipe.to,
-                    private=recipe.private,
-                    create_pr=recipe.create_pr,
-                    token=hub_token or token,
-                    ui=ui,
-                )
+                _publish(result.folder, recipe, token=hub_token or token, ui=ui)
         except HubError as error:
             raise HubError(
                 f"{error} {result.folder} is complete: `hfq push` publishes it without a new run."
@@ -544,20 +554,17 @@ def _target(to: str | None, name: str, token: str | None) -> str:
     return resolve_repo_id(to, default_name=f"{name}-int8", token=token)
 
 
-def _publish(
-    folder: Path, *, to: str | None, private: bool, create_pr: bool, token: str | None, ui: "Reporter"
-) -> None:
+def _publish(folder: Path, recipe: "Recipe", *, token: str | None, ui: "Reporter") -> None:
     from .hub import COMMIT_TITLE, push_folder
 
     ui.stage("Publish")
     pushed = push_folder(
         folder,
-        repo_id=to,
+        repo_id=recipe.to,
         default_name=folder.resolve().name,
         token=token,
-        private=private,
-        create_pr=create_pr,
         message=f"{COMMIT_TITLE} {__version__}",
+        **recipe.publishing,
     )
     ui.note(f"{pushed.url} at {pushed.commit}" if pushed.changed else f"{pushed.url} holds this already: no commit")
 

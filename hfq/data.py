@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from .errors import DataError, UsageError
+from .download import find_damaged, list_files, snapshot_folder, undamaged
+from .errors import DataError, HfqError, UsageError
+from .network import be_patient
 from .recipe import Recipe, is_path, read_recipe
 from .report import DatasetInfo
 from .source import Checkpoint, is_network_error
@@ -200,18 +202,13 @@ def _from_recipes(checkpoint: str, recipes: Path) -> DatasetReference | None:
 
 
 def _load(reference: DatasetReference, token: str | None) -> "tuple[DatasetDict, str | None]":
-    import datasets
-    from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    revision = None
     try:
         if is_path(reference.id):
-            splits = _load_path(Path(reference.id).expanduser(), reference.subset)
-        else:
-            revision = HfApi(token=token).dataset_info(reference.id).sha
-            splits = datasets.load_dataset(reference.id, reference.subset, revision=revision, token=token)
-    except DataError:
+            return _load_path(Path(reference.id).expanduser(), reference.subset), None
+        return _load_from_hub(reference, token)
+    except HfqError:
         raise
     except RepositoryNotFoundError as error:
         raise DataError(
@@ -227,7 +224,28 @@ def _load(reference: DatasetReference, token: str | None) -> "tuple[DatasetDict,
             f"Dataset {reference.id} cannot be loaded: {_reason(error)}. "
             "Expected a Hub id, a folder, or a CSV, JSON or Parquet file, of rows with text and label."
         ) from error
-    return splits, revision
+
+
+def _load_from_hub(reference: DatasetReference, token: str | None) -> "tuple[DatasetDict, str | None]":
+    """The dataset at its newest commit, of files that are what the Hub lists there."""
+    import datasets
+    from huggingface_hub import HfApi
+
+    be_patient()
+    api = HfApi(token=token)
+    revision = api.dataset_info(reference.id).sha
+    files = list_files(api, reference.id, revision=revision, repo_type="dataset")
+    modes = iter((None, "force_redownload"))  # its tables are kept too, and must be read again from a new file
+
+    def fetch() -> "DatasetDict":
+        return datasets.load_dataset(
+            reference.id, reference.subset, revision=revision, token=token, download_mode=next(modes, None)
+        )
+
+    def find(_: object) -> dict[Path, str | None]:
+        return find_damaged(snapshot_folder(reference.id, str(revision), repo_type="dataset"), files)
+
+    return undamaged(reference.id, fetch, find), revision
 
 
 def _reason(error: BaseException) -> str:

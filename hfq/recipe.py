@@ -52,6 +52,9 @@ class Recipe(BaseModel):
     to: str | None = Field(None, description="repository to push to; '<you>/<checkpoint>-int8' when absent")
     private: bool = False
     create_pr: bool = False
+    force: bool = Field(False, description="overwrite a repository that holds another model")
+    branch: str | None = Field(None, min_length=1, description="branch to push to; 'main' when absent")
+    tag: str | None = Field(None, min_length=1, description="tag for the commit that is pushed")
     trust_remote_code: bool = False
 
     @model_validator(mode="after")
@@ -61,7 +64,17 @@ class Recipe(BaseModel):
                 "strategy 'ddp' starts the whole command again in every process; use 'ddp_spawn', "
                 "which starts only the evaluation"
             )
+        if self.create_pr and (self.branch or self.tag):
+            raise ValueError(
+                "a pull request (create_pr) goes to main, and has no commit to tag before it is merged; leave out "
+                "'branch' and 'tag', or 'create_pr'"
+            )
         return self
+
+    @property
+    def publishing(self) -> dict[str, Any]:
+        """How a push is made: what `hfq.hub.push_folder` takes by these names."""
+        return self.model_dump(include={"private", "create_pr", "force", "branch", "tag"})
 
     @property
     def name(self) -> str:

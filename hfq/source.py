@@ -11,23 +11,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard, snapshot_download
+from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
 
-from .errors import SourceError
+from .download import fetch_folder, list_files
+from .errors import HfqError, HubError, SourceError
+from .hub_errors import NOT_UNDERSTOOD
+from .network import be_patient
 from .recipe import is_path
 from .report import CheckpointInfo
 
 PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md"]
 SUBFOLDERS = ["*/*"]  # other formats of the same weights (onnx/, openvino/, …) live there
+_REMEDIES = {
+    401: "Log in again with `hf auth login`, or give another token.",
+    403: "Give a token that may read it, with --token or HF_TOKEN.",
+    404: "Check the name, and that HF_ENDPOINT is a Hub.",
+}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 
 
@@ -97,7 +107,7 @@ def head_revision(
     if is_path(reference):
         return pull(reference, revision=revision, trust_remote_code=trust_remote_code).info.revision
     with _explained(reference, revision):
-        return str(HfApi(token=token).model_info(reference, revision=revision).sha)
+        return _head(HfApi(token=token), reference, revision)
 
 
 def _folder(reference: str) -> Path:
@@ -116,14 +126,21 @@ def _folder(reference: str) -> Path:
 
 def _download(reference: str, revision: str | None, token: str | None, trust_remote_code: bool) -> tuple[Path, str]:
     with _explained(reference, revision):
-        info = HfApi(token=token).model_info(reference, revision=revision)
-        names = [sibling.rfilename for sibling in info.siblings or []]
-        _refuse_pickles(names, reference)
+        api = HfApi(token=token)
+        sha = _head(api, reference, revision)
+        files = list_files(api, reference, revision=sha)
+        _refuse_pickles(files, reference)
         patterns = [*PATTERNS, "*.py"] if trust_remote_code else PATTERNS
-        path = snapshot_download(
-            reference, revision=info.sha, token=token, allow_patterns=patterns, ignore_patterns=SUBFOLDERS
-        )
-    return Path(path), str(info.sha)
+        path = fetch_folder(reference, files, revision=sha, token=token, allow=patterns, ignore=SUBFOLDERS)
+    return path, sha
+
+
+def _head(api: HfApi, reference: str, revision: str | None) -> str:
+    be_patient()
+    sha = api.model_info(reference, revision=revision).sha
+    if not sha:
+        raise SourceError(f"The Hub names no commit of {reference}, so that it cannot be pulled whole.")
+    return sha
 
 
 @contextmanager
@@ -131,37 +148,41 @@ def _explained(reference: str, revision: str | None) -> Iterator[None]:
     """Turn what the Hub's client raises about a checkpoint into one `SourceError`."""
     try:
         yield
-    except GatedRepoError as error:
-        raise SourceError(
-            f"{reference} is gated. Ask for access on its page, then pass --token or set HF_TOKEN."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise SourceError(
-            f"{reference} has no revision {revision!r}. Expected a branch, tag or commit of it."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise SourceError(
+    except HubError as error:
+        raise SourceError(str(error)) from error
+    except HfqError:
+        raise
+    except (HTTPError, OSError, RuntimeError, ValueError, *NOT_UNDERSTOOD) as error:
+        wrapped = isinstance(error, LocalEntryNotFoundError) and error.__cause__  # says only that one occurred
+        raise SourceError(_what_failed(wrapped or error, reference, revision)) from error
+
+
+def _what_failed(error: BaseException, reference: str, revision: str | None) -> str:
+    if isinstance(error, GatedRepoError):
+        return f"{reference} is gated. Ask for access on its page, then pass --token or set HF_TOKEN."
+    if isinstance(error, RevisionNotFoundError):
+        return f"{reference} has no revision {revision!r}. Expected a branch, tag or commit of it."
+    if isinstance(error, RepositoryNotFoundError):
+        return (
             f"{reference} is not on the Hub, or is private. Check the name; for a private repository pass --token "
-            "or set HF_TOKEN; for a folder write ./{name}.".replace("{name}", reference.split("/")[-1])
-        ) from error
-    except HFValidationError as error:
-        raise SourceError(f"{reference!r} is neither a folder nor a Hub id ('name' or 'owner/name').") from error
-    except EntryNotFoundError as error:
-        raise SourceError(f"{reference} could not be pulled whole: {_first_line(error)}") from error
-    except HfHubHTTPError as error:
+            f"or set HF_TOKEN; for a folder write ./{reference.split('/')[-1]}."
+        )
+    if isinstance(error, HFValidationError):
+        return f"{reference!r} is neither a folder nor a Hub id ('name' or 'owner/name')."
+    if isinstance(error, EntryNotFoundError):
+        return f"{reference} could not be pulled whole: {_first_line(error)}"
+    if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
-        remedy = "Log in again with `hf auth login`, or give another token." if status == 401 else "Try again later."
-        raise SourceError(
-            f"The Hub refused {reference} ({status}): {error.server_message or _first_line(error)}. {remedy}"
-        ) from error
-    except OSError as error:
-        raise SourceError(f"{reference} could not be pulled: {_first_line(error)}") from error
-    except Exception as error:
-        if not is_network_error(error):
-            raise
-        raise SourceError(
-            f"The Hub could not be reached for {reference}: {_first_line(error)}. Check the network."
-        ) from error
+        remedy = _REMEDIES.get(status, "Try again later.")
+        return f"The Hub refused {reference} ({status}): {error.server_message or _first_line(error)}. {remedy}"
+    if is_network_error(error):
+        return f"The Hub could not be reached for {reference}: {_first_line(error)}. Check the network."
+    if isinstance(error, (*NOT_UNDERSTOOD, json.JSONDecodeError)):
+        return (
+            f"{reference} could not be pulled: the answer is not the Hub's ({type(error).__name__}: {_first_line(error)}). "
+            "Check HF_ENDPOINT and what stands between (a proxy, a login page)."
+        )
+    return f"{reference} could not be pulled: {_first_line(error)}"
 
 
 def is_network_error(error: BaseException) -> bool:

@@ -152,18 +152,15 @@ class Watcher:
             repo_id=watched.target,
             default_name=watched.target,
             token=self._token,
-            private=recipe.private,
-            create_pr=recipe.create_pr,
             message=f"{COMMIT_TITLE} {__version__}",
+            **recipe.publishing,
         )
         self._complete.discard(_digest(recipe, revision))
         return Outcome(watched.path.name, "published", f"{pushed.url} holds {source}: commit {pushed.commit}")
 
     def _is_published(self, watched: Watched, revision: str) -> bool:
-        recipe = watched.recipe
-        return revision in published_revisions(
-            watched.target, token=self._token, private=recipe.private, create_pr=recipe.create_pr
-        )
+        how = {key: value for key, value in watched.recipe.publishing.items() if key != "tag"}
+        return revision in published_revisions(watched.target, token=self._token, **how)
 
     def _quantized(self, watched: Watched, revision: str, ui: Reporter) -> Path:
         """The folder with the export of that revision, made now unless only its push had failed."""
@@ -198,6 +195,11 @@ class Watcher:
         for path in recipe_files(self.folder):
             try:
                 recipe = read_recipe(path)
+                if recipe.tag:
+                    raise UsageError(
+                        f"Recipe {path} has the tag {recipe.tag!r}, which can name one commit only. Leave it out where "
+                        "every new revision is published."
+                    )
                 found[path] = Watched(path, recipe, self._target(recipe))
             except HfqError as error:
                 found[path] = error

@@ -8,12 +8,16 @@ import atexit
 import gc
 import json
 import os
+import runpy
+import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -95,22 +99,37 @@ class Running:
 class Forkserver:
     """Runs the command in forks of a process that has imported the libraries, and nothing else, before."""
 
-    def __init__(self) -> None:
+    def __init__(self, env: Mapping[str, str | None] | None = None, *, fork_workers: bool = False) -> None:
+        """`env`: changes to its environment. `fork_workers`: of the processes too in which hfq measures; their figures
+        mean nothing then.
+        """
+        self._env = dict(env or {})
+        self._folder = tempfile.TemporaryDirectory(prefix="hfq-forkserver-")
         self._process = subprocess.Popen(
-            [sys.executable, __file__], env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, __file__, *([self._folder.name] if fork_workers else [])],
+            env=environment(env),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
 
-    def hfq(self, *args: object, cwd: Path, env: Mapping[str, str | None] | None = None) -> Done:
-        """Like `hfq` above. Variables that a library reads when it is imported, as HF_ENDPOINT, cannot be changed."""
+    def hfq(
+        self, *args: object, cwd: Path, env: Mapping[str, str | None] | None = None, kill_at: str | None = None
+    ) -> Done:
+        """Like `hfq` above. Variables that a library reads when it is imported, as HF_ENDPOINT, cannot be changed.
+
+        `kill_at`: send SIGKILL once standard error holds this.
+        """
         assert self._process.stdin and self._process.stdout
         with tempfile.TemporaryDirectory() as folder:
             out, err = Path(folder) / "out", Path(folder) / "err"
             request = {
                 "args": [str(arg) for arg in args],
                 "cwd": str(cwd),
-                "env": environment(env),
+                "env": environment({**self._env, **(env or {})}),
                 "out": str(out),
                 "err": str(err),
+                "kill_at": kill_at,
             }
             print(json.dumps(request), file=self._process.stdin, flush=True)
             code = int(self._process.stdout.readline())
@@ -119,6 +138,7 @@ class Forkserver:
     def close(self) -> None:
         """End the process."""
         self._process.communicate()
+        self._folder.cleanup()
 
 
 @cache
@@ -163,6 +183,7 @@ def _serve() -> None:
     from hfq.cli import main, prepare_libraries
 
     prepare_libraries()
+    import compressed_tensors  # noqa: F401
     import datasets  # noqa: F401
     from optimum.exporters.tasks import TasksManager  # noqa: F401
     from transformers import AutoTokenizer, BertForSequenceClassification  # noqa: F401
@@ -171,14 +192,76 @@ def _serve() -> None:
 
     gc.freeze()  # or each fork would copy all that was imported, to look for garbage in it
     answers = os.dup(1)
+    if len(sys.argv) > 1:
+        sys.executable = _fork_workers(Path(sys.argv[1]))
     for line in sys.stdin:
+        request = json.loads(line)
         child = os.fork()
         if child == 0:
-            _become(json.loads(line))
+            _become(request)
             main()
             sys.exit(0)
-        _, status = os.waitpid(child, 0)
+        status = _wait(child, request)
         os.write(answers, b"%d\n" % os.waitstatus_to_exitcode(status))
+
+
+def _fork_workers(folder: Path) -> str:
+    """Start a process that forks `python -m MODULE`; return what is to be called in place of python."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(folder / "socket"))
+    listener.listen()
+    alive, held = os.pipe()  # closed when the last process that uses the workers has ended
+    if os.fork() == 0:
+        os.close(held)
+        for number in (0, 1):
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+        while alive not in select.select([listener, alive], [], [])[0]:
+            connection, _ = listener.accept()
+            request, files, _, _ = socket.recv_fds(connection, 1 << 20, 3)
+            if os.fork() == 0:
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                for number, file in enumerate(files):
+                    os.dup2(file, number)
+                arguments, environ, folder_now = json.loads(request)
+                os.chdir(folder_now)
+                os.environ.clear()
+                os.environ.update(environ)
+                sys.argv = arguments[1:]  # after "-m"
+                runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+                os._exit(0)
+            for file in (*files, connection.detach()):
+                os.close(file)
+        os._exit(0)
+    launcher = folder / "python"
+    launcher.write_text(_LAUNCHER.format(python=sys.executable, socket=folder / "socket"))
+    launcher.chmod(0o700)
+    return str(launcher)
+
+
+_LAUNCHER = """#!{python} -IS
+import json, os, socket, sys
+connection = socket.socket(socket.AF_UNIX)
+connection.connect("{socket}")
+socket.send_fds(connection, [json.dumps([sys.argv[1:], dict(os.environ), os.getcwd()]).encode()], [0, 1, 2])
+for number in (0, 1, 2):
+    os.close(number)
+connection.recv(1)  # until the other side ends, or this one is killed
+"""
+
+
+def _wait(child: int, request: Mapping[str, Any]) -> int:
+    """The status of a child that has ended, by itself or because it was to be killed."""
+    while request["kill_at"]:
+        err = Path(request["err"])
+        if err.is_file() and request["kill_at"] in err.read_text():
+            os.kill(child, signal.SIGKILL)
+            break
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return status
+        time.sleep(0.005)
+    return os.waitpid(child, 0)[1]
 
 
 def _become(request: Mapping[str, Any]) -> None:

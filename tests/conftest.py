@@ -23,6 +23,7 @@ os.environ.update(
     HF_DATASETS_CACHE=f"{_home.name}/datasets",
     HF_HUB_DISABLE_PROGRESS_BARS="1",
     HF_HUB_DISABLE_TELEMETRY="1",
+    HFQ_HUB_PATIENCE="1",
 )
 
 

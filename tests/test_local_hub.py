@@ -31,10 +31,12 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import get_session
+from huggingface_hub.utils import get_session, set_client_factory
+from huggingface_hub.utils._http import default_client_factory
 
 from hfq.errors import HubError
 from hfq.local_hub import LocalHub
+from hfq.network import be_patient
 
 CARD = """---
 license: apache-2.0
@@ -56,6 +58,13 @@ model-index:
 """
 
 _numbers = itertools.count(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def stock_client() -> None:
+    """huggingface_hub's own client: hfq's, which other tests have set, would ask again where a fault is to be seen."""
+    set_client_factory(default_client_factory)
+    be_patient.cache_clear()
 
 
 @pytest.fixture

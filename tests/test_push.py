@@ -14,9 +14,12 @@ from huggingface_hub import HfApi, constants
 from hfq.errors import ExportError, HubError, SourceError, UsageError
 from hfq.hub import PushResult, push_folder, resolve_repo_id
 from hfq.local_hub import LocalHub
+from hfq.recipe import make_recipe
+from hfq.watch import Watcher
 
 USER = "hfq-user"
 COMMIT = r"/commit/"
+ALWAYS = 1000
 
 
 @pytest.fixture
@@ -218,7 +221,7 @@ def test_failed_commit_says_why_and_leaves_nothing(
     hub: LocalHub, folder: Path, repo_id: str, status: int, said: str, advice: str
 ) -> None:
     echo = json.dumps({"error": f"Bearer {hub.token} is no good"}).encode()
-    hub.fail("POST", COMMIT, status, headers={"Retry-After": "7"}, body=echo)
+    hub.fail("POST", COMMIT, status, headers={"Retry-After": "7"}, body=echo, times=ALWAYS)
     message = refusal(folder, repo_id, token=hub.token)
     assert said in message and advice in message
     assert f"Pushing out to {repo_id} failed" in message and f"127.0.0.1 answered {status}" in message
@@ -229,9 +232,10 @@ def test_failed_commit_leaves_an_existing_repository_as_it_was(hub: LocalHub, fo
     push(folder, repo_id)
     before = hub.commits(repo_id)
     (folder / "model.safetensors").write_bytes(b"new")
-    hub.fail("POST", COMMIT, 500)
+    hub.fail("POST", COMMIT, 500, times=ALWAYS)
     refusal(folder, repo_id)
     assert hub.commits(repo_id) == before
+    hub.reset()
     assert push(folder, repo_id).changed
 
 
@@ -240,11 +244,6 @@ def test_failed_upload_is_explained_too(hub: LocalHub, folder: Path, repo_id: st
     hub.fail("PUT", "/lfs/", 403)
     assert "may not do this" in refusal(folder, repo_id)
     assert not exists(repo_id)
-
-
-def test_a_passing_failure_is_retried(hub: LocalHub, folder: Path, repo_id: str) -> None:
-    hub.fail("POST", "/preupload/", 503)
-    assert push(folder, repo_id).changed
 
 
 def test_interruption_leaves_nothing(
@@ -260,18 +259,12 @@ def test_interruption_leaves_nothing(
 
 
 def test_repository_that_cannot_be_removed_again_is_named(hub: LocalHub, folder: Path, repo_id: str) -> None:
-    hub.fail("POST", COMMIT, 500)
+    hub.fail("POST", COMMIT, 413)
     hub.fail("DELETE", "/api/repos/delete", 403)
     message = refusal(folder, repo_id)
-    assert "Hub itself failed" in message
+    assert "refuses the request" in message
     assert f"{hub.url}/{repo_id}, which this push created, could not be removed" in message
-
-
-def test_commit_whose_answer_is_lost_is_kept(hub: LocalHub, folder: Path, repo_id: str) -> None:
-    hub.fail("POST", COMMIT, cut_after=0)
-    assert "cannot be reached" in refusal(folder, repo_id)
-    assert "model.safetensors" in hub.files(repo_id)
-    assert not push(folder, repo_id).changed
+    assert push(folder, repo_id).changed
 
 
 def test_somebody_pushes_in_the_meantime(
@@ -346,3 +339,129 @@ def test_a_folder_that_holds_the_token_is_not_published(hub: LocalHub, tmp_path:
     with pytest.raises(ExportError, match=r"hfq\.json contains your token"):
         push(folder, repo_id)
     assert hub.requests == []
+
+
+# Overwriting, branches, tags, organizations
+
+THEIRS = {
+    "README.md": b"theirs\n",
+    "config.json": b'{"model_type": "gpt2"}\n',
+    "pytorch_model.bin": b"theirs",
+    "model-00001-of-00002.safetensors": b"theirs",
+    "model.safetensors.index.json": b"{}",
+    "adapter_config.json": b"{}",
+    "vocab.txt": b"theirs",
+    "notes.md": b"theirs",
+    "onnx/model.onnx": b"theirs",
+}
+
+
+def somebody_elses(hub: LocalHub, repo_id: str, folder: Path) -> None:
+    for name, content in THEIRS.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    hub.commit_folder(repo_id, folder)
+
+
+def test_force_replaces_another_model_in_one_commit_and_leaves_what_is_not_loaded(
+    hub: LocalHub, folder: Path, tmp_path: Path, repo_id: str
+) -> None:
+    somebody_elses(hub, repo_id, tmp_path / "theirs")
+    before = hub.commits(repo_id)
+    assert "replace that model with --force" in refusal(folder, repo_id)
+    assert push(folder, repo_id, force=True).changed
+    ours = {path.name: path.read_bytes() for path in folder.iterdir()}
+    kept = {name: THEIRS[name] for name in ("notes.md", "onnx/model.onnx")}
+    found = hub.files(repo_id)
+    assert found == {**ours, **kept, ".gitattributes": found[".gitattributes"]}
+    assert hub.commits(repo_id)[1:] == before  # theirs are a commit away
+    assert not push(folder, repo_id).changed
+
+
+def test_force_takes_nothing_more_from_a_repository_that_hfq_wrote(
+    hub: LocalHub, folder: Path, tmp_path: Path, repo_id: str
+) -> None:
+    push(folder, repo_id)
+    (tmp_path / "extra").mkdir()
+    (tmp_path / "extra" / "adapter_config.json").write_text("{}")
+    hub.commit_folder(repo_id, tmp_path / "extra")
+    assert not push(folder, repo_id, force=True).changed
+
+
+def test_a_branch_is_made_and_main_stays(hub: LocalHub, folder: Path, repo_id: str) -> None:
+    push(folder, repo_id)
+    before = hub.commits(repo_id)
+    (folder / "config.json").write_text("{}\n")
+    assert push(folder, repo_id, branch="v2").changed
+    assert not push(folder, repo_id, branch="v2").changed
+    assert hub.commits(repo_id) == before
+    assert hub.files(repo_id, "v2")["config.json"] == b"{}\n"
+    assert len(hub.commits(repo_id, "v2")) == len(before) + 1
+
+
+def test_a_branch_of_a_new_repository(hub: LocalHub, folder: Path, repo_id: str) -> None:
+    assert push(folder, repo_id, branch="v2").created
+    assert "model.safetensors" in hub.files(repo_id, "v2")
+    assert set(hub.files(repo_id)) == {".gitattributes"}
+
+
+def test_a_branch_that_was_made_for_a_push_that_fails_is_removed(hub: LocalHub, folder: Path, repo_id: str) -> None:
+    push(folder, repo_id)
+    (folder / "config.json").write_text("{}\n")
+    hub.fail("POST", COMMIT, 413)
+    refusal(folder, repo_id, branch="v2")
+    assert [branch.name for branch in HfApi().list_repo_refs(repo_id).branches] == ["main"]
+
+
+def test_a_tag_names_the_commit_and_is_never_moved(hub: LocalHub, folder: Path, repo_id: str) -> None:
+    first = push(folder, repo_id, tag="v1")
+    assert push(folder, repo_id, tag="v1") == replace(first, created=False, changed=False)
+    assert push(folder, repo_id, tag="also").commit == first.commit
+    (folder / "config.json").write_text("{}\n")
+    message = refusal(folder, repo_id, tag="v1")
+    assert f"has a tag v1 already, at {first.commit}" in message and "choose another --tag" in message
+    assert hub.commits(repo_id)[0].sha == first.commit
+    tags = {tag.name: tag.target_commit for tag in HfApi().list_repo_refs(repo_id).tags}
+    assert tags == {"v1": first.commit, "also": first.commit}
+
+
+def test_a_tag_that_fails_says_that_the_model_is_published(hub: LocalHub, folder: Path, repo_id: str) -> None:
+    hub.fail("POST", "/tag/", 403)
+    message = refusal(folder, repo_id, tag="v1")
+    commit = hub.commits(repo_id)[0]
+    assert commit.title == "Upload INT8"
+    assert f"{repo_id} holds out at {commit.sha}, but setting tag v1 failed: the token may not do this" in message
+    assert not push(folder, repo_id, tag="v1").changed
+    assert [tag.name for tag in HfApi().list_repo_refs(repo_id).tags] == ["v1"]
+
+
+def test_an_organization_of_the_user(hub: LocalHub, folder: Path) -> None:
+    member = hub.add_user("member", orgs=["acme"])
+    assert push(folder, "acme/bert-int8", token=member, private=True).created
+    assert HfApi(token=member).model_info("acme/bert-int8").private
+
+
+def test_a_gated_repository_of_ones_own(hub: LocalHub, folder: Path, repo_id: str) -> None:
+    hub.create_repo(repo_id, gated=True)
+    assert push(folder, repo_id).changed
+    assert not push(folder, repo_id).changed
+
+
+@pytest.mark.parametrize("key", ["branch", "tag"])
+def test_a_pull_request_has_neither_branch_nor_tag(key: str) -> None:
+    with pytest.raises(UsageError, match="leave out 'branch' and 'tag', or 'create_pr'"):
+        make_recipe({"checkpoint": "x", "create_pr": True, key: "v1"})
+
+
+def test_a_tag_is_refused_where_every_revision_is_published(tmp_path: Path) -> None:
+    (tmp_path / "tagged.yaml").write_text("checkpoint: me/x\ntag: v1\n")
+    (outcome,) = Watcher(tmp_path, recipes=tmp_path).round()
+    assert (outcome.state, outcome.exit_code) == ("failed", 2)
+    assert "the tag 'v1', which can name one commit only" in outcome.message
+
+
+@pytest.mark.parametrize("status", [401, 429, 503])
+def test_a_card_that_cannot_be_checked_is_not_published(hub: LocalHub, folder: Path, repo_id: str, status: int) -> None:
+    hub.fail("POST", "/api/validate-yaml", status, times=ALWAYS)
+    assert "Validating the model card failed" in refusal(folder, repo_id)
+    assert not exists(repo_id)
