@@ -363,10 +363,10 @@ def push_command(
     local_hub: LocalHub = False,
 ) -> None:
     """Publish a quantized folder in one atomic commit. The same content twice makes no second commit."""
-    from .card import model_name
     from .pipeline import renew_card
     from .report import Report, read_report
     from .ui import Reporter
+    from .wording import model_name
 
     report = read_report(folder)
     with _hub(local_hub) as hub_token:

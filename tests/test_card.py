@@ -15,11 +15,12 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from hfq import resources
-from hfq.card import TEMPLATE, model_name, render_card
+from hfq.card import TEMPLATE, render_card
 from hfq.errors import HfqError, HubError, UsageError
 from hfq.hub import validate_card
 from hfq.report import CheckpointInfo, Comparison, DatasetInfo, Layers, Report
 from hfq.resources import resource
+from hfq.wording import model_name
 
 HOSTILE = [
     "x](https://evil.example) ![i](https://evil.example/p.png)",
