@@ -121,6 +121,7 @@ def _metadata(report: Report, *, name: str, score: Score) -> ModelCardData:
         dataset_split=_plain(score.split),
         dataset_revision=data.revision if public_data else None,
         metric_type=report.metric,
+        metric_name=f"{metric_label(report)} on the split that tuning chose by" if score.seen_in_tuning else None,
         metric_value=score.quantized,
     )
     return ModelCardData(

@@ -33,11 +33,13 @@ from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
 from .errors import ExportError, HubError, UsageError
+from .plots import PLOT_FILES
 from .report import REPORT_FILE, read_report
 
 CARD_FILE = "README.md"
 COMMIT_TITLE = "INT8 export by hfq"
 _OUR_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+_OURS = re.compile(rf"{_OUR_WEIGHTS.pattern}|{'|'.join(map(re.escape, PLOT_FILES))}")
 _ANY_WEIGHTS = re.compile(
     r".+\.(safetensors|bin|pt|pth|ckpt|pkl|onnx|gguf|h5|keras|msgpack|ot|tflite|npz|pb)", re.IGNORECASE
 )
@@ -100,8 +102,8 @@ def push_folder(
 ) -> PushResult:
     """Publish an exported folder in one commit; in none, if the repository holds the same already.
 
-    The repository is created if there is none, and removed again if the commit then fails. Weight files that
-    an earlier push left there and this folder no longer has go in the same commit. Other files stay.
+    The repository is created if there is none, and removed again if the commit then fails. Weight files and plots
+    that an earlier push left there and this folder no longer has go in the same commit. Other files stay.
 
     Args:
         repo_id: `user/name`, or a name among the user's own; None for `default_name` there.
@@ -253,7 +255,8 @@ def _commit(api: HfApi, remote: _Remote, *, files: dict[str, Path], create_pr: b
     unchanged files too, but only after it has uploaded, and it does not say whether it made a commit.
     """
     changed = {name: path for name, path in files.items() if not _is_same(path, remote.files.get(name))}
-    stale = [name for name in remote.files if _OUR_WEIGHTS.fullmatch(name) and name not in files]
+    ours = remote.files if REPORT_FILE in remote.files else {}
+    stale = [name for name in ours if _OURS.fullmatch(name) and name not in files]
     _refuse_foreign(remote, changed)
     url = f"{api.endpoint}/{remote.id}"
     if not changed and not stale:

@@ -7,9 +7,10 @@ may run, and nothing is loaded, by the page's own Content-Security-Policy.
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import StrictUndefined
+from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 
+from .errors import SourceError
 from .plots import bars, dots, limits, ticks
 from .report import Report
 from .resources import resource
@@ -54,8 +55,20 @@ class Mark:
 
 
 def render_page(report: Report) -> str:
-    """The report as HTML, whole: style and drawings are in it."""
-    report = public(report)
+    """The report as HTML, whole: style and drawings are in it.
+
+    Raises:
+        SourceError: it holds something else where figures and names are expected.
+    """
+    try:
+        return _render(public(report))
+    except (TypeError, ValueError, ArithmeticError, AttributeError, TemplateError) as error:
+        raise SourceError(
+            f"The report holds what hfq does not write ({error}). Quantize again, or take hfq.json from where it was made."
+        ) from error
+
+
+def _render(report: Report) -> str:
     environment = SandboxedEnvironment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(number=number, count=count, points=points, percent=percent)
     environment.globals.update(verdict=verdict)

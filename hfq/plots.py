@@ -53,7 +53,7 @@ class Bar:
     runs: str
 
 
-def write(report: Report, folder: Path) -> dict[str, str]:
+def write(report: Report, folder: Path, *, under: str = FOLDER) -> dict[str, str]:
     """Draw what the report has figures for. Returns paths relative to `folder`, by the plot's name.
 
     Raises:
@@ -61,14 +61,14 @@ def write(report: Report, folder: Path) -> dict[str, str]:
     """
     drawn = {name: draw(report) for name, draw in _PLOTS.items() if _has(name, report)}
     for name, content in drawn.items():
-        (folder / FOLDER).mkdir(exist_ok=True)
-        write_bytes(folder / _path(name), content)
-    return find(folder) if drawn else {}
+        (folder / under).mkdir(exist_ok=True)
+        write_bytes(folder / _path(name, under), content)
+    return {name: _path(name, under) for name in drawn}
 
 
-def find(folder: Path) -> dict[str, str]:
-    """The plots that an earlier run left in `folder`, as `write` returned them."""
-    return {name: _path(name) for name in _PLOTS if (folder / _path(name)).is_file()}
+def find(folder: Path, *, under: str = FOLDER) -> dict[str, str]:
+    """The plots that are in `folder`, as `write` returned them."""
+    return {name: _path(name, under) for name in _PLOTS if (folder / _path(name, under)).is_file()}
 
 
 def alt_text(name: str, report: Report) -> str:
@@ -130,7 +130,8 @@ def _draw_accuracy_speed(report: Report) -> bytes:
     for dot in dots(report):
         marker, colour = _DOTS[dot.kind]
         size = 110 if dot.kind == "chosen" else 65
-        axes.scatter([dot.speed], [dot.score], size, colour, marker, zorder=3, edgecolors="white", label=_legend(dot))
+        look = {"marker": marker, "edgecolors": "white", "zorder": 3, "label": _legend(dot)}
+        axes.scatter([dot.speed], [dot.score], size, colour, **look)
         if dot.kind in ("float", "chosen"):
             side = -1 if dot.speed > 0.6 * fastest else 1  # towards the middle, where there is room
             text = f"{_short(dot.name)}  {number(dot.score)}"
@@ -179,12 +180,15 @@ _PLOTS: dict[str, Callable[[Report], bytes]] = {
 }
 
 
+PLOT_FILES = tuple(f"{FOLDER}/{name}.png" for name in _PLOTS)
+
+
 def _has(name: str, report: Report) -> bool:
     return bool(dots(report) if name == "accuracy_speed" else report.sensitivity)
 
 
-def _path(name: str) -> str:
-    return f"{FOLDER}/{name}.png"
+def _path(name: str, under: str) -> str:
+    return f"{under}/{name}.png"
 
 
 def _called(dot: Dot) -> str:

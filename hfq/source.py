@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard, snapshot_download
+from huggingface_hub import HfApi, ModelCard, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -24,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 from .errors import SourceError
 from .recipe import is_path
-from .report import CheckpointInfo
+from .report import REPORT_FILE, CheckpointInfo
 
 PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md"]
 SUBFOLDERS = ["*/*"]  # other formats of the same weights (onnx/, openvino/, …) live there
@@ -64,9 +65,7 @@ def pull(
         (_folder(reference), None) if is_path(reference) else _download(reference, revision, token, trust_remote_code)
     )
     if sha is None and revision is not None:
-        raise SourceError(
-            f"--revision {revision} was given, but {reference} is a folder; revisions exist on the Hub only."
-        )
+        raise _no_revision(reference, revision)
     config = _read_config(path, reference)
     if config.get("auto_map") and not trust_remote_code:
         raise SourceError(
@@ -86,6 +85,27 @@ def pull(
     return Checkpoint(info, path, config, card, weights)
 
 
+def pull_report(reference: str, *, revision: str | None = None, token: str | None = None) -> Path:
+    """The folder that holds the report of an export, of which nothing else is downloaded.
+
+    Raises:
+        SourceError: there is none, or it may not be read.
+    """
+    if is_path(reference):
+        if revision is not None:
+            raise _no_revision(reference, revision)
+        return Path(reference).expanduser()
+    try:
+        with _explained(reference, revision):
+            return Path(hf_hub_download(reference, REPORT_FILE, revision=revision, token=token)).parent
+    except SourceError as error:
+        if isinstance(error.__cause__, RemoteEntryNotFoundError):
+            raise SourceError(
+                f"{reference} has no {REPORT_FILE}: it was not published by hfq. Expected the result of `hfq push`."
+            ) from error
+        raise
+
+
 def head_revision(
     reference: str, *, revision: str | None = None, token: str | None = None, trust_remote_code: bool = False
 ) -> str:
@@ -98,6 +118,12 @@ def head_revision(
         return pull(reference, revision=revision, trust_remote_code=trust_remote_code).info.revision
     with _explained(reference, revision):
         return str(HfApi(token=token).model_info(reference, revision=revision).sha)
+
+
+def _no_revision(reference: str, revision: str) -> SourceError:
+    return SourceError(
+        f"--revision {revision} was given, but {reference} is a folder; revisions exist on the Hub only."
+    )
 
 
 def _folder(reference: str) -> Path:
