@@ -132,11 +132,11 @@ def _draw_accuracy_speed(report: Report) -> bytes:
         size = 110 if dot.kind == "chosen" else 65
         look = {"marker": marker, "edgecolors": "white", "zorder": 3, "label": _legend(dot)}
         axes.scatter([dot.speed], [dot.score], size, colour, **look)
-        if dot.kind in ("float", "chosen"):
-            side = -1 if dot.speed > 0.6 * fastest else 1  # towards the middle, where there is room
-            text = f"{_short(dot.name)}  {number(dot.score)}"
-            at = {"xytext": (10 * side, 9), "textcoords": "offset points", "ha": "right" if side < 0 else "left"}
-            axes.annotate(text, (dot.speed, dot.score), color=colour, fontsize=9, parse_math=False, **at)
+        if dot.kind in ("float", "chosen"):  # one below and one above: they may be equally good and fast
+            above = dot.kind == "chosen"
+            at = {"xytext": (0, 9 if above else -9), "textcoords": "offset points", "va": "bottom" if above else "top"}
+            text = f"{'chosen' if above else 'FP32'} {number(dot.score)}"
+            axes.annotate(text, (dot.speed, dot.score), color=colour, fontsize=10, ha="center", **at)
     goal = lowest_accepted(report)
     axes.axhline(report.baseline.accuracy, color=_DOTS["float"][1], linewidth=1, linestyle=":", zorder=1)
     axes.axhline(goal, color=_GOAL, linewidth=1.4, linestyle="--", label=f"goal: at least {number(goal)}", zorder=2)
@@ -150,7 +150,9 @@ def _draw_accuracy_speed(report: Report) -> bytes:
     axes.set_ylabel(f"{metric_label(report)} on {_short(data.split)}", parse_math=False)
     handles, labels = axes.get_legend_handles_labels()
     once = dict(zip(labels, handles, strict=True))
-    figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=len(once), frameon=False, fontsize=9)
+    legend = figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     return _png(figure)
 
 
@@ -162,11 +164,12 @@ def _draw_layer_sensitivity(report: Report) -> bytes:
     errors = [100 * bar.error for bar in found]
     axes.barh(places, errors, color=[_RUNS[bar.runs] for bar in found], height=0.72, zorder=2)
     for place, bar in zip(places, found, strict=True):
-        axes.annotate(percent(bar.error, 2), (100 * bar.error, place), (4, 0), textcoords="offset points", va="center", fontsize=8)  # fmt: skip
+        at = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
+        axes.annotate(percent(bar.error, 2), (100 * bar.error, place), fontsize=8, **at)
     axes.set_yticks(places, [_short(bar.layer) for bar in found], fontsize=8, family="monospace", parse_math=False)
     axes.set_ylim(len(found) - 0.4, -0.6)
-    axes.set_xlim(0, 1.15 * max([*errors, 1e-9]))
-    axes.set_xlabel("squared error of the layer's output, % of the float output's square")
+    axes.set_xlim(0, 1.22 * max([*errors, 1e-9]))
+    axes.set_xlabel("squared output error, % of the float output")
     for runs in dict.fromkeys(bar.runs for bar in found):
         axes.bar(0, 0, color=_RUNS[runs], label="kept in float (error avoided)" if runs == "float" else runs)
     axes.legend(loc="lower right", frameon=False, fontsize=9)
@@ -196,7 +199,12 @@ def _called(dot: Dot) -> str:
 
 
 def _legend(dot: Dot) -> str:
-    said = {"float": "FP32", "chosen": "chosen", "met": "meets the goal", "missed": "misses the goal"}
+    said = {
+        "float": "FP32",
+        "chosen": f"chosen: {_short(dot.name)}",
+        "met": "meets the goal",
+        "missed": "misses the goal",
+    }
     return said[dot.kind]
 
 
