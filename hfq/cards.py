@@ -1,4 +1,4 @@
-"""The cards in model_cards/, from the reports that are kept beside them: `python -m hfq.model_cards [OUT …]`.
+"""The cards in model_cards/, from the reports that are kept beside them: `python -m hfq.cards [OUT …]`.
 
 Each NAME.json is the hfq.json of a run; NAME.md and the plots in NAME/ are made from it, and again when a template
 changes. OUT is the folder of a run whose report is to be kept from now on, as OUT's name without `-int8`.
@@ -17,7 +17,7 @@ from .resources import resource
 
 def main() -> None:
     """Keep the reports on the command line, then write every card."""
-    parser = argparse.ArgumentParser(prog="python -m hfq.model_cards", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m hfq.cards", description=__doc__)
     parser.add_argument("out", type=Path, nargs="*", help="folder of a finished run")
     parser.add_argument("--folder", type=Path, default=resource("model_cards"), help="where the cards are")
     given = parser.parse_args()
