@@ -9,6 +9,8 @@ from hfq.report import (
     Comparison,
     CriterionInfo,
     DatasetInfo,
+    FitMeasurement,
+    FitReport,
     Layers,
     Measurement,
     Report,
@@ -119,6 +121,29 @@ def report_saying(text: str) -> Report:
         hardware={text: text},
         versions={text: text},
         warnings=[text],
+    )
+
+
+def make_fit_report() -> FitReport:
+    """A report of a module that was quantized without an evaluation."""
+    report = make_report()
+    return FitReport(
+        hfq_version=report.hfq_version,
+        model="MLP",
+        approach="static",
+        chosen="static, min-max",
+        tuned=False,
+        met=None,
+        criterion=report.criterion,
+        trials=[],
+        baseline=FitMeasurement(None, None, 4.0, 4.5),
+        quantized=FitMeasurement(None, None, 1.0, 1.5),
+        layers=report.layers,
+        calibration_batches=4,
+        seed=42,
+        created=report.created,
+        hardware=report.hardware,
+        versions=report.versions,
     )
 
 

@@ -28,6 +28,7 @@ from command import (
     write_outliers,
     write_slice,
 )
+from factories import make_fit_report
 
 from hfq import __version__
 from hfq.cli import app
@@ -415,10 +416,15 @@ def test_report_shows_a_folder_and_what_was_published_of_it(run: Run, hub: Local
     assert not any(path.endswith(".safetensors") for _, path, _ in hub.requests)
 
 
-def test_report_needs_a_report(workspace: Path, hub: LocalHub, tmp_path: Path) -> None:
+def test_report_needs_a_report(run: Run, workspace: Path, hub: LocalHub, tmp_path: Path) -> None:
     (tmp_path / "readme.md").write_text("mine")
     hub.commit_folder(f"{USER}/unmeasured", tmp_path)
+    fitted = tmp_path / "fitted"
+    fitted.mkdir()
+    (fitted / "hfq.json").write_text(make_fit_report().to_json())
     for arguments, code, said in (
+        ([fitted], 2, "was quantized as an object, by `fit`"),
+        (["./out", "--output", "."], 2, "--output . is a folder"),
         ([CHECKPOINT], 1, "has no hfq.json"),
         ([f"{USER}/unmeasured"], 1, f"{USER}/unmeasured has no hfq.json"),
         ([f"{USER}/nowhere"], 1, "is not on the Hub, or is private"),
