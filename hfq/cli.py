@@ -267,6 +267,35 @@ def inspect(
 
 
 @app.command(
+    name="report", epilog="**Examples**\n\nhfq report ./out\n\nhfq report me/bert-mrpc-int8 --output bert.html"
+)
+def report_command(
+    result: Annotated[str, typer.Argument(help="Folder or Hub id of what `hfq quantize` wrote.", show_default=False)],
+    output: Annotated[Path, typer.Option(help="File to write.")] = Path("report.html"),
+    revision: Revision = None,
+    token: Token = None,
+) -> None:
+    """Show what a run found as one HTML file: verdict, figures, trials, layers, data, hardware."""
+    from .files import write_text
+    from .page import render_page
+    from .report import Report, read_report
+    from .source import pull_report
+    from .ui import Reporter
+
+    found = read_report(pull_report(result, revision=revision, token=token))
+    if not isinstance(found, Report):
+        raise UsageError(
+            f"{result} was quantized as an object, by `fit`: what is known of it is in its README.md. hfq report shows "
+            "what `hfq quantize` measured."
+        )
+    if output.is_dir():
+        raise UsageError(f"--output {output} is a folder. Expected a file, such as {output / 'report.html'}.")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_text(output, render_page(found))
+    Reporter().stage(f"Wrote {output}")
+
+
+@app.command(
     name="bench",
     epilog="**Examples**\n\nhfq bench ./out --baseline ./my-checkpoint\n\n"
     "hfq bench me/bert-mrpc-int8 --vs openvino,onnxruntime --shapes 1x16,32x128",
@@ -377,11 +406,11 @@ def push_command(
     local_hub: LocalHub = False,
 ) -> None:
     """Publish a quantized folder in one atomic commit. The same content twice makes no second commit."""
-    from .card import model_name
     from .pipeline import renew_card
     from .recipe import make_recipe
     from .report import Report, read_report
     from .ui import Reporter
+    from .wording import model_name
 
     report = read_report(folder)
     with _hub(local_hub) as hub_token:

@@ -47,8 +47,8 @@ def push_folder(
 ) -> PushResult:
     """Publish an exported folder in one commit; in none, if the repository holds the same already.
 
-    The repository is created if there is none, and removed again if the commit then fails. Weight files that
-    an earlier push left there and this folder no longer has go in the same commit. Other files stay.
+    The repository is created if there is none, and removed again if the commit then fails. Weight files and plots
+    that an earlier push left there and this folder no longer has go in the same commit. Other files stay.
 
     Args:
         repo_id: `user/name`, or a name among the user's own; None for `default_name` there.

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HTTPError
 from .errors import HfqError, HubError
 from .hub_errors import NOT_UNDERSTOOD, conflict, explain, response_of
 from .hub_repository import (
-    OUR_WEIGHTS,
+    OURS,
     Remote,
     is_there,
     pull_requests,
@@ -129,10 +129,10 @@ def _commit(push: Push, remote: Remote) -> PushResult:
     unchanged files too, but only after it has uploaded, and it does not say whether it made a commit.
     """
     changed = {name: path for name, path in push.files.items() if not is_there(push.api, remote, name, path)}
-    foreign = REPORT_FILE not in remote.files
-    removable = _LOADED_TOO if foreign and push.force else OUR_WEIGHTS
-    stale = [name for name in remote.files if removable.fullmatch(name) and name not in push.files]
     refuse_foreign(remote, changed, force=push.force)
+    # What passed as not ours without --force has no weights, and a file that is named as our plots are is a stranger's.
+    removable = OURS if REPORT_FILE in remote.files else _LOADED_TOO if push.force else None
+    stale = [name for name in remote.files if removable and removable.fullmatch(name) and name not in push.files]
     _refuse_taken_tag(push, remote, is_new=bool(changed or stale))
     unchanged = PushResult(f"{push.api.endpoint}/{remote.id}", str(remote.head), created=False, changed=False)
     if not changed and not stale:

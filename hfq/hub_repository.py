@@ -10,9 +10,11 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from .download import is_same, list_files
 from .errors import HubError
+from .plots import PLOT_FILES
 from .report import REPORT_FILE
 
 OUR_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+OURS = re.compile(rf"{OUR_WEIGHTS.pattern}|{'|'.join(map(re.escape, PLOT_FILES))}")
 _ANY_WEIGHTS = re.compile(
     r".+\.(safetensors|bin|pt|pth|ckpt|pkl|onnx|gguf|h5|keras|msgpack|ot|tflite|npz|pb)", re.IGNORECASE
 )

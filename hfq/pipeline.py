@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import nn
 
-from . import __version__
+from . import __version__, plots
 from .benchmark import Subject, measure, timed_batches
 from .card import render_card
 from .data import majority_accuracy
@@ -36,7 +36,7 @@ from .tuning.acceptance import Goal
 from .tuning.log import TrialLog
 from .tuning.options import Limits, Options
 from .tuning.search import Outcome, Score
-from .tuning.tuner import Found, find
+from .tuning.tuner import Found, find, layer_errors
 from .ui import Reporter
 
 TRIALS_FILE = "trials.jsonl"
@@ -262,17 +262,20 @@ def _write_checkpoint(
         versions=package_versions(),
         warnings=list(ui.warnings),
         stock_agreement=trial.stock_agreement,
+        sensitivity=layer_errors(found.space, found.outcome.candidate),
+        baseline_pass_s=baseline.duration_s,
     )
     write_text(folder / REPORT_FILE, report.to_json())
-    write_text(folder / "README.md", render_card(report, repo_id=recipe.to))
+    drawn = plots.write(report, folder)
+    write_text(folder / "README.md", render_card(report, repo_id=recipe.to, plots=drawn))
     return report
 
 
 def renew_card(folder: Path, report: Report, *, repo_id: str) -> None:
     """Name the repository in a card that was written before it was known. A card somebody edited stays."""
-    card = folder / "README.md"
-    if card.is_file() and card.read_text(encoding="utf-8") == render_card(report, repo_id=None):
-        write_text(card, render_card(report, repo_id=repo_id))
+    card, drawn = folder / "README.md", plots.find(folder)
+    if card.is_file() and card.read_text(encoding="utf-8") == render_card(report, repo_id=None, plots=drawn):
+        write_text(card, render_card(report, repo_id=repo_id, plots=drawn))
 
 
 def _dependencies(session: Session) -> dict[str, object]:

@@ -141,6 +141,9 @@ class Report:
 
     `stock_agreement` and `logit_difference` are the chosen trial's.
     `ranking`: output error on the calibration slice of each candidate that was considered.
+    `sensitivity`: output error of each layer alone, as the chosen candidate runs it, relative to its float output.
+    `baseline_pass_s`: the float model's forward passes over the evaluation split, timed as a trial's `duration_s` is;
+    unlike `baseline.duration_s` it compares with them.
     """
 
     hfq_version: str
@@ -169,6 +172,8 @@ class Report:
     warnings: list[str] = field(default_factory=list)
     stock_agreement: float | None = None
     ranking: dict[str, float] = field(default_factory=dict)
+    sensitivity: dict[str, float] = field(default_factory=dict)
+    baseline_pass_s: float | None = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"

@@ -24,12 +24,12 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 
-from .download import fetch_folder, list_files
+from .download import fetch_file, fetch_folder, list_files
 from .errors import HfqError, HubError, SourceError
 from .hub_errors import NOT_UNDERSTOOD
 from .network import be_patient
 from .recipe import is_path
-from .report import CheckpointInfo
+from .report import REPORT_FILE, CheckpointInfo
 
 PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md"]
 SUBFOLDERS = ["*/*"]  # other formats of the same weights (onnx/, openvino/, …) live there
@@ -74,9 +74,7 @@ def pull(
         (_folder(reference), None) if is_path(reference) else _download(reference, revision, token, trust_remote_code)
     )
     if sha is None and revision is not None:
-        raise SourceError(
-            f"--revision {revision} was given, but {reference} is a folder; revisions exist on the Hub only."
-        )
+        raise _no_revision(reference, revision)
     config = _read_config(path, reference)
     if config.get("auto_map") and not trust_remote_code:
         raise SourceError(
@@ -96,6 +94,27 @@ def pull(
     return Checkpoint(info, path, config, card, weights)
 
 
+def pull_report(reference: str, *, revision: str | None = None, token: str | None = None) -> Path:
+    """The folder that holds the report of an export, of which nothing else is downloaded.
+
+    Raises:
+        SourceError: there is none, or it may not be read.
+    """
+    if is_path(reference):
+        if revision is not None:
+            raise _no_revision(reference, revision)
+        return Path(reference).expanduser()
+    with _explained(reference, revision):
+        api = HfApi(token=token)
+        sha = _head(api, reference, revision)
+        listed = list_files(api, reference, revision=sha).get(REPORT_FILE)
+        if listed is None:
+            raise SourceError(
+                f"{reference} has no {REPORT_FILE}: it was not published by hfq. Expected the result of `hfq push`."
+            )
+        return fetch_file(reference, listed, revision=sha, token=token).parent
+
+
 def head_revision(
     reference: str, *, revision: str | None = None, token: str | None = None, trust_remote_code: bool = False
 ) -> str:
@@ -108,6 +127,12 @@ def head_revision(
         return pull(reference, revision=revision, trust_remote_code=trust_remote_code).info.revision
     with _explained(reference, revision):
         return _head(HfApi(token=token), reference, revision)
+
+
+def _no_revision(reference: str, revision: str) -> SourceError:
+    return SourceError(
+        f"--revision {revision} was given, but {reference} is a folder; revisions exist on the Hub only."
+    )
 
 
 def _folder(reference: str) -> Path:

@@ -185,6 +185,8 @@ def _serve() -> None:
     prepare_libraries()
     import compressed_tensors  # noqa: F401
     import datasets  # noqa: F401
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure  # noqa: F401
     from optimum.exporters.tasks import TasksManager  # noqa: F401
     from transformers import AutoTokenizer, BertForSequenceClassification  # noqa: F401
 

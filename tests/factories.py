@@ -9,11 +9,26 @@ from hfq.report import (
     Comparison,
     CriterionInfo,
     DatasetInfo,
+    FitMeasurement,
+    FitReport,
     Layers,
     Measurement,
     Report,
     Trial,
 )
+
+HOSTILE = [
+    "x](https://evil.example) ![i](https://evil.example/p.png)",
+    "<script>alert(1)</script><img src=x onerror=alert(1)>",
+    "a\n---\nlicense: evil\n---\n# Evil heading",
+    "{{ 7 * 7 }}{% for x in ().__class__.__mro__ %}{% endfor %}",
+    "`</code>` | **bold** | _em_ | ~~gone~~ &lt; $$x$$ \\",
+    "\r\n\r\n```\n## Evil heading\n\u2028\u202e- [ ] item",
+    "# Evil heading",
+    "1. item",
+    "> quote",
+    "https://evil.example www.evil.example me@evil.example",
+]
 
 
 def make_report(**changes: Any) -> Report:
@@ -71,12 +86,70 @@ def make_report(**changes: Any) -> Report:
         versions={"python": "3.11.2", "torch": "2.13.0"},
         stock_agreement=0.997,
         warnings=["100 samples were asked for, 96 are distinct."],
+        sensitivity={"encoder.0.k": 0.0456, "pooler.dense": 0.0123, "encoder.0.q": 0.00078},
+        baseline_pass_s=3.25,
     )
     return replace(report, **changes)
 
 
+def report_saying(text: str) -> Report:
+    """A report in which everything a stranger may choose is `text`."""
+    report = make_report()
+    return replace(
+        report,
+        checkpoint=CheckpointInfo(id=text, revision="a" * 40, license=text, language=[text]),
+        dataset=DatasetInfo(
+            id=text,
+            subset=text,
+            revision="b" * 40,
+            split=text,
+            calibration_split=text,
+            calibration_samples=1,
+            text_columns=[text, text],
+            label_column=text,
+            label_alignment=text,
+            examples=2,
+            holdout_split=text + "2",
+            holdout_examples=3,
+        ),
+        chosen=text,
+        comparisons=[replace(report.comparisons[0], split=text)],
+        layers=Layers([text], [text], [text], {text: text}),
+        trials=[replace(report.trials[0], name=text)],
+        sensitivity={text: 0.5},
+        command=text,
+        hardware={text: text},
+        versions={text: text},
+        warnings=[text],
+    )
+
+
+def make_fit_report() -> FitReport:
+    """A report of a module that was quantized without an evaluation."""
+    report = make_report()
+    return FitReport(
+        hfq_version=report.hfq_version,
+        model="MLP",
+        approach="static",
+        chosen="static, min-max",
+        tuned=False,
+        met=None,
+        criterion=report.criterion,
+        trials=[],
+        baseline=FitMeasurement(None, None, 4.0, 4.5),
+        quantized=FitMeasurement(None, None, 1.0, 1.5),
+        layers=report.layers,
+        calibration_batches=4,
+        seed=42,
+        created=report.created,
+        hardware=report.hardware,
+        versions=report.versions,
+    )
+
+
 def make_folder(path: Path, report: Report | None = None, *, weights: bytes = b"\x00\xff" * 4096) -> Path:
     """A folder shaped like an export. Its weights are any bytes: pushing does not look inside."""
+    from hfq import plots
     from hfq.card import render_card
 
     report = report or make_report()
@@ -84,5 +157,5 @@ def make_folder(path: Path, report: Report | None = None, *, weights: bytes = b"
     (path / "model.safetensors").write_bytes(weights)
     (path / "config.json").write_text('{"model_type": "bert"}\n', encoding="utf-8")
     (path / "hfq.json").write_text(report.to_json(), encoding="utf-8")
-    (path / "README.md").write_text(render_card(report, repo_id=None), encoding="utf-8")
+    (path / "README.md").write_text(render_card(report, repo_id=None, plots=plots.find(path)), encoding="utf-8")
     return path

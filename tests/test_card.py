@@ -1,5 +1,6 @@
 """What a reader of a card sees, and that a card cannot be made to say anything else."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -9,30 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from factories import make_report
+from factories import HOSTILE, make_report, report_saying
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+from PIL import Image
 
-from hfq import resources
-from hfq.card import TEMPLATE, model_name, render_card
+from hfq import plots, resources
+from hfq.card import TEMPLATE, render_card
 from hfq.errors import HfqError, HubError, UsageError
 from hfq.hub import validate_card
-from hfq.report import CheckpointInfo, Comparison, DatasetInfo, Layers, Report
+from hfq.report import CheckpointInfo, Comparison, Report
 from hfq.resources import resource
-
-HOSTILE = [
-    "x](https://evil.example) ![i](https://evil.example/p.png)",
-    "<script>alert(1)</script><img src=x onerror=alert(1)>",
-    "a\n---\nlicense: evil\n---\n# Evil heading",
-    "{{ 7 * 7 }}{% for x in ().__class__.__mro__ %}{% endfor %}",
-    "`</code>` | **bold** | _em_ | ~~gone~~ &lt; $$x$$ \\",
-    "\r\n\r\n```\n## Evil heading\n\u2028\u202e- [ ] item",
-    "# Evil heading",
-    "1. item",
-    "> quote",
-    "https://evil.example www.evil.example me@evil.example",
-]
+from hfq.wording import model_name
 
 
 def test_table_holds_the_reports_figures() -> None:
@@ -98,6 +88,7 @@ def test_without_a_holdout_the_evaluation_split_is_published_and_said_to_be_tune
     card = render_card(report, repo_id=None)
     [result] = ModelCard(card).data.eval_results
     assert (result.dataset_split, result.metric_value) == ("validation", report.quantized.accuracy)
+    assert result.metric_name == "Accuracy on the split that tuning chose by"
     assert "was used in tuning" in card
     assert "for want of a labelled split that tuning never saw" in card
     assert "held-out" not in card
@@ -142,6 +133,47 @@ def test_trials_layers_calibration_hardware_warnings_and_command_are_there() -> 
     assert "torch 2.13.0" in card and "Xeon" in card
     assert report.warnings[0] in card
     assert f"```bash\n{report.command}\n```" in card
+
+
+def test_plots_are_shown_where_there_are_some(tmp_path: Path) -> None:
+    report = make_report()
+    assert "![" not in render_card(report, repo_id=None) and "Sensitivity" not in render_card(report, repo_id=None)
+    card = render_card(report, repo_id="me/x", plots=plots.write(report, tmp_path))
+    shown = re.findall(r"!\[([^\]]+)\]\(([^)]+)\)", card)
+    assert [path for _, path in shown] == ["plots/accuracy_speed.png", "plots/layer_sensitivity.png"]
+    assert all((tmp_path / path).is_file() for _, path in shown)
+    assert shown[0][0] == (
+        "Accuracy on validation against speed: FP32 0.8211 at 125.5 examples/s; static-minmax (chosen) 0.8186 at "
+        "448.4 examples/s; the goal is at least 0.8129."
+    )
+    assert shown[1][0] == (
+        "Output error of each INT8 layer alone, the largest first: encoder.0.k 4.6 %; pooler.dense 1.2 %; "
+        "encoder.0.q 0.078 %."
+    )
+
+
+def test_plots_are_small_the_same_each_time_and_say_nothing_of_when_or_where(tmp_path: Path) -> None:
+    long = {f"encoder.layer.{i}.$x$." + "attention." * 9: 0.1 / (i + 1) for i in range(40)}
+    for name in ("first", "again"):
+        (tmp_path / name).mkdir()
+        plots.write(make_report(sensitivity=long), tmp_path / name)
+    for path in plots.PLOT_FILES:
+        content = (tmp_path / "first" / path).read_bytes()
+        assert content == (tmp_path / "again" / path).read_bytes()
+        assert len(content) < 60_000
+        image = Image.open(tmp_path / "first" / path)
+        assert not image.info and image.width == 1008
+
+
+def test_a_report_without_figures_for_a_plot_gets_none(tmp_path: Path) -> None:
+    old = json.loads(make_report().to_json())
+    del old["sensitivity"], old["baseline_pass_s"]
+    report = Report.from_json(json.dumps(old))
+    drawn = plots.write(report, tmp_path)
+    assert drawn == {"accuracy_speed": "plots/accuracy_speed.png"}
+    assert "FP32 0.8211 at" not in render_card(report, repo_id=None, plots=drawn)
+    assert plots.write(replace(report, trials=[]), tmp_path / "none") == {}
+    assert not (tmp_path / "none").exists()
 
 
 def test_agreement_with_stock_transformers_is_stated() -> None:
@@ -197,8 +229,9 @@ def test_a_token_in_the_command_is_not_shown() -> None:
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_strings_are_shown_not_obeyed(text: str) -> None:
-    harmless = _tokens(render_card(_report_saying("two words"), repo_id="me/x"))
-    card = render_card(_report_saying(text), repo_id="me/x")
+    drawn = {"accuracy_speed": "a.png", "layer_sensitivity": "b.png"}
+    harmless = _tokens(render_card(report_saying("two words"), repo_id="me/x", plots=drawn))
+    card = render_card(report_saying(text), repo_id="me/x", plots=drawn)
     assert [token.type for token in _tokens(card)] == [token.type for token in harmless]
     assert "49" not in card.replace("448.4", "")
     data = ModelCard(card).data.to_dict()
@@ -248,13 +281,16 @@ def test_card_modules_do_not_import_torch() -> None:
 
 
 def test_hub_accepts_the_card(hub: Any) -> None:
-    validate_card(render_card(make_report(), repo_id="me/x"))
+    report = make_report()
+    validate_card(render_card(report, repo_id="me/x"))
+    tuned_on = replace(report, dataset=replace(report.dataset, holdout_split=None))
+    validate_card(render_card(tuned_on, repo_id="me/x", plots={"accuracy_speed": "plots/accuracy_speed.png"}))
     local = make_report(
         checkpoint=CheckpointInfo("./ckpt", "sha256:0"), dataset=replace(make_report().dataset, revision=None)
     )
     validate_card(render_card(local, repo_id=None))
     for text in HOSTILE:
-        validate_card(render_card(_report_saying(text), repo_id=None))
+        validate_card(render_card(report_saying(text), repo_id=None))
 
 
 def test_broken_metadata_is_named(hub: Any) -> None:
@@ -265,36 +301,6 @@ def test_broken_metadata_is_named(hub: Any) -> None:
     ):
         with pytest.raises(HubError, match=r"README\.md is not valid"):
             validate_card(broken)
-
-
-def _report_saying(text: str) -> Report:
-    """A report in which everything a stranger may choose is `text`."""
-    report = make_report()
-    return replace(
-        report,
-        checkpoint=CheckpointInfo(id=text, revision="a" * 40, license=text, language=[text]),
-        dataset=DatasetInfo(
-            id=text,
-            subset=text,
-            revision="b" * 40,
-            split=text,
-            calibration_split=text,
-            calibration_samples=1,
-            text_columns=[text, text],
-            label_column=text,
-            label_alignment=text,
-            examples=2,
-            holdout_split=text + "2",
-            holdout_examples=3,
-        ),
-        chosen=text,
-        comparisons=[replace(report.comparisons[0], split=text)],
-        layers=Layers([text], [text], [text], {text: text}),
-        command=text,
-        hardware={text: text},
-        versions={text: text},
-        warnings=[text],
-    )
 
 
 def _tokens(card: str) -> list[Token]:

@@ -28,6 +28,7 @@ from command import (
     write_outliers,
     write_slice,
 )
+from factories import make_fit_report
 
 from hfq import __version__
 from hfq.cli import app
@@ -35,6 +36,7 @@ from hfq.local_hub import LocalHub
 
 USER = "hfq-user"
 FILES = {"README.md", "config.json", "hfq.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+PLOTS = {"plots/accuracy_speed.png", "plots/layer_sensitivity.png"}
 LOAD_AND_RUN = """
 import sys, transformers
 assert "hfq" not in sys.modules
@@ -139,7 +141,8 @@ def secret(done: Done, *folders: Path) -> bool:
 
 
 def test_writes_an_ordinary_checkpoint_folder_and_nothing_else(run: Run) -> None:
-    assert {file.name for file in (run.cwd / "out").iterdir()} == FILES
+    files = {path.relative_to(run.cwd / "out").as_posix() for path in (run.cwd / "out").rglob("*") if path.is_file()}
+    assert files == FILES | PLOTS
     assert {file.name for file in run.cwd.iterdir()} >= {"model", "data", "out", "recipes"}
     assert not (run.cwd / "out.hfq-work").exists()
     ratio = len(run.weights) / (CHECKPOINT / "model.safetensors").stat().st_size
@@ -165,6 +168,9 @@ def test_the_report_holds_what_the_run_did(run: Run) -> None:
         assert all(measured[key] > 0 for key in ("duration_s", "memory_mb", "size_mb", "peak_memory_mb"))
     assert report["quantized"]["memory_mb"] < 0.3 * report["baseline"]["memory_mb"]
     assert report["quantized"]["size_mb"] == len(run.weights) / 2**20
+    assert set(report["sensitivity"]) == set(report["layers"]["static"]) | set(report["layers"]["dynamic"])
+    assert all(0 < error < 0.1 for error in report["sensitivity"].values())
+    assert report["baseline_pass_s"] > 0
 
 
 def test_json_on_standard_output_is_the_report_and_progress_is_on_standard_error(run: Run) -> None:
@@ -358,7 +364,8 @@ def test_push_makes_one_commit_that_stock_transformers_loads(run: Run, hub: Loca
         assert commits(hub, repo_id) == 1
         assert secret(done, run.cwd / "out", run.cwd / "recipes")
     files = hub.files(repo_id)
-    assert set(files) == FILES | {".gitattributes"}
+    assert set(files) == FILES | PLOTS | {".gitattributes"}
+    assert all(f"({path})" in files["README.md"].decode() for path in PLOTS)
     assert files["model.safetensors"] == run.weights
     loaded = subprocess.run([sys.executable, "-c", LOAD_AND_RUN, repo_id], capture_output=True, text=True)
     assert loaded.stdout == "spam\n", loaded.stderr
@@ -394,6 +401,38 @@ def test_quantizes_and_publishes_by_hub_id_with_the_data_its_card_names(
     assert pulled == {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert secret(done, output)
     assert hub.token not in (tmp_path / "r.yaml").read_text()
+
+
+def test_report_shows_a_folder_and_what_was_published_of_it(run: Run, hub: LocalHub, tmp_path: Path) -> None:
+    hub.commit_folder(f"{USER}/shown", run.cwd / "out")
+    hub.reset()
+    pages = []
+    for result in (run.cwd / "out", f"{USER}/shown"):
+        done = forkserver().hfq("report", result, "--output", "shown/page.html", cwd=tmp_path)
+        assert (done.code, done.out, done.err) == (0, "", "▸ Wrote shown/page.html\n")
+        pages.append((tmp_path / "shown" / "page.html").read_text())
+    assert pages[0] == pages[1]
+    assert "Goal met" in pages[0] and f"{run.report['quantized']['accuracy']:.4g}" in pages[0]
+    assert not any(path.endswith(".safetensors") for _, path, _ in hub.requests)
+
+
+def test_report_needs_a_report(run: Run, workspace: Path, hub: LocalHub, tmp_path: Path) -> None:
+    (tmp_path / "readme.md").write_text("mine")
+    hub.commit_folder(f"{USER}/unmeasured", tmp_path)
+    fitted = tmp_path / "fitted"
+    fitted.mkdir()
+    (fitted / "hfq.json").write_text(make_fit_report().to_json())
+    for arguments, code, said in (
+        ([fitted], 2, "was quantized as an object, by `fit`"),
+        (["./out", "--output", "."], 2, "--output . is a folder"),
+        ([CHECKPOINT], 1, "has no hfq.json"),
+        ([f"{USER}/unmeasured"], 1, f"{USER}/unmeasured has no hfq.json"),
+        ([f"{USER}/nowhere"], 1, "is not on the Hub, or is private"),
+        (["./model", "--revision", "main"], 1, "revisions exist on the Hub only"),
+    ):
+        done = forkserver().hfq("report", *arguments, cwd=workspace)
+        assert (done.code, done.out) == (code, "") and said in done.err and len(done.err.splitlines()) == 1
+    assert not (workspace / "report.html").exists()
 
 
 def test_finds_the_dataset_in_the_datasets_of_the_card(workspace: Path, hub: LocalHub, tmp_path: Path) -> None:

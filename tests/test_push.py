@@ -11,6 +11,7 @@ import pytest
 from factories import make_folder, make_report
 from huggingface_hub import HfApi, constants
 
+from hfq import plots
 from hfq.errors import ExportError, HubError, SourceError, UsageError
 from hfq.hub import PushResult, push_folder, resolve_repo_id
 from hfq.local_hub import LocalHub
@@ -201,6 +202,30 @@ def test_stale_shards_go_and_other_files_stay(hub: LocalHub, folder: Path, tmp_p
     assert commits_sent(hub) == 1
     left = {name for name in hub.files(repo_id) if "safetensors" in name or name.endswith(".md")}
     assert left == {"model.safetensors", "adapter.safetensors", "notes.md", "README.md"}
+
+
+def test_plots_go_with_the_card_and_stale_ones_leave_with_it(
+    hub: LocalHub, folder: Path, tmp_path: Path, repo_id: str
+) -> None:
+    plots.write(make_report(), folder)
+    (folder / "plots" / "mine.png").write_bytes(b"mine")
+    push(folder, repo_id)
+    assert {*plots.PLOT_FILES, "plots/mine.png"} <= set(hub.files(repo_id))
+    hub.reset()
+    push(make_folder(tmp_path / "without"), repo_id)
+    assert commits_sent(hub) == 1
+    assert [name for name in hub.files(repo_id) if name.startswith("plots/")] == ["plots/mine.png"]
+
+
+def test_a_strangers_file_is_not_taken_for_a_stale_plot(
+    hub: LocalHub, folder: Path, tmp_path: Path, repo_id: str
+) -> None:
+    theirs = tmp_path / "theirs" / plots.PLOT_FILES[0]
+    theirs.parent.mkdir(parents=True)
+    theirs.write_bytes(b"theirs")
+    hub.commit_folder(repo_id, tmp_path / "theirs")
+    push(folder, repo_id)
+    assert hub.files(repo_id)[plots.PLOT_FILES[0]] == b"theirs"
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,13 @@ class Space:
             if "int8" not in rule.precisions
         }
 
+    def folded(self, alpha: Alpha | None) -> nn.Module:
+        """The float model with its channels rescaled."""
+        folded = twin(self.model)
+        if alpha is not None:
+            fold_into(folded, self.folds, self._factors(alpha))
+        return folded
+
     def _scheme(self, name: str, candidate: Candidate, smooth: InputStatistics | None) -> LayerScheme | None:
         """None: the layer stays float."""
         rule = self._rules[name]
@@ -145,7 +152,7 @@ class Space:
         shifts: dict[str, Tensor] = {}
         if not (self.options.weight_correction or self.options.bias_correction):
             return replace(plan, weights=weights)
-        folded = self._folded(candidate.alpha)
+        folded = self.folded(candidate.alpha)
         if self.options.weight_correction:
             means = input_means(folded, list(plan.layers), self.batches)
             for name, scheme in plan.layers.items():
@@ -163,7 +170,7 @@ class Space:
 
     def _round(self, alpha: Alpha | None) -> Mapping[str, Rows]:
         """Second-order rounding of every matmul's weight, a few layers at a time."""
-        folded = self._folded(alpha)
+        folded = self.folded(alpha)
         names = [name for name in self.layers.layers if not isinstance(folded.get_submodule(name), CONVOLUTIONS)]
         rounded = {}
         for start in range(0, len(names), CHUNK):
@@ -173,10 +180,3 @@ class Space:
                 nearest = quantize_rows(weight, per_tensor=self._rules[name].per_tensor)
                 rounded[name] = gptq_rows(weight, moments, nearest=nearest)
         return rounded
-
-    def _folded(self, alpha: Alpha | None) -> nn.Module:
-        """The float model with its channels rescaled."""
-        folded = twin(self.model)
-        if alpha is not None:
-            fold_into(folded, self.folds, self._factors(alpha))
-        return folded
