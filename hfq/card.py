@@ -20,6 +20,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from markupsafe import Markup
 
 from .errors import UsageError
+from .redact import redact
 from .report import CheckpointInfo, Comparison, DatasetInfo, FitReport, Report
 from .resources import resource
 
@@ -34,7 +35,6 @@ _SIGNIFICANCE = 0.05
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _NAME = re.compile(r"\w[\w .:+-]*")
 _LANGUAGE = re.compile(r"[a-z]{2,3}|multilingual|code")
-_SECRET = re.compile(r"\bhf_[A-Za-z0-9]{8,}|(?<=--token[ =])\S+")
 _PATH = re.compile(r"""'/[^']*'|"/[^"]*"|(?<![\w:/.~)-])(?:file://)?/[^\s'"`,;]+""")
 # What Markdown, HTML, GitHub's extensions, LaTeX on the Hub or Jinja could act on inside a line. `_` only
 # where it can open or close emphasis, `:` only where a bare address would become a link.
@@ -220,7 +220,7 @@ def _public(report: R) -> R:
     def clean(text: str) -> str:
         for folder in folders:  # named first: only we know where a path with spaces ends
             text = text.replace(folder, PurePosixPath(folder).name)
-        text = _SECRET.sub("HF_TOKEN", text)
+        text = redact(text)
         text = _PATH.sub(_file_name, text)
         return "".join(char if char.isprintable() else " " for char in text).strip()
 

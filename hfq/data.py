@@ -1,15 +1,20 @@
 """Second stage: the dataset, its columns and labels, as token ids for calibration and evaluation."""
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
 from .errors import DataError, UsageError
+from .reading import check_yaml, read_text
 from .recipe import Recipe, is_path, read_recipe
 from .report import DatasetInfo
-from .source import Checkpoint, is_network_error
+from .source import LONGEST_CARD, Checkpoint, is_network_error
 from .tasks.text_classification import LabelMap, TextClassification
 
 if TYPE_CHECKING:
@@ -17,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 EVALUATION_SPLITS = ("validation", "dev", "val", "test")
+CARD = "README.md"
 READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 LONGEST = 512  # tokens, where neither the tokenizer nor the model sets a limit
 
@@ -153,10 +159,12 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Any:
     Raises:
         DataError: its files are missing or damaged, or it cannot pad.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):  # tokenizer_config.json may name any class
+            raise ValueError(f"it is a {type(tokenizer).__name__}")
     except Exception as error:  # tokenizers raises bare Exception for a broken file
         raise DataError(
             f"The tokenizer of {checkpoint.info.id} cannot be loaded: {error}. Download it again."
@@ -202,14 +210,17 @@ def _from_recipes(checkpoint: str, recipes: Path) -> DatasetReference | None:
 def _load(reference: DatasetReference, token: str | None) -> "tuple[DatasetDict, str | None]":
     import datasets
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
     revision = None
     try:
         if is_path(reference.id):
             splits = _load_path(Path(reference.id).expanduser(), reference.subset)
         else:
-            revision = HfApi(token=token).dataset_info(reference.id).sha
+            api = HfApi(token=token)
+            revision = api.dataset_info(reference.id).sha
+            with suppress(EntryNotFoundError):
+                _check_card(Path(api.hf_hub_download(reference.id, CARD, repo_type="dataset", revision=revision)))
             splits = datasets.load_dataset(reference.id, reference.subset, revision=revision, token=token)
     except DataError:
         raise
@@ -243,6 +254,9 @@ def _load_path(path: Path, subset: str | None) -> "DatasetDict":
     import datasets
 
     if path.is_dir():
+        if (path / CARD).is_file():
+            _check_card(path / CARD)
+        _check_files(path, datasets.load_dataset_builder(str(path), subset).config.data_files or {})
         return datasets.load_dataset(str(path), subset)
     if not path.exists():
         raise DataError(f"Dataset {path} does not exist. Expected a folder, a CSV, JSON or Parquet file, or a Hub id.")
@@ -250,6 +264,24 @@ def _load_path(path: Path, subset: str | None) -> "DatasetDict":
         raise DataError(f"Dataset {path} is not a CSV, JSON or Parquet file. Convert it to one.")
     separator = {"sep": "\t"} if path.suffix == ".tsv" else {}
     return datasets.load_dataset(READERS[path.suffix], data_files=str(path), **separator)
+
+
+def _check_card(path: Path) -> None:
+    """datasets reads a card's metadata, for names of files and more, without any limit."""
+    try:
+        if block := REGEX_YAML_BLOCK.search(read_text(path, limit=LONGEST_CARD)):
+            check_yaml(block[2])
+    except ValueError as error:
+        raise DataError(f"{path} cannot be read: {error}. Name another dataset with --dataset.") from error
+
+
+def _check_files(folder: Path, files: Mapping[str, Sequence[str]]) -> None:
+    """A card may name any file of this machine, or of the internet, as the dataset's; only those inside are its own."""
+    for path in (path for paths in files.values() for path in paths):
+        if "::" in path or "://" in path or not Path(os.path.abspath(path)).is_relative_to(folder.absolute()):  # noqa: PTH100
+            raise DataError(
+                f"Dataset {folder} names {path} as its file, which is not inside of it. Mend data_files in its {CARD}."
+            )
 
 
 def _evaluation_split(splits: Mapping[str, Any], requested: str | None) -> str:

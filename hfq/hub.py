@@ -33,7 +33,9 @@ from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
 from .errors import ExportError, HubError, UsageError
+from .reading import read_json
 from .report import REPORT_FILE, read_report
+from .trust import check_links
 
 CARD_FILE = "README.md"
 COMMIT_TITLE = "INT8 export by hfq"
@@ -162,8 +164,10 @@ def _recorded_revision(api: HfApi, repo_id: str, revision: str | None) -> str | 
     """The checkpoint's revision in a published report; None where there is no report of a checkpoint's export."""
     try:
         path = api.hf_hub_download(repo_id, REPORT_FILE, revision=revision)
-        return str(json.loads(Path(path).read_text(encoding="utf-8"))["checkpoint"]["revision"])
-    except (RemoteEntryNotFoundError, json.JSONDecodeError, KeyError, TypeError):
+        return str(read_json(Path(path))["checkpoint"]["revision"])
+    except RemoteEntryNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
         return None
 
 
@@ -223,6 +227,7 @@ def _local_files(folder: Path, *, token: str) -> dict[str, Path]:
     read_report(folder)
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     files = {name: path for name, path in paths.items() if not re.search(r"(^|/)\.", name)}
+    check_links(files.values(), folder=folder)
     if not any(_OUR_WEIGHTS.fullmatch(name) for name in files):
         raise ExportError(f"{folder} has no model.safetensors: it is no complete export. Quantize again.")
     if CARD_FILE not in files:

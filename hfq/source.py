@@ -4,7 +4,7 @@ Safetensors only: weights in pickle files can run code when they are read.
 """
 
 import hashlib
-import json
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,26 +20,34 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from safetensors import SafetensorError, safe_open
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from .errors import SourceError
+from .reading import check_yaml, read_text
 from .recipe import is_path
 from .report import CheckpointInfo
+from .safetensors_header import TensorInfo, check_index, read_header, read_index
+from .trust import check_config, check_files, check_names, check_sizes, read_config, remote_code
 
 PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md"]
 SUBFOLDERS = ["*/*"]  # other formats of the same weights (onnx/, openvino/, …) live there
+LONGEST_CARD = 4 << 20  # bytes
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A local folder with a checked checkpoint. `card` is the metadata of its README, `config` its config.json."""
+    """A local folder with a checked checkpoint. `card` is the metadata of its README, `config` its config.json.
+
+    `tensors`: what the headers of `weights` say.
+    """
 
     info: CheckpointInfo
     path: Path
     config: dict[str, Any]
     card: dict[str, Any]
     weights: tuple[Path, ...]
+    tensors: dict[str, TensorInfo]
 
     @property
     def is_quantized(self) -> bool:
@@ -67,23 +75,27 @@ def pull(
         raise SourceError(
             f"--revision {revision} was given, but {reference} is a folder; revisions exist on the Hub only."
         )
-    config = _read_config(path, reference)
-    if config.get("auto_map") and not trust_remote_code:
+    check_files(path, reference=reference)
+    config = read_config(path, reference=reference)
+    code = remote_code(config, path)
+    if code and not trust_remote_code:
         raise SourceError(
-            f"{reference} needs code from its repository ({', '.join(sorted(map(str, config['auto_map'])))}). "
+            f"{reference} needs code from its repository ({', '.join(code)}). "
             "Read that code, then pass --trust-remote-code to run it."
         )
-    weights = _weights(path, reference)
-    _check_headers(weights)
+    weights, tensors = _weights(path, reference)
+    longest = max((max(tensor.shape, default=1) for tensor in tensors.values() if tensor.elements), default=1)
+    check_config(config, longest=longest, reference=reference)
     card = _card(path)
     info = CheckpointInfo(
         id=path.resolve().name if sha is None else reference,
         revision=sha or f"sha256:{_digest(weights)}",
         license=card.get("license") if isinstance(card.get("license"), str) else None,
         language=_as_list(card.get("language")),
-        remote_code=bool(config.get("auto_map")),
+        remote_code=bool(code),
+        remote_code_allowed=trust_remote_code,
     )
-    return Checkpoint(info, path, config, card, weights)
+    return Checkpoint(info, path, config, card, weights, tensors)
 
 
 def head_revision(
@@ -116,9 +128,13 @@ def _folder(reference: str) -> Path:
 
 def _download(reference: str, revision: str | None, token: str | None, trust_remote_code: bool) -> tuple[Path, str]:
     with _explained(reference, revision):
-        info = HfApi(token=token).model_info(reference, revision=revision)
-        names = [sibling.rfilename for sibling in info.siblings or []]
-        _refuse_pickles(names, reference)
+        info = HfApi(token=token).model_info(reference, revision=revision, files_metadata=True)
+        if not re.fullmatch("[0-9a-f]{40}", str(info.sha)):
+            raise SourceError(f"The Hub says that {reference} is at {info.sha!r}, which is no commit. Try again later.")
+        sizes = {sibling.rfilename: sibling.size for sibling in info.siblings or []}
+        check_names(sizes, reference)
+        check_sizes(sizes, reference)
+        _refuse_pickles(sizes, reference)
         patterns = [*PATTERNS, "*.py"] if trust_remote_code else PATTERNS
         path = snapshot_download(
             reference, revision=info.sha, token=token, allow_patterns=patterns, ignore_patterns=SUBFOLDERS
@@ -154,7 +170,7 @@ def _explained(reference: str, revision: str | None) -> Iterator[None]:
         raise SourceError(
             f"The Hub refused {reference} ({status}): {error.server_message or _first_line(error)}. {remedy}"
         ) from error
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name that the client will not write to disk
         raise SourceError(f"{reference} could not be pulled: {_first_line(error)}") from error
     except Exception as error:
         if not is_network_error(error):
@@ -169,37 +185,19 @@ def is_network_error(error: BaseException) -> bool:
     return type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2", "hf_xet")
 
 
-def _read_config(path: Path, reference: str) -> dict[str, Any]:
-    file = path / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise SourceError(
-            f"{reference} has no config.json. Expected a transformers checkpoint: config.json and safetensors weights."
-        ) from error
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{file} cannot be read as JSON: {error}. Download it again.") from error
-    if not isinstance(config, dict):
-        raise SourceError(f"{file} holds a {type(config).__name__}; expected an object. Download it again.")
-    return config
-
-
-def _weights(path: Path, reference: str) -> tuple[Path, ...]:
-    """The weight files that transformers would load: one, or the shards its index names."""
+def _weights(path: Path, reference: str) -> tuple[tuple[Path, ...], dict[str, TensorInfo]]:
+    """The weight files that transformers would load, one or the shards its index names, and what is in them."""
     index = path / "model.safetensors.index.json"
     single = path / "model.safetensors"
     if single.is_file():
-        return (single,)
+        return (single,), read_header(single)
     if not index.is_file():
         _refuse_pickles([file.name for file in path.iterdir()], reference)
-    try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise SourceError(f"{index} is not an index of shards: {error!r}") from error
-    for shard in shards:
-        if Path(shard).name != shard or not (path / shard).is_file():
-            raise SourceError(f"{index.name} of {reference} names {shard!r}, which is not a file beside it.")
-    return tuple(path / shard for shard in shards)
+    names = read_index(index)
+    headers = {shard: read_header(path / shard) for shard in sorted(set(names.values()))}
+    check_index(names, headers, path=index)
+    tensors = {name: tensor for header in headers.values() for name, tensor in header.items()}
+    return tuple(path / shard for shard in headers), tensors
 
 
 def _refuse_pickles(names: Iterable[str], reference: str) -> None:
@@ -218,18 +216,12 @@ def _refuse_pickles(names: Iterable[str], reference: str) -> None:
     )
 
 
-def _check_headers(weights: Iterable[Path]) -> None:
-    for path in weights:
-        try:
-            with safe_open(path, framework="np") as file:
-                file.keys()
-        except (SafetensorError, OSError, ValueError) as error:
-            raise SourceError(f"{path} is not a whole safetensors file: {error}. Download it again.") from error
-
-
 def _card(path: Path) -> dict[str, Any]:
     try:
-        return ModelCard.load(path / "README.md").data.to_dict()
+        text = read_text(path / "README.md", limit=LONGEST_CARD)
+        if block := REGEX_YAML_BLOCK.search(text):
+            check_yaml(block[2])
+        return ModelCard(text).data.to_dict()
     except Exception:  # a missing or broken README says nothing; it must not stop a good checkpoint
         return {}
 
