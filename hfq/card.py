@@ -20,7 +20,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from markupsafe import Markup
 
 from .errors import UsageError
-from .redact import redact
+from .redact import redact, redact_command
 from .report import CheckpointInfo, Comparison, DatasetInfo, FitReport, Report
 from .resources import resource
 
@@ -68,7 +68,7 @@ def render_card(report: Report, *, repo_id: str | None) -> str:
     """
     if repo_id is not None and not _is_repo_id(repo_id):
         raise UsageError(f"{repo_id!r} is not a repository id; expected 'name' or 'user/name'.")
-    report = _public(report)
+    report = _public(replace(report, command=redact_command(report.command)))
     name = repo_id.rpartition("/")[2] if repo_id else model_name(report)
     scores = _scores(report)
     body = (

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 REPLACEMENT = "HF_TOKEN"
 _VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WEBHOOK_SECRET")
 _SHORTEST = 6  # what is shorter is no secret, and would be found in ordinary words
-_PATTERN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}|(?<=--token[ =])[^\s'\"]+|(?<=\bBearer )[\w.~+/=-]{6,}")
+_PATTERN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}|(?<=--token=)[^\s'\"]+|(?<=\bBearer )[\w.~+/=-]{6,}")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _given: set[str] = set()
 
@@ -28,6 +28,11 @@ def redact(text: str) -> str:
     for secret in sorted(_secrets(), key=len, reverse=True):
         text = text.replace(secret, REPLACEMENT)
     return _PATTERN.sub(REPLACEMENT, text)
+
+
+def redact_command(line: str) -> str:
+    """A command line without its token. Of prose, which may say "--token or …", that would leave nothing."""
+    return re.sub(r"(?<=--token )\S+", REPLACEMENT, redact(line))
 
 
 def holds_token(text: str) -> bool:

@@ -32,10 +32,10 @@ def clean(done: Done, *folders: Path) -> str:
 
 FAILING = {
     "quantize ./nowhere --token {odd}": "./nowhere does not exist",
-    "quantize {odd}/model --token {odd}": "HF_TOKEN/model",
-    "quantize ./{odd} --token={odd}": "./HF_TOKEN does not exist",
+    "quantize {odd}/model --token {odd}": "holds a token",
+    "quantize ./{odd} --token={odd}": "holds a token",
     "quantize stranger/model --token {token}": "(401)",
-    "quantize {checkpoint} --dataset ./{odd} --token {odd}": "HF_TOKEN does not exist",
+    "quantize {checkpoint} --dataset ./nowhere --token {odd}": "nowhere does not exist",
     "quantize {checkpoint} --dataset {data} --split {odd} --save-recipe saved.yaml --token {odd}": "holds a token",
     "quantize {checkpoint} --to a/{token}": "holds a token",
     "run broken.yaml --token {odd}": "holds a token",
