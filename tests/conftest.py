@@ -7,6 +7,7 @@ import atexit
 import os
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +25,15 @@ os.environ.update(
     HF_HUB_DISABLE_PROGRESS_BARS="1",
     HF_HUB_DISABLE_TELEMETRY="1",
 )
+
+
+@pytest.fixture
+def cwd(tmp_path: Path) -> Iterator[Path]:
+    """Where a command runs that is to fail. Whatever the test, it leaves nothing there."""
+    folder = tmp_path / "cwd"
+    folder.mkdir()
+    yield folder
+    assert list(folder.iterdir()) == []
 
 
 @pytest.fixture

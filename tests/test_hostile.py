@@ -6,7 +6,7 @@ Every command here may take one GiB more than an idle one, and a minute: what wo
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,6 @@ LAUGHS = "a: &a [x, x]\n" + "".join(
     f"{b}: &{b} [*{a}, *{a}, *{a}, *{a}]\n" for a, b in zip("abcdefghijklmnop", "bcdefghijklmnopq", strict=True)
 )
 WORDS = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
-
-
-@pytest.fixture
-def cwd(tmp_path: Path) -> Iterator[Path]:
-    """Where the command runs. Whatever the test, it leaves nothing there."""
-    folder = tmp_path / "cwd"
-    folder.mkdir()
-    yield folder
-    assert list(folder.iterdir()) == []
 
 
 def refused(done: Done, *says: str) -> None:
@@ -321,3 +312,15 @@ def test_a_snapshot_of_the_hub_may_be_made_of_links(tmp_path: Path) -> None:
         (blobs / path.name).write_bytes(path.read_bytes())
         (snapshot / path.name).symlink_to(os.path.relpath(blobs / path.name, snapshot))
     assert pull(str(snapshot)).config["model_type"] == "bert"
+
+
+def test_the_flag_is_recorded_and_whether_there_was_code_to_run(tmp_path: Path) -> None:
+    model = copy_checkpoint(tmp_path / "model")
+    infos = [pull(str(model)).info, pull(str(model), trust_remote_code=True).info]
+    tokenizer(auto_map={"AutoTokenizer": ["own.Tokenizer", None]})(model)
+    infos.append(pull(str(model), trust_remote_code=True).info)
+    assert [(info.remote_code_allowed, info.remote_code) for info in infos] == [
+        (False, False),
+        (True, False),
+        (True, True),
+    ]
