@@ -277,8 +277,10 @@ def _check_card(path: Path) -> None:
 
 def _check_files(folder: Path, files: Mapping[str, Sequence[str]]) -> None:
     """A card may name any file of this machine, or of the internet, as the dataset's; only those inside are its own."""
+    homes = [Path(os.path.abspath(folder)), folder.resolve()]  # noqa: PTH100 - datasets takes ".." out, and may follow links
     for path in (path for paths in files.values() for path in paths):
-        if "::" in path or "://" in path or not Path(os.path.abspath(path)).is_relative_to(folder.absolute()):  # noqa: PTH100
+        inside = any(Path(os.path.abspath(path)).is_relative_to(home) for home in homes)  # noqa: PTH100
+        if "::" in path or "://" in path or not inside:
             raise DataError(
                 f"Dataset {folder} names {path} as its file, which is not inside of it. Mend data_files in its {CARD}."
             )

@@ -260,6 +260,16 @@ def test_refuses_a_dataset_with(kind: str, cwd: Path) -> None:
     refused(done, *says)
 
 
+def test_a_dataset_may_be_named_by_any_way_to_it(cwd: Path) -> None:
+    """A card names files inside; the folder is reached by '..' and by a link."""
+    data = write_slice(cwd.parent / "data", train=20, validation=20)
+    (data / "README.md").write_text(card([{"split": name, "path": f"{name}.csv"} for name in ("train", "validation")]))
+    (cwd.parent / "link").symlink_to(data)
+    for way in ("../data", "../cwd/../link"):
+        done = forkserver().hfq("quantize", CHECKPOINT, "--dataset", way, "--split", "nope", cwd=cwd)
+        refused(done, "--split 'nope'", "Splits: train, validation")
+
+
 def test_refuses_to_publish_what_a_link_points_to(cwd: Path) -> None:
     folder = make_folder(cwd.parent / "model-int8")
     (folder / "notes.txt").symlink_to("/etc/passwd")
