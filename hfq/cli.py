@@ -21,6 +21,7 @@ import typer
 
 from . import __version__
 from .errors import GoalNotMetError, HfqError, HubError, UsageError
+from .redact import guard_streams, printable, redact, remember, traceback_of
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -489,6 +490,7 @@ def main() -> None:
     """The `hfq` command."""
     signal.signal(signal.SIGINT, _interrupt)
     prepare_libraries()
+    guard_streams()
     try:
         app()
     except HfqError as error:
@@ -499,7 +501,12 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away: nothing left to say
         sys.exit(1)
     except OSError as error:
+        _debug(error)
         _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
+    except Exception as error:  # a traceback could show a stranger's text, or a token, and helps nobody but us
+        _debug(error)
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        _fail(f"Unexpected {what.rstrip('.')}. This is an error of hfq: HFQ_DEBUG=1 shows where, for a report.", 1)
 
 
 def prepare_libraries() -> None:
@@ -522,6 +529,7 @@ def _clean_token(token: str | None) -> str | None:
     for source, value in (("--token", token), ("HF_TOKEN", os.environ.get("HF_TOKEN"))):
         if value and not re.fullmatch("[!-~]*", value.strip()):
             raise UsageError(f"{source} holds characters that are in no token. Copy it again from your Hub settings.")
+    remember(token)
     return token and token.strip()
 
 
@@ -616,7 +624,7 @@ def _command() -> str:
         if not (hide or word.startswith("--token")):
             words.append(Path(word).name if word.startswith(("/", "~")) else word)
         hide = word == "--token"
-    return shlex.join(["hfq", *words])
+    return redact(shlex.join(["hfq", *words]))
 
 
 def _print(text: str) -> None:
@@ -630,6 +638,11 @@ def _shape(text: str) -> tuple[int, int]:
     return int(batch), int(length)
 
 
+def _debug(error: Exception) -> None:
+    if os.environ.get("HFQ_DEBUG"):
+        sys.stderr.write(traceback_of(error))
+
+
 def _fail(message: str, code: int) -> NoReturn:
-    sys.stderr.write(f"hfq: {message}\n")
+    sys.stderr.write(f"hfq: {printable(message)}\n")
     sys.exit(code)

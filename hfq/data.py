@@ -1,24 +1,29 @@
 """Second stage: the dataset, its columns and labels, as token ids for calibration and evaluation."""
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from .download import find_damaged, list_files, snapshot_folder, undamaged
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+from .download import fetch_file, find_damaged, head, list_files, snapshot_folder, undamaged
 from .errors import DataError, HfqError, UsageError
-from .network import be_patient
+from .reading import check_yaml, read_text
 from .recipe import Recipe, is_path, read_recipe
 from .report import DatasetInfo
-from .source import Checkpoint, is_network_error
+from .source import LONGEST_CARD, Checkpoint, is_network_error
 from .tasks.text_classification import LabelMap, TextClassification
+from .trust import check_names
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
     from torch import Tensor
 
 EVALUATION_SPLITS = ("validation", "dev", "val", "test")
+CARD = "README.md"
 READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 LONGEST = 512  # tokens, where neither the tokenizer nor the model sets a limit
 
@@ -155,10 +160,12 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Any:
     Raises:
         DataError: its files are missing or damaged, or it cannot pad.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):  # tokenizer_config.json may name any class
+            raise ValueError(f"it is a {type(tokenizer).__name__}")
     except Exception as error:  # tokenizers raises bare Exception for a broken file
         raise DataError(
             f"The tokenizer of {checkpoint.info.id} cannot be loaded: {error}. Download it again."
@@ -231,10 +238,12 @@ def _load_from_hub(reference: DatasetReference, token: str | None) -> "tuple[Dat
     import datasets
     from huggingface_hub import HfApi
 
-    be_patient()
     api = HfApi(token=token)
-    revision = api.dataset_info(reference.id).sha
+    revision = head(api, reference.id, repo_type="dataset")
     files = list_files(api, reference.id, revision=revision, repo_type="dataset")
+    check_names(files, reference.id)
+    if CARD in files:
+        _check_card(fetch_file(reference.id, files[CARD], revision=revision, token=token, repo_type="dataset"))
     modes = iter((None, "force_redownload"))  # its tables are kept too, and must be read again from a new file
 
     def fetch() -> "DatasetDict":
@@ -243,7 +252,7 @@ def _load_from_hub(reference: DatasetReference, token: str | None) -> "tuple[Dat
         )
 
     def find(_: object) -> dict[Path, str | None]:
-        return find_damaged(snapshot_folder(reference.id, str(revision), repo_type="dataset"), files)
+        return find_damaged(snapshot_folder(reference.id, revision, repo_type="dataset"), files)
 
     return undamaged(reference.id, fetch, find), revision
 
@@ -261,6 +270,9 @@ def _load_path(path: Path, subset: str | None) -> "DatasetDict":
     import datasets
 
     if path.is_dir():
+        if (path / CARD).is_file():
+            _check_card(path / CARD)
+        _check_files(path, datasets.load_dataset_builder(str(path), subset).config.data_files or {})
         return datasets.load_dataset(str(path), subset)
     if not path.exists():
         raise DataError(f"Dataset {path} does not exist. Expected a folder, a CSV, JSON or Parquet file, or a Hub id.")
@@ -268,6 +280,26 @@ def _load_path(path: Path, subset: str | None) -> "DatasetDict":
         raise DataError(f"Dataset {path} is not a CSV, JSON or Parquet file. Convert it to one.")
     separator = {"sep": "\t"} if path.suffix == ".tsv" else {}
     return datasets.load_dataset(READERS[path.suffix], data_files=str(path), **separator)
+
+
+def _check_card(path: Path) -> None:
+    """datasets reads a card's metadata, for names of files and more, without any limit."""
+    try:
+        if block := REGEX_YAML_BLOCK.search(read_text(path, limit=LONGEST_CARD)):
+            check_yaml(block[2])
+    except ValueError as error:
+        raise DataError(f"{path} cannot be read: {error}. Name another dataset with --dataset.") from error
+
+
+def _check_files(folder: Path, files: Mapping[str, Sequence[str]]) -> None:
+    """A card may name any file of this machine, or of the internet, as the dataset's; only those inside are its own."""
+    homes = [Path(os.path.abspath(folder)), folder.resolve()]  # noqa: PTH100 - datasets takes ".." out, and may follow links
+    for path in (path for paths in files.values() for path in paths):
+        inside = any(Path(os.path.abspath(path)).is_relative_to(home) for home in homes)  # noqa: PTH100
+        if "::" in path or "://" in path or not inside:
+            raise DataError(
+                f"Dataset {folder} names {path} as its file, which is not inside of it. Mend data_files in its {CARD}."
+            )
 
 
 def _evaluation_split(splits: Mapping[str, Any], requested: str | None) -> str:

@@ -4,6 +4,7 @@ A file that arrived damaged, or lies damaged in the cache, is deleted there and 
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -13,7 +14,7 @@ from huggingface_hub.errors import HTTPError
 from huggingface_hub.file_download import repo_folder_name
 
 from .errors import HubError
-from .network import Waits, is_cut
+from .network import Waits, be_patient, is_cut
 
 Files = Mapping[str, RepoFile]
 Found = TypeVar("Found")
@@ -25,6 +26,19 @@ class Digests(NamedTuple):
     sha256: str
     git: str
     sha1: str
+
+
+def head(api: HfApi, repo_id: str, *, revision: str | None = None, repo_type: str | None = None) -> str:
+    """The commit that a repository is at, or one of its revisions. It becomes part of paths here.
+
+    Raises:
+        HubError: the Hub names none.
+    """
+    be_patient()
+    sha = api.repo_info(repo_id, revision=revision, repo_type=repo_type).sha
+    if not re.fullmatch("[0-9a-f]{40}", str(sha)):
+        raise HubError(f"The Hub says that {repo_id} is at {sha!r}, which is no commit. Try again later.")
+    return str(sha)
 
 
 def list_files(api: HfApi, repo_id: str, *, revision: str | None, repo_type: str | None = None) -> dict[str, RepoFile]:
@@ -52,7 +66,7 @@ def fetch_folder(
     return undamaged(repo_id, fetch, lambda folder: find_damaged(folder, files))
 
 
-def fetch_file(repo_id: str, file: RepoFile, *, revision: str, token: str | None) -> Path:
+def fetch_file(repo_id: str, file: RepoFile, *, revision: str, token: str | None, repo_type: str | None = None) -> Path:
     """One file of a repository at a commit.
 
     Raises:
@@ -60,7 +74,7 @@ def fetch_file(repo_id: str, file: RepoFile, *, revision: str, token: str | None
     """
 
     def fetch() -> Path:
-        return Path(hf_hub_download(repo_id, file.path, revision=revision, token=token))
+        return Path(hf_hub_download(repo_id, file.path, revision=revision, token=token, repo_type=repo_type))
 
     return undamaged(repo_id, fetch, lambda path: _damaged({path: file}))
 

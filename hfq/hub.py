@@ -3,7 +3,6 @@
 The card's text is made in `hfq.card`; the HTTP is `huggingface_hub`'s, and how often it is tried `hfq.network`'s.
 """
 
-import json
 import re
 from pathlib import Path
 
@@ -26,7 +25,10 @@ from .hub_repository import (
     refuse_public,
 )
 from .network import be_patient
+from .reading import read_json
+from .redact import remember
 from .report import REPORT_FILE, read_report
+from .trust import check_links
 
 CARD_FILE = "README.md"
 COMMIT_TITLE = "INT8 export by hfq"
@@ -74,11 +76,11 @@ def push_folder(
     branch = None if branch == MAIN else branch
     api = HfApi(token=token, library_name="hfq")
     push = Push(api, files, message, private=private, create_pr=create_pr, force=force, branch=branch, tag=tag)
-    with explained(f"Pushing {folder.name} to {target}", token=token):
+    with explained(f"Pushing {folder.name} to {target}"):
         remote = read_remote(api, target)
         result = push_to_new(push, target) if remote is None else push_to(push, remote)
     if tag:
-        with explained(f"{result.url} holds {folder.name} at {result.commit}, but setting tag {tag}", token=token):
+        with explained(f"{result.url} holds {folder.name} at {result.commit}, but setting tag {tag}"):
             set_tag(api, target, tag, commit=result.commit)
     return result
 
@@ -94,8 +96,9 @@ def published_revisions(
         HubError: the Hub cannot be asked, or a push there would be refused whatever is in it.
     """
     be_patient()
+    remember(token)
     api = HfApi(token=token, library_name="hfq")
-    with explained(f"Reading {REPORT_FILE} of {repo_id}", token=token):
+    with explained(f"Reading {REPORT_FILE} of {repo_id}"):
         remote = read_remote(api, repo_id)
         if remote is None:
             return set()
@@ -120,7 +123,7 @@ def _recorded_revision(remote: Remote, *, token: str | None) -> str | None:
         return None
     path = fetch_file(remote.id, remote.files[REPORT_FILE], revision=remote.head, token=token)
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["checkpoint"]["revision"])
+        return str(read_json(path)["checkpoint"]["revision"])
     except (ValueError, KeyError, TypeError):
         return None
 
@@ -144,7 +147,7 @@ def resolve_repo_id(repo_id: str | None, *, default_name: str, token: str | None
         return name
     be_patient()
     token = _require_token(token)
-    with explained("Asking the Hub whose token this is", token=token):
+    with explained("Asking the Hub whose token this is"):
         return f"{HfApi(token=token).whoami()['name']}/{name}"
 
 
@@ -155,7 +158,7 @@ def validate_card(text: str) -> None:
         HubError: it would not, or cannot be asked.
     """
     be_patient()
-    with explained("Validating the model card", token=None):
+    with explained("Validating the model card"):
         try:
             ModelCard(text).validate()
         except (ValueError, YAMLError) as error:
@@ -166,6 +169,7 @@ def validate_card(text: str) -> None:
 
 
 def _require_token(token: str | None) -> str:
+    remember(token)
     token = token or get_token()
     if not token:
         raise HubError(
@@ -183,6 +187,7 @@ def _local_files(folder: Path, *, token: str) -> dict[str, Path]:
     read_report(folder)
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     files = {name: path for name, path in paths.items() if not re.search(r"(^|/)\.", name)}
+    check_links(files.values(), folder=folder)
     if not any(OUR_WEIGHTS.fullmatch(name) for name in files):
         raise ExportError(f"{folder} has no model.safetensors: it is no complete export. Quantize again.")
     if CARD_FILE not in files:

@@ -10,6 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabl
 
 from .errors import HfqError, HubError
 from .network import retry_after_s
+from .redact import redact
 
 # By HTTP status: what is wrong, and what to do about it.
 _EXPLANATIONS = {
@@ -39,15 +40,14 @@ NOT_UNDERSTOOD = (LookupError, TypeError, AttributeError, AssertionError)
 
 
 @contextmanager
-def explained(doing: str, *, token: str | None) -> Iterator[None]:
+def explained(doing: str) -> Iterator[None]:
     """Turn what `huggingface_hub` raises into one `HubError` without the token in it."""
     try:
         yield
     except HfqError:
         raise
     except (HTTPError, OSError, RuntimeError, ValueError, *NOT_UNDERSTOOD) as error:
-        text = f"{doing} failed: {explain(error)}"
-        raise HubError(text.replace(token, "HF_TOKEN") if token else text) from error
+        raise HubError(redact(f"{doing} failed: {explain(error)}")) from error
 
 
 def explain(error: BaseException) -> str:

@@ -1,15 +1,17 @@
 """What `hfq inspect`, `hfq eval` and a finished run show: a checkpoint's layers, sizes and provenance, as tables."""
 
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from safetensors import safe_open
 
 from .errors import SourceError
+from .reading import read_json
+from .redact import printable
 from .report import REPORT_FILE, Report
 from .source import Checkpoint
 
@@ -18,18 +20,18 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """Facts about a checkpoint, from its files alone: nothing is loaded into a model.
 
     Raises:
-        SourceError: `hfq.json` is there but is not JSON.
+        SourceError: `hfq.json` is there but is not JSON, or a layer's scale is none.
     """
     layers, float_bytes = [], 0
     for path in checkpoint.weights:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
             for name in sorted(names):
-                view = file.get_slice(name)
-                if view.get_dtype() != "I8" or not name.endswith(".weight"):
-                    float_bytes += file.get_tensor(name).nbytes
+                tensor = checkpoint.tensors[name]
+                if tensor.dtype != "I8" or not name.endswith(".weight") or len(tensor.shape) < 2:
+                    float_bytes += tensor.end - tensor.begin
                     continue
-                layers.append(_layer(file, name.removesuffix(".weight"), names, view.get_shape()))
+                layers.append(_layer(file, name.removesuffix(".weight"), names, tensor.shape))
     return {
         "checkpoint": checkpoint.info.id,
         "revision": checkpoint.info.revision,
@@ -38,7 +40,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "int8_mb": sum(layer["rows"] * layer["columns"] for layer in layers) / 2**20,
         "other_mb": float_bytes / 2**20,
         "layers": layers,
-        "float_layers": (checkpoint.config.get("quantization_config") or {}).get("ignore", []),
+        "float_layers": (checkpoint.config.get("quantization_config") or {}).get("ignore") or [],
         "quantization_config": checkpoint.config.get("quantization_config"),
         "provenance": _provenance(checkpoint),
     }
@@ -47,7 +49,8 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
 def show(found: Mapping[str, Any]) -> None:
     """Print what `describe` found."""
     console = Console(width=max(Console().width, 140))  # layer names are long, and cut they say nothing
-    console.print(f"[bold]{found['checkpoint']}[/]  {', '.join(found['architectures'] or [])}  {found['revision']}")
+    architectures = ", ".join(found["architectures"] or [])
+    console.print(printable(f"{found['checkpoint']}  {architectures}  {found['revision']}"), markup=False)
     console.print(
         f"{found['size_mb']:.1f} MiB: {found['int8_mb']:.1f} int8 weights, {found['other_mb']:.1f} scales and float tensors"
     )
@@ -58,7 +61,7 @@ def show(found: Mapping[str, Any]) -> None:
     for layer in found["layers"]:
         low, high = layer["weight_scale"]
         table.add_row(
-            layer["name"],
+            escape(printable(layer["name"])),
             layer["kind"],
             f"{layer['rows']} × {layer['columns']}",
             f"{low:.2e} … {high:.2e}",
@@ -66,21 +69,21 @@ def show(found: Mapping[str, Any]) -> None:
             str(layer["input_zero_point"]) if layer["input_zero_point"] is not None else "",
         )
     console.print(table)
-    console.print(f"Float: {', '.join(found['float_layers']) or 'none'}")
+    console.print(f"Float: {printable(', '.join(found['float_layers'])) or 'none'}", markup=False)
     config = found["quantization_config"] or {}
     for name, group in (config.get("config_groups") or {}).items():
-        console.print(f"{name}: {group.get('format')} for {_short(group['targets'])}", markup=False)
-    made = found["provenance"]
-    if made:
-        data, base = made["dataset"], made["checkpoint"]
-        console.print(
-            f"Made by hfq {made['hfq_version']} on {made['created']} from {base['id']} ({base['revision']})",
-            markup=False,
+        scheme, targets = (group.get("format"), group["targets"]) if isinstance(group, dict) else (name, group)
+        console.print(printable(f"{name}: {scheme} for {_short(targets)}"), markup=False)
+    made = found["provenance"] or {}
+    data, base = made.get("dataset"), made.get("checkpoint")
+    if isinstance(data, dict) and isinstance(base, dict):  # of a run from a checkpoint, not of fit
+        lines = (
+            f"Made by hfq {made.get('hfq_version')} on {made.get('created')} from {base.get('id')} ({base.get('revision')})",
+            f"Chosen: {made.get('chosen')}; calibrated on {data.get('calibration_samples')} examples of {data.get('id')} "
+            f"{data.get('calibration_split')!r}",
         )
-        console.print(
-            f"Chosen: {made['chosen']}; calibrated on {data['calibration_samples']} examples of {data['id']} {data['calibration_split']!r}",
-            markup=False,
-        )
+        for line in lines:
+            console.print(printable(line), markup=False)
 
 
 def show_result(report: Report, console: Console) -> None:
@@ -137,12 +140,14 @@ def show_facts(found: Mapping[str, Any]) -> None:
     """Print names and values."""
     table = Table(show_header=False, box=None)
     for name, value in found.items():
-        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else escape(printable(str(value))))
     Console().print(table)
 
 
-def _layer(file: Any, name: str, names: set[str], shape: list[int]) -> dict[str, Any]:
+def _layer(file: Any, name: str, names: set[str], shape: Sequence[int]) -> dict[str, Any]:
     scale = file.get_tensor(f"{name}.weight_scale") if f"{name}.weight_scale" in names else None
+    if scale is not None and scale.numel() == 0:
+        raise SourceError(f"{name}.weight_scale is empty; expected a scale for each row.")
     static = f"{name}.input_scale" in names
     embedding = scale is not None and f"{name}.bias" not in names and "embedding" in name
     return {
@@ -151,9 +156,16 @@ def _layer(file: Any, name: str, names: set[str], shape: list[int]) -> dict[str,
         "rows": shape[0],
         "columns": shape[1],
         "weight_scale": [scale.min().item(), scale.max().item()] if scale is not None else [0.0, 0.0],
-        "input_scale": file.get_tensor(f"{name}.input_scale").item() if static else None,
-        "input_zero_point": file.get_tensor(f"{name}.input_zero_point").item() if static else None,
+        "input_scale": _single(file, f"{name}.input_scale") if static else None,
+        "input_zero_point": _single(file, f"{name}.input_zero_point") if f"{name}.input_zero_point" in names else None,
     }
+
+
+def _single(file: Any, name: str) -> float:
+    tensor = file.get_tensor(name)
+    if tensor.numel() != 1:
+        raise SourceError(f"{name} holds {tensor.numel()} numbers; the layout of compressed-tensors has one there.")
+    return tensor.item()
 
 
 def _provenance(checkpoint: Checkpoint) -> dict[str, Any] | None:
@@ -161,9 +173,12 @@ def _provenance(checkpoint: Checkpoint) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except (OSError, ValueError) as error:
         raise SourceError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise SourceError(f"{path} holds a {type(found).__name__}; expected an object.")
+    return found
 
 
 def _short(targets: list[str]) -> str:

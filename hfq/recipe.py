@@ -4,7 +4,6 @@ A token is never part of it: recipes are committed and published.
 """
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +12,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import UsageError
+from .reading import read_text, read_yaml
+from .redact import holds_token
 
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
+LARGEST = 1 << 20  # bytes of a recipe
+LONGEST = 4096  # characters of a value, as long as a path may be
 
 
 class Recipe(BaseModel):
@@ -59,6 +61,12 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
+        for name, value in self:
+            texts = value if isinstance(value, list) else [value]
+            if any(len(text) > LONGEST for text in texts if isinstance(text, str)):
+                raise ValueError(f"{name} is longer than {LONGEST} characters")
+            if not all(text.isprintable() for text in texts if isinstance(text, str)):
+                raise ValueError(f"{name} holds a character that cannot be printed: {shortened(value)}")
         if self.strategy == "ddp":
             raise ValueError(
                 "strategy 'ddp' starts the whole command again in every process; use 'ddp_spawn', "
@@ -92,7 +100,10 @@ class Recipe(BaseModel):
 
 def is_path(reference: str) -> bool:
     """Whether a checkpoint or dataset is a folder or file here rather than a Hub id."""
-    return reference.startswith((".", "/", "~")) or Path(reference).exists()
+    try:
+        return reference.startswith((".", "/", "~")) or Path(reference).exists()
+    except (OSError, ValueError):  # no name that a file can have
+        return False
 
 
 def make_recipe(values: dict[str, Any], *, origin: str | None = None) -> Recipe:
@@ -101,7 +112,7 @@ def make_recipe(values: dict[str, Any], *, origin: str | None = None) -> Recipe:
     Raises:
         UsageError: naming each wrong key, what it holds and what was expected.
     """
-    if "token" in values or any(_TOKEN.search(str(value)) for value in values.values()):
+    if "token" in values or any(holds_token(str(value)) for value in values.values()):
         raise UsageError(
             f"{origin or 'A flag other than --token'} holds a token, and recipes are kept and published. "
             "Pass it with --token, or set HF_TOKEN."
@@ -120,9 +131,15 @@ def _problem(row: Mapping[str, Any], *, is_flag: bool) -> str:
     if row["type"] == "missing":
         return f"{key!r} is missing"
     if row["type"] == "extra_forbidden":
-        return f"{key!r} is no key of a recipe (keys: {', '.join(Recipe.model_fields)})"
+        return f"{shortened(key)} is no key of a recipe (keys: {', '.join(Recipe.model_fields)})"
     name = f"--{key.replace('_', '-')}" if is_flag else key
-    return f"{name}: {row['msg'].replace('Input', 'it', 1)} (got {row['input']!r})"
+    return f"{name}: {row['msg'].replace('Input', 'it', 1)} (got {shortened(row['input'])})"
+
+
+def shortened(value: object) -> str:
+    """How a value looks in Python, its end cut off if that is long."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -132,12 +149,12 @@ def read_recipe(path: Path) -> Recipe:
         UsageError: the file is missing, not YAML, or not a recipe.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(read_text(path, limit=LARGEST))
     except OSError as error:
         raise UsageError(
             f"Recipe {path} cannot be read: {error.strerror}. Expected a YAML file; see pipelines/."
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UsageError(
             f"Recipe {path} is not YAML: {' '.join(str(error).split())}. Mend it; see pipelines/."
         ) from error

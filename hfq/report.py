@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import SourceError
+from .reading import parse_json, read_text
+from .redact import redact
 
 REPORT_FILE = "hfq.json"
 _PACKAGES = ("hfq", "torch", "transformers", "compressed-tensors", "datasets", "huggingface_hub", "lightning")
@@ -19,13 +21,17 @@ _PACKAGES = ("hfq", "torch", "transformers", "compressed-tensors", "datasets", "
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """Where the float model came from. `revision` is a commit sha, or `sha256:…` of a local folder's weights."""
+    """Where the float model came from. `revision` is a commit sha, or `sha256:…` of a local folder's weights.
+
+    `remote_code`: it brings code of its own. `remote_code_allowed`: --trust-remote-code was given, so that it ran.
+    """
 
     id: str
     revision: str
     license: str | None = None
     language: list[str] = field(default_factory=list)
     remote_code: bool = False
+    remote_code_allowed: bool = False
 
 
 @dataclass(frozen=True)
@@ -176,12 +182,12 @@ class Report:
     baseline_pass_s: float | None = None
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+        return redact(json.dumps(asdict(self), indent=2, ensure_ascii=False)) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "Report":
-        """Raises `ValueError`, `TypeError` or `KeyError` when `text` is not a report."""
-        data = json.loads(text)
+        """Raises `AttributeError`, `ValueError`, `TypeError` or `KeyError` when `text` is not a report."""
+        data = parse_json(text)
         return cls(
             **{
                 **data,
@@ -239,12 +245,12 @@ class FitReport:
         return asdict(self)
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+        return redact(json.dumps(asdict(self), indent=2, ensure_ascii=False)) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "FitReport":
-        """Raises `ValueError`, `TypeError` or `KeyError` when `text` is not such a report."""
-        data = json.loads(text)
+        """Raises `AttributeError`, `ValueError`, `TypeError` or `KeyError` when `text` is not such a report."""
+        data = parse_json(text)
         return cls(
             **{
                 **data,
@@ -269,9 +275,9 @@ def read_report(folder: Path) -> Report | FitReport:
             f"{folder} has no {REPORT_FILE}: it was not written by hfq. Expected the output of `hfq quantize`."
         )
     try:
-        text = path.read_text(encoding="utf-8")
-        return Report.from_json(text) if "checkpoint" in json.loads(text) else FitReport.from_json(text)
-    except (ValueError, TypeError, KeyError) as error:
+        text = read_text(path)
+        return Report.from_json(text) if "checkpoint" in parse_json(text) else FitReport.from_json(text)
+    except (AttributeError, OSError, ValueError, TypeError, KeyError) as error:
         raise SourceError(
             f"{path} is not a report of this hfq version ({error}). Quantize again to renew it."
         ) from error

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .bounds import bounded
 from .data import Examples, TaskData, load_task_data
-from .errors import SourceError, UsageError
+from .errors import HfqError, SourceError, UsageError
 from .evaluation import Engine, Evaluation, evaluate
 from .recipe import Recipe
 from .source import Checkpoint, pull
@@ -93,14 +94,17 @@ def load_model(checkpoint: Checkpoint, auto_class: str, *, trust_remote_code: bo
 
     transformers.utils.logging.disable_progress_bar()
     try:
-        model, info = getattr(transformers, auto_class).from_pretrained(
-            checkpoint.path,
-            dtype=torch.float32,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below, all in one message
-        )
+        with bounded(checkpoint):
+            model, info = getattr(transformers, auto_class).from_pretrained(
+                checkpoint.path,
+                dtype=torch.float32,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below, all in one message
+            )
+    except HfqError:
+        raise
     except Exception as error:  # transformers raises many types for one cause: these files are not that model
         message = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise SourceError(f"transformers cannot load {checkpoint.info.id} as {auto_class}: {message}") from error

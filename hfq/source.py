@@ -4,10 +4,10 @@ Safetensors only: weights in pickle files can run code when they are read.
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,16 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from safetensors import SafetensorError, safe_open
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-from .download import fetch_file, fetch_folder, list_files
+from .download import fetch_file, fetch_folder, head, list_files
 from .errors import HfqError, HubError, SourceError
 from .hub_errors import NOT_UNDERSTOOD
-from .network import be_patient
+from .reading import check_yaml, read_text
 from .recipe import is_path
 from .report import REPORT_FILE, CheckpointInfo
+from .safetensors_header import TensorInfo, check_index, read_header, read_index
+from .trust import check_config, check_files, check_names, check_sizes, read_config, remote_code
 
 PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md"]
 SUBFOLDERS = ["*/*"]  # other formats of the same weights (onnx/, openvino/, …) live there
@@ -38,18 +40,23 @@ _REMEDIES = {
     403: "Give a token that may read it, with --token or HF_TOKEN.",
     404: "Check the name, and that HF_ENDPOINT is a Hub.",
 }
+LONGEST_CARD = 4 << 20  # bytes
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A local folder with a checked checkpoint. `card` is the metadata of its README, `config` its config.json."""
+    """A local folder with a checked checkpoint. `card` is the metadata of its README, `config` its config.json.
+
+    `tensors`: what the headers of `weights` say.
+    """
 
     info: CheckpointInfo
     path: Path
     config: dict[str, Any]
     card: dict[str, Any]
     weights: tuple[Path, ...]
+    tensors: dict[str, TensorInfo]
 
     @property
     def is_quantized(self) -> bool:
@@ -75,23 +82,27 @@ def pull(
     )
     if sha is None and revision is not None:
         raise _no_revision(reference, revision)
-    config = _read_config(path, reference)
-    if config.get("auto_map") and not trust_remote_code:
+    check_files(path, reference=reference)
+    config = read_config(path, reference=reference)
+    code = remote_code(config, path)
+    if code and not trust_remote_code:
         raise SourceError(
-            f"{reference} needs code from its repository ({', '.join(sorted(map(str, config['auto_map'])))}). "
+            f"{reference} needs code from its repository ({', '.join(code)}). "
             "Read that code, then pass --trust-remote-code to run it."
         )
-    weights = _weights(path, reference)
-    _check_headers(weights)
+    weights, tensors = _weights(path, reference)
+    longest = max((max(tensor.shape, default=1) for tensor in tensors.values() if tensor.elements), default=1)
+    check_config(config, longest=longest, reference=reference)
     card = _card(path)
     info = CheckpointInfo(
         id=path.resolve().name if sha is None else reference,
         revision=sha or f"sha256:{_digest(weights)}",
         license=card.get("license") if isinstance(card.get("license"), str) else None,
         language=_as_list(card.get("language")),
-        remote_code=bool(config.get("auto_map")),
+        remote_code=bool(code),
+        remote_code_allowed=trust_remote_code,
     )
-    return Checkpoint(info, path, config, card, weights)
+    return Checkpoint(info, path, config, card, weights, tensors)
 
 
 def pull_report(reference: str, *, revision: str | None = None, token: str | None = None) -> Path:
@@ -106,7 +117,7 @@ def pull_report(reference: str, *, revision: str | None = None, token: str | Non
         return Path(reference).expanduser()
     with _explained(reference, revision):
         api = HfApi(token=token)
-        sha = _head(api, reference, revision)
+        sha = head(api, reference, revision=revision)
         listed = list_files(api, reference, revision=sha).get(REPORT_FILE)
         if listed is None:
             raise SourceError(
@@ -126,7 +137,7 @@ def head_revision(
     if is_path(reference):
         return pull(reference, revision=revision, trust_remote_code=trust_remote_code).info.revision
     with _explained(reference, revision):
-        return _head(HfApi(token=token), reference, revision)
+        return head(HfApi(token=token), reference, revision=revision)
 
 
 def _no_revision(reference: str, revision: str) -> SourceError:
@@ -152,20 +163,14 @@ def _folder(reference: str) -> Path:
 def _download(reference: str, revision: str | None, token: str | None, trust_remote_code: bool) -> tuple[Path, str]:
     with _explained(reference, revision):
         api = HfApi(token=token)
-        sha = _head(api, reference, revision)
+        sha = head(api, reference, revision=revision)
         files = list_files(api, reference, revision=sha)
+        check_names(files, reference)
+        check_sizes({name: file.size for name, file in files.items()}, reference)
         _refuse_pickles(files, reference)
         patterns = [*PATTERNS, "*.py"] if trust_remote_code else PATTERNS
         path = fetch_folder(reference, files, revision=sha, token=token, allow=patterns, ignore=SUBFOLDERS)
     return path, sha
-
-
-def _head(api: HfApi, reference: str, revision: str | None) -> str:
-    be_patient()
-    sha = api.model_info(reference, revision=revision).sha
-    if not sha:
-        raise SourceError(f"The Hub names no commit of {reference}, so that it cannot be pulled whole.")
-    return sha
 
 
 @contextmanager
@@ -202,7 +207,7 @@ def _what_failed(error: BaseException, reference: str, revision: str | None) -> 
         return f"The Hub refused {reference} ({status}): {error.server_message or _first_line(error)}. {remedy}"
     if is_network_error(error):
         return f"The Hub could not be reached for {reference}: {_first_line(error)}. Check the network."
-    if isinstance(error, (*NOT_UNDERSTOOD, json.JSONDecodeError)):
+    if isinstance(error, (*NOT_UNDERSTOOD, JSONDecodeError)):
         return (
             f"{reference} could not be pulled: the answer is not the Hub's ({type(error).__name__}: {_first_line(error)}). "
             "Check HF_ENDPOINT and what stands between (a proxy, a login page)."
@@ -215,37 +220,19 @@ def is_network_error(error: BaseException) -> bool:
     return type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2", "hf_xet")
 
 
-def _read_config(path: Path, reference: str) -> dict[str, Any]:
-    file = path / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise SourceError(
-            f"{reference} has no config.json. Expected a transformers checkpoint: config.json and safetensors weights."
-        ) from error
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{file} cannot be read as JSON: {error}. Download it again.") from error
-    if not isinstance(config, dict):
-        raise SourceError(f"{file} holds a {type(config).__name__}; expected an object. Download it again.")
-    return config
-
-
-def _weights(path: Path, reference: str) -> tuple[Path, ...]:
-    """The weight files that transformers would load: one, or the shards its index names."""
+def _weights(path: Path, reference: str) -> tuple[tuple[Path, ...], dict[str, TensorInfo]]:
+    """The weight files that transformers would load, one or the shards its index names, and what is in them."""
     index = path / "model.safetensors.index.json"
     single = path / "model.safetensors"
     if single.is_file():
-        return (single,)
+        return (single,), read_header(single)
     if not index.is_file():
         _refuse_pickles([file.name for file in path.iterdir()], reference)
-    try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise SourceError(f"{index} is not an index of shards: {error!r}") from error
-    for shard in shards:
-        if Path(shard).name != shard or not (path / shard).is_file():
-            raise SourceError(f"{index.name} of {reference} names {shard!r}, which is not a file beside it.")
-    return tuple(path / shard for shard in shards)
+    names = read_index(index)
+    headers = {shard: read_header(path / shard) for shard in sorted(set(names.values()))}
+    check_index(names, headers, path=index)
+    tensors = {name: tensor for header in headers.values() for name, tensor in header.items()}
+    return tuple(path / shard for shard in headers), tensors
 
 
 def _refuse_pickles(names: Iterable[str], reference: str) -> None:
@@ -264,18 +251,12 @@ def _refuse_pickles(names: Iterable[str], reference: str) -> None:
     )
 
 
-def _check_headers(weights: Iterable[Path]) -> None:
-    for path in weights:
-        try:
-            with safe_open(path, framework="np") as file:
-                file.keys()
-        except (SafetensorError, OSError, ValueError) as error:
-            raise SourceError(f"{path} is not a whole safetensors file: {error}. Download it again.") from error
-
-
 def _card(path: Path) -> dict[str, Any]:
     try:
-        return ModelCard.load(path / "README.md").data.to_dict()
+        text = read_text(path / "README.md", limit=LONGEST_CARD)
+        if block := REGEX_YAML_BLOCK.search(text):
+            check_yaml(block[2])
+        return ModelCard(text).data.to_dict()
     except Exception:  # a missing or broken README says nothing; it must not stop a good checkpoint
         return {}
 

@@ -8,6 +8,8 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from .redact import printable, redact
+
 Item = TypeVar("Item")
 
 
@@ -25,7 +27,7 @@ class Reporter:
         self.console.print(f"  {_plain(text)}")
 
     def warn(self, text: str) -> None:
-        self.warnings.append(text)
+        self.warnings.append(redact(text))
         self.console.print(f"[bold yellow]! {_plain(text)}[/]")
 
     def track(self, items: Iterable[Item], *, text: str, total: int | None = None) -> Iterator[Item]:
@@ -39,4 +41,4 @@ class Reporter:
 
 
 def _plain(text: str) -> str:
-    return text.replace("[", r"\[")
+    return printable(text).replace("[", r"\[")

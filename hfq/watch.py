@@ -6,18 +6,17 @@ What is published already is asked of the Hub each time: nothing is kept here th
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
-
-from huggingface_hub import get_token
 
 from . import __version__
 from .errors import GoalNotMetError, HfqError, SourceError, UsageError
 from .files import write_text
 from .hub import COMMIT_TITLE, published_revisions, push_folder, resolve_repo_id
 from .recipe import Recipe, is_path, read_recipe
+from .redact import redact
 from .report import Report, read_report
 from .source import head_revision
 from .ui import Reporter
@@ -65,7 +64,7 @@ class Missed:
 
     def add(self, recipe: Recipe, revision: str, message: str) -> None:
         """Remember one."""
-        self._messages[_digest(recipe, revision)] = message
+        self._messages[_digest(recipe, revision)] = redact(message)
         if self._file is not None:
             write_text(self._file, json.dumps(self._messages, indent=2, ensure_ascii=False) + "\n")
 
@@ -117,8 +116,8 @@ class Watcher:
         except HfqError as error:
             outcome = Outcome(path.name, "failed", str(error), error.exit_code)
         except Exception as error:  # whatever a library raises about one recipe, the others have their turn
-            text = f"{type(error).__name__}: {error}".replace(self._token or get_token() or "\0", "HF_TOKEN")
-            outcome = Outcome(path.name, "failed", text, HfqError.exit_code)
+            outcome = Outcome(path.name, "failed", f"{type(error).__name__}: {error}", HfqError.exit_code)
+        outcome = replace(outcome, message=redact(outcome.message))
         (ui.warn if outcome.exit_code else ui.note)(outcome.message)
         return outcome
 

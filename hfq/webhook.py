@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from .errors import HfqError, HubError, UsageError
 from .jobs import Job, JobQueue
 from .recipe import is_path, read_recipe
+from .redact import redact
 from .ui import Reporter
 from .watch import Missed, Watcher, recipe_files
 
@@ -156,7 +157,7 @@ def _listening(receive: Callable[[bytes], Sequence[str]], *, address: Address, s
             wrong = [f"{'.'.join(map(str, row['loc']))}: {row['msg']}" for row in error.errors()]
             return JSONResponse({"error": f"No event of the Hub, version 3: {'; '.join(wrong)}"}, status_code=422)
         except (HfqError, OSError) as error:  # not queued: the Hub is to see that, and can send it again
-            return JSONResponse({"error": str(error)}, status_code=503)
+            return JSONResponse({"error": redact(str(error))}, status_code=503)
 
     with gradio.Blocks(analytics_enabled=False, title="hfq webhook") as page:
         gradio.Markdown(f"hfq listens at `{PATH}`.")

@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from .redact import redact, redact_command
 from .report import CheckpointInfo, Comparison, DatasetInfo, FitReport, Report
 
 _SIGNIFICANCE = 0.05
-_SECRET = re.compile(r"\bhf_[A-Za-z0-9]{8,}|(?<=--token[ =])\S+")
 _PATH = re.compile(r"""'/[^']*'|"/[^"]*"|(?<![\w:/.~)-])(?:file://)?/[^\s'"`,;]+""")
 
 T = TypeVar("T")
@@ -118,11 +118,11 @@ def public(report: R) -> R:
     def clean(text: str) -> str:
         for folder in folders:  # named first: only we know where a path with spaces ends
             text = text.replace(folder, PurePosixPath(folder).name)
-        text = _SECRET.sub("HF_TOKEN", text)
-        text = _PATH.sub(_file_name, text)
+        text = _PATH.sub(_file_name, redact(text))
         return "".join(char if char.isprintable() else " " for char in text).strip()
 
-    return _map_strings(report, clean)
+    shown = _map_strings(report, clean)
+    return replace(shown, command=redact_command(shown.command)) if isinstance(shown, Report) else shown
 
 
 def _file_name(match: re.Match[str]) -> str:

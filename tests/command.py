@@ -8,6 +8,7 @@ import atexit
 import gc
 import json
 import os
+import resource
 import runpy
 import select
 import shutil
@@ -26,6 +27,8 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+MEMORY = 1 << 30
+SECONDS = 60
 HFQ = str(Path(sys.executable).with_name("hfq"))
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "pipelines" / "demo"
@@ -114,11 +117,17 @@ class Forkserver:
         )
 
     def hfq(
-        self, *args: object, cwd: Path, env: Mapping[str, str | None] | None = None, kill_at: str | None = None
+        self,
+        *args: object,
+        cwd: Path,
+        env: Mapping[str, str | None] | None = None,
+        kill_at: str | None = None,
+        limited: bool = False,
     ) -> Done:
         """Like `hfq` above. Variables that a library reads when it is imported, as HF_ENDPOINT, cannot be changed.
 
-        `kill_at`: send SIGKILL once standard error holds this.
+        `kill_at`: send SIGKILL once standard error holds this. `limited`: it may have `MEMORY` more than the process it is forked from, and `SECONDS` of CPU time; one that
+        takes more ends by an error or a signal.
         """
         assert self._process.stdin and self._process.stdout
         with tempfile.TemporaryDirectory() as folder:
@@ -130,6 +139,7 @@ class Forkserver:
                 "out": str(out),
                 "err": str(err),
                 "kill_at": kill_at,
+                "limited": limited,
             }
             print(json.dumps(request), file=self._process.stdin, flush=True)
             code = int(self._process.stdout.readline())
@@ -269,6 +279,10 @@ def _wait(child: int, request: Mapping[str, Any]) -> int:
 def _become(request: Mapping[str, Any]) -> None:
     """Give this process what the command is to find."""
     os.chdir(request["cwd"])
+    if request["limited"]:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY,) * 2)
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     os.environ.clear()
     os.environ.update(request["env"])
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

@@ -7,6 +7,7 @@ import atexit
 import os
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,8 @@ _hub = LocalHub()
 _hub.start()
 atexit.register(_home.cleanup)
 atexit.register(_hub.stop)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the other core is the other worker's
 os.environ.update(
     _hub.environment(),
     HF_HOME=_home.name,
@@ -25,6 +28,25 @@ os.environ.update(
     HF_HUB_DISABLE_TELEMETRY="1",
     HFQ_HUB_PATIENCE="1",
 )
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two processes for the whole suite where there are two cores, each with a file of tests at a time; else none.
+
+    What somebody names, a file or a keyword, runs in this process: two would only import the libraries twice.
+    """
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 2 if whole and cores > 1 and not config.option.keyword else 0
+
+
+@pytest.fixture
+def cwd(tmp_path: Path) -> Iterator[Path]:
+    """Where a command runs that is to fail. Whatever the test, it leaves nothing there."""
+    folder = tmp_path / "cwd"
+    folder.mkdir()
+    yield folder
+    assert list(folder.iterdir()) == []
 
 
 @pytest.fixture

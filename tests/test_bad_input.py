@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,15 +21,6 @@ CLOSED = "http://127.0.0.1:9"  # nobody listens there
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_slice(tmp_path_factory.mktemp("bad") / "data", train=100, validation=30)
-
-
-@pytest.fixture
-def cwd(tmp_path: Path) -> Iterator[Path]:
-    """Where the command runs. Whatever the test, it leaves nothing there."""
-    folder = tmp_path / "cwd"
-    folder.mkdir()
-    yield folder
-    assert list(folder.iterdir()) == []
 
 
 def refused(done: Done, *says: str, code: int = 1) -> None:

@@ -190,6 +190,18 @@ def test_snippets_load_from_where_the_model_is_published() -> None:
     assert render_card(remote, repo_id=None).count("trust_remote_code=True)") == 2
 
 
+def test_a_card_says_that_remote_code_was_allowed_and_whether_there_was_any() -> None:
+    said = {}
+    for code in (True, False):
+        for allowed in (True, False):
+            report = make_report()
+            found = replace(report.checkpoint, remote_code=code, remote_code_allowed=allowed)
+            said[code, allowed] = render_card(replace(report, checkpoint=found), repo_id=None)
+    assert "`--trust-remote-code`: code from the base model's repository ran." in said[True, True]
+    assert "`--trust-remote-code`: the base model brings no code, and none ran." in said[False, True]
+    assert "--trust-remote-code" not in said[True, False] + said[False, False]
+
+
 def test_local_checkpoint_and_data_make_no_links_and_show_no_paths() -> None:
     report = make_report()
     report = replace(

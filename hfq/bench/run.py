@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..benchmark import Process
+from ..bounds import check_model
 from ..errors import UsageError
 from ..report import Report, read_report
 from ..source import Checkpoint, pull
@@ -81,6 +82,8 @@ def bench(
     An engine that fails is reported as such, and does not end the others.
     """
     task = find_task(quantized.config, None)
+    for checkpoint in (quantized, baseline):
+        check_model(checkpoint, TASKS[task].auto_class)
     vocabulary = quantized.config["vocab_size"]
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="hfq-bench-") as folder, ExitStack() as stack:

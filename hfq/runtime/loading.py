@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..bounds import bounded
 from ..errors import SourceError, UnsupportedError, UsageError
 from ..source import Checkpoint, pull
-from ..tasks import TASKS, find_task
+from ..tasks import TASKS, find_architecture, find_task
 from .conv import Int8Conv
 from .fusion import fuse
 from .memory import return_freed_memory
@@ -55,10 +56,11 @@ def load(
     if "hfq_module" in found.config:
         name = found.config["hfq_module"]
         raise UsageError(f"{checkpoint} holds a {name}, which is not transformers'. Pass one: model={name}(…).")
-    architecture = getattr(transformers, (found.config.get("architectures") or [""])[0], None)
+    architecture: Any = find_architecture(found.config)
     if task is not None or architecture is None:
         architecture = getattr(transformers, TASKS[find_task(found.config, task)].auto_class)
-    loaded = architecture.from_pretrained(found.path, trust_remote_code=trust_remote_code, **kwargs)
+    with bounded(found):
+        loaded = architecture.from_pretrained(found.path, trust_remote_code=trust_remote_code, **kwargs)
     if not any(isinstance(module, Int8Linear | Int8Conv) for module in loaded.modules()):
         raise UnsupportedError(
             f"{checkpoint} has no layer that runs in int8 here. Expected a checkpoint made by `hfq quantize`; "

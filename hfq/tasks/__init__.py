@@ -14,13 +14,12 @@ def find_task(config: dict[str, Any], requested: str | None) -> str:
     Raises:
         UnsupportedError: the architecture is unknown, has no task, or its task is not one hfq quantizes.
     """
-    import transformers
     from optimum.exporters.tasks import TasksManager
 
     architectures = config.get("architectures") or []
     task = requested and TasksManager.map_from_synonym(requested)
     if task is None:
-        architecture = getattr(transformers, str(architectures[0]), None) if architectures else None
+        architecture = find_architecture(config)
         if architecture is None:
             raise UnsupportedError(
                 f"config.json names the architecture {architectures or None}, which transformers does not know. "
@@ -35,3 +34,12 @@ def find_task(config: dict[str, Any], requested: str | None) -> str:
             f"Task {task!r} ({', '.join(architectures)}) is not supported. Expected one of: {', '.join(TASKS)}."
         )
     return task
+
+
+def find_architecture(config: dict[str, Any]) -> type | None:
+    """The class that a config.json names, where it is one of transformers' models; a config may name anything."""
+    import transformers
+
+    names = config.get("architectures") or [""]
+    found = getattr(transformers, names[0], None)
+    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..errors import ExportError
+from ..redact import redact
 from ..report import Trial
 
 
@@ -74,7 +75,7 @@ def _read(path: Path, header: Mapping[str, object]) -> list[dict]:
 
 
 def _line(row: Mapping[str, object]) -> str:
-    return json.dumps(row, sort_keys=True) + "\n"
+    return redact(json.dumps(row, sort_keys=True)) + "\n"
 
 
 def _unwritable(path: Path, error: OSError) -> ExportError:
