@@ -15,7 +15,7 @@ from factories import make_folder, make_report
 
 from hfq.hub import push_folder
 from hfq.local_hub import LocalHub
-from hfq.watch import Outcome, exit_code
+from hfq.recipes import Outcome, exit_code
 
 USER = "hfq-user"
 COMMIT = "/commit/"
