@@ -5,8 +5,8 @@ Publishing is a step of its own (`hfq.hub`): what is pushed is a folder that is 
 
 import shutil
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,14 @@ from . import __version__
 from .benchmark import Subject, measure, timed_batches
 from .card import render_card
 from .data import majority_accuracy
-from .errors import GoalNotMetError
+from .errors import GoalNotMetError, SourceError
 from .evaluation import Evaluation
 from .export import export
 from .files import write_text
 from .measurement import compare_with_stock, hardware, measure_export
 from .output import EXPORT, TRIALS_FILE, Result, check_output, finish, work_folder
 from .quantization.convert import quantize_model
+from .quantization.graph import Fold
 from .quantization.inputs import model_inputs
 from .quantization.scheme import Plan
 from .recipe import Recipe
@@ -33,10 +34,20 @@ from .session import Session, open_session
 from .source import pull
 from .tuning.acceptance import Goal
 from .tuning.log import TrialLog
+from .tuning.lookahead import Helpers
 from .tuning.options import Limits, Options
 from .tuning.search import Outcome, Score
-from .tuning.tuner import Found, find
+from .tuning.tuner import Found, find, score_plan
 from .ui import Reporter
+
+
+@dataclass(frozen=True)
+class TrialContext:
+    """What the trials of a run have in common. `depends_on`: what their results depend on."""
+
+    goal: Goal
+    folds: Sequence[Fold]
+    depends_on: Mapping[str, object]
 
 
 def quantize(
@@ -48,11 +59,12 @@ def quantize(
     resume: bool = False,
     command: str = "",
     copy_log: Callable[[str], None] | None = None,
+    helped_by: Callable[[TrialContext], Helpers] | None = None,
 ) -> Result:
     """Run every stage but publishing.
 
     `recipes`: folder searched for the checkpoint's recipe when no dataset is named. `command`: repeats the run.
-    `copy_log`: as `copy` of `TrialLog`.
+    `copy_log`: as `copy` of `TrialLog`. `helped_by`: makes those who evaluate later trials meanwhile.
 
     Raises:
         GoalNotMetError: no trial met the goal and `allow_loss` is off; nothing was exported.
@@ -67,7 +79,8 @@ def quantize(
         session = open_session(recipe, recipes=recipes, ui=ui, token=token)
         baseline = _baseline(session, ui)
         goal = Goal(baseline.score, recipe.tolerable_loss, recipe.criterion)
-        log = TrialLog(work / TRIALS_FILE, depends_on=_dependencies(session), resume=resume, copy=copy_log)
+        depends_on = _dependencies(session)
+        log = TrialLog(work / TRIALS_FILE, depends_on=depends_on, resume=resume, copy=copy_log)
         info = session.data.info
         ui.stage(f"Calibration on {len(session.data.calibration)} examples of {info.calibration_split!r}")
         found = find(
@@ -79,6 +92,7 @@ def quantize(
             log=log,
             ui=ui,
             metric=recipe.metric,
+            helped_by=helped_by and (lambda folds: helped_by(TrialContext(goal, folds, depends_on))),
         )
         if not found.outcome.met:
             _goal_missed(session, goal, found.outcome, log, ui)
@@ -87,6 +101,19 @@ def quantize(
         )
         finish(output, work)
     return Result(output, report)
+
+
+def run_trial(session: Session, plan: Plan, context: TrialContext) -> Score:
+    """A trial of somebody else's run, on a session of one's own.
+
+    Raises:
+        SourceError: that session has another checkpoint or other data.
+    """
+    if _dependencies(session) != context.depends_on:
+        raise SourceError(f"{session.recipe.checkpoint} or its dataset is not the same here as where it is quantized.")
+    with tempfile.TemporaryDirectory(prefix="hfq-") as folder:
+        evaluate = partial(_evaluate, session, context.goal, Path(folder))
+        return score_plan(session.model, plan, context.folds, evaluate)
 
 
 def evaluate_checkpoint(recipe: Recipe, *, recipes: Path, ui: Reporter, token: str | None = None) -> dict[str, Any]:

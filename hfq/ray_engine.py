@@ -55,7 +55,7 @@ def run_on_ray(
     with _connected(address) as ray:
         secret = ray.put(Secret(token or get_token()))
         ended: SimpleQueue[Ended] = SimpleQueue()
-        tasks = [_Task(run, ray, secret, resume=resume) for run in runs]
+        tasks = [_Task(run, ray, secret, resume=resume, alone=len(runs) == 1) for run in runs]
         threads = [threading.Thread(target=task.run, args=(ended.put,), daemon=True) for task in tasks]
         try:
             for thread in threads:
@@ -77,11 +77,12 @@ class _Cancelled(BaseException):
 class _Task:
     """One run: its task on the cluster, and its folders here."""
 
-    def __init__(self, run: Run, ray: Any, secret: Any, *, resume: bool) -> None:
+    def __init__(self, run: Run, ray: Any, secret: Any, *, resume: bool, alone: bool) -> None:
         self._of = run
         self._ray = ray
         self._secret = secret
         self._resume = resume
+        self._alone = alone
         self._lock = threading.Lock()
         self._cancelled = False
         self._events: Any = None
@@ -107,6 +108,7 @@ class _Task:
     def _result(self) -> Result:
         output = self._of.recipe.output_folder
         check_output(output)
+        self._warn_of_size()
         with work_folder(output) as work:
             if not self._resume:
                 (work / TRIALS_FILE).unlink(missing_ok=True)
@@ -115,6 +117,19 @@ class _Task:
         report = read_report(output)
         assert isinstance(report, Report)  # a recipe is a run from a checkpoint
         return Result(output, report)
+
+    @property
+    def _cpus(self) -> int:
+        return self._of.recipe.threads or 1
+
+    def _warn_of_size(self) -> None:
+        """Ray itself waits without a word."""
+        largest = max((node["Resources"].get("CPU", 0) for node in self._ray.nodes() if node["Alive"]), default=0)
+        if self._cpus > largest:
+            self._of.ui.warn(
+                f"{self._of.name} has 'threads: {self._cpus}', and no node of the Ray cluster has more than {largest:g} "
+                "CPUs: it waits until one does"
+            )
 
     def _attempt(self, work: Path) -> None:
         """Fill the work folder, by another worker if one is lost."""
@@ -150,10 +165,12 @@ class _Task:
     def _submit(self, work: Path) -> Any:
         """A new task, as the generator of its events."""
         log = work / TRIALS_FILE
-        job = Job(_absolute(self._of.recipe), self._of.command, log.read_text() if log.exists() else "")
+        job = Job(
+            _absolute(self._of.recipe), self._of.command, log.read_text() if log.exists() else "", alone=self._alone
+        )
         task = self._ray.remote(run_recipe).options(
             name=f"hfq {self._of.name}",
-            num_cpus=job.recipe.threads or 1,
+            num_cpus=self._cpus,
             num_returns="streaming",
             max_retries=0,  # by us, with the trials that were logged
             scheduling_strategy="SPREAD",
@@ -192,23 +209,24 @@ class _Export:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._path = folder
+        self._digest = hashlib.sha256()
 
     def file(self, name: str) -> None:
         self._path = self._folder / name
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.touch()
+        self._digest = hashlib.sha256()
 
     def bytes(self, piece: bytes) -> None:
+        self._digest.update(piece)
         with self._path.open("ab") as file:
             file.write(piece)
             file.flush()
             os.fsync(file.fileno())
 
     def sha256(self, expected: str) -> None:
-        with self._path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != expected:
-            raise ExportError(f"{self._path} is not what the worker wrote. Check the disk.")
+        if self._digest.hexdigest() != expected:
+            raise ExportError(f"{self._path} is not what the worker wrote: it was damaged on its way. Run it again.")
 
 
 @contextmanager

@@ -13,12 +13,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from filelock import FileLock, Timeout
+from rich.console import Console
 
 from . import __version__
 from .errors import HfqError, SourceError, UsageError
@@ -27,6 +29,12 @@ from .output import TRIALS_FILE, Result, work_of
 from .recipe import Recipe, is_path
 from .resources import resource
 from .ui import Reporter
+
+if TYPE_CHECKING:
+    from .pipeline import TrialContext
+    from .quantization.scheme import Plan
+    from .session import Session
+    from .tuning.search import Score
 
 CHUNK = 8 << 20  # bytes of a file in one event
 
@@ -37,11 +45,15 @@ Event = tuple[str, Any]
 
 @dataclass(frozen=True)
 class Job:
-    """A recipe with absolute paths. `trials`: its log so far; what that holds is not repeated."""
+    """A recipe with absolute paths. `trials`: its log so far; what that holds is not repeated.
+
+    `alone`: no other recipe waits for the cluster, so that its trials may be spread too.
+    """
 
     recipe: Recipe
     command: str
     trials: str
+    alone: bool
     version: str = __version__
 
 
@@ -73,7 +85,7 @@ def run_recipe(job: Job, secret: Secret) -> Iterator[Event]:
 
 def _run(job: Job, secret: Secret, output: Path, send: Callable[[Event], None]) -> None:
     """Send the events of a run, and at last whether it is done or has failed."""
-    send(("note", f"on {socket.gethostname()}"))
+    send(("note", _here()))
     try:
         _check(job)
         _quantize(job, secret, output, send)
@@ -104,7 +116,74 @@ def _quantize(job: Job, secret: Secret, output: Path, send: Callable[[Event], No
         resume=True,
         command=job.command,
         copy_log=lambda text: send(("trials", text)),
+        helped_by=partial(_Helpers, job.recipe, secret, send) if job.alone else None,
     )
+
+
+class _Helpers:
+    """Other workers of the cluster, which evaluate trials of this one's recipe (`hfq.tuning.lookahead.Helpers`)."""
+
+    def __init__(self, recipe: Recipe, secret: Secret, send: Callable[[Event], None], context: "TrialContext") -> None:
+        import ray
+
+        self._ray = ray
+        self._send = send
+        self._context = context
+        self._arguments = ray.put((recipe, secret))
+        threads = recipe.threads or 1
+        self._room = int(ray.available_resources().get("CPU", 0)) // threads
+        self._task = ray.remote(score_trial).options(
+            name=f"hfq trial of {recipe.name}",
+            num_cpus=threads,
+            num_returns="streaming",
+            max_retries=0,
+            scheduling_strategy="SPREAD",
+        )
+        self._begun: list[Any] = []
+
+    def begin(self, plan: "Plan") -> Any | None:
+        self._begun = [one for one in self._begun if not self._ray.wait([one.completed()], timeout=0)[0]]
+        if len(self._begun) >= self._room:
+            return None
+        # In a list, so that it is unpacked, and torch imported, only when the task has said that it has begun.
+        self._begun.append(self._task.remote(self._arguments, [self._ray.put((plan, self._context))]))
+        return self._begun[-1]
+
+    def score(self, begun: Any) -> "Score | None":
+        if not begun.next_ready():  # it waits for room that somebody else has taken
+            self.drop(begun)
+            return None
+        try:
+            place, score = (self._ray.get(found) for found in begun)
+        except self._ray.exceptions.RayError:
+            return None
+        self._send(("note", f"evaluated {place}:"))
+        return score
+
+    def drop(self, begun: Any) -> None:
+        self._ray.cancel(begun, force=True)
+
+
+def score_trial(arguments: tuple[Recipe, Secret], trial: list[Any]) -> Iterator["str | Score"]:
+    """Evaluate a plan of another worker's run. Where is said first: then it has begun."""
+    yield _here()
+    import ray
+    import torch
+
+    from .pipeline import run_trial
+
+    recipe, secret = arguments
+    torch.set_num_threads(recipe.threads or 1)
+    plan, context = ray.get(trial[0])
+    yield run_trial(_session(recipe.model_dump_json(), secret), plan, context)
+
+
+@lru_cache(maxsize=1)  # a worker that is asked again is mostly asked about the same run
+def _session(recipe: str, secret: Secret) -> "Session":
+    from .session import open_session
+
+    quiet = Reporter(Console(quiet=True))
+    return open_session(Recipe.model_validate_json(recipe), recipes=resource("pipelines"), ui=quiet, token=secret.token)
 
 
 class _Sender(Reporter):
@@ -123,6 +202,10 @@ class _Sender(Reporter):
     def warn(self, text: str) -> None:
         self.warnings.append(text)
         self._send(("warn", text))
+
+
+def _here() -> str:
+    return f"on {socket.gethostname()}, process {os.getpid()}"
 
 
 def _check(job: Job) -> None:

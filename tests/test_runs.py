@@ -1,0 +1,130 @@
+"""`hfq run` with several recipes, and what `--engine` refuses before a run. The cluster itself is in `test_ray.py`."""
+
+import json
+import os
+import pickle
+import socket
+from pathlib import Path
+
+import pytest
+import yaml
+from command import CHECKPOINT, ROOT, Done, forkserver, hfq, write_outliers, write_slice
+
+from hfq.errors import GoalNotMetError, HfqError
+from hfq.local_hub import LocalHub
+
+FAST = {"dataset": "../data", "approach": "dynamic", "max_trials": 1}
+
+
+@pytest.fixture
+def cwd(tmp_path: Path) -> Path:
+    """A folder with `data` and an empty folder `pipelines`."""
+    write_slice(tmp_path / "data", train=100, validation=50)
+    (tmp_path / "pipelines").mkdir()
+    return tmp_path
+
+
+def add_recipe(cwd: Path, name: str, **values: object) -> None:
+    (cwd / "pipelines" / name).write_text(yaml.safe_dump({"checkpoint": str(CHECKPOINT), **FAST, **values}))
+
+
+def run(cwd: Path, *arguments: object) -> Done:
+    return forkserver().hfq("run", *arguments, cwd=cwd)
+
+
+def test_every_recipe_of_a_folder_has_its_turn(hub: LocalHub, cwd: Path) -> None:
+    write_outliers(cwd / "outliers")
+    (cwd / "pipelines" / "broken.yaml").write_text("checkpoint: [")
+    add_recipe(cwd, "hard.yaml", checkpoint="../outliers", tolerable_loss=0, output="hard", push=True)
+    add_recipe(cwd, "kept.yaml", output="kept")
+    add_recipe(cwd, "sent.yml", output="sent", push=True, to="runs-sent")
+    done = run(cwd, "pipelines", "--json")
+    assert done.code == 2, done.err  # the gravest: one recipe cannot be read
+    rows = [json.loads(line) for line in done.out.splitlines()]
+    assert [(row["recipe"], row["state"], row["exit_code"]) for row in rows] == [
+        ("broken.yaml", "failed", 2),
+        ("hard.yaml", "missed", 3),
+        ("kept.yaml", "done", 0),
+        ("sent.yml", "published", 0),
+    ]
+    assert done.err.splitlines()[-1] == "hfq: Not done: broken.yaml, hard.yaml. What each lacks is said above."
+    assert not (cwd / "hard").exists()
+    assert json.loads((cwd / "kept" / "hfq.json").read_text())["command"] == "hfq run kept.yaml"
+    _, commit = hub.commits("hfq-user/runs-sent")
+    assert commit.sha in rows[-1]["message"]
+    report = json.loads(hub.files("hfq-user/runs-sent")["hfq.json"])
+    assert report["command"] == "hfq run sent.yml --push"
+    pushed = {path for method, path, _ in hub.requests if method == "POST" and "/commit/" in path}
+    assert pushed == {"/api/models/hfq-user/runs-sent/commit/main"}
+
+
+def test_recipes_that_would_replace_each_other_are_refused_before_any_is_run(cwd: Path) -> None:
+    add_recipe(cwd, "one.yaml", output="out")
+    add_recipe(cwd, "two.yaml", output="out")
+    done = run(cwd, "pipelines/one.yaml", "pipelines/two.yaml")
+    assert done.code == 2
+    assert "one.yaml has the same 'output' as two.yaml" in done.err
+    assert "▸ Checkpoint" not in done.err
+
+
+def test_a_bad_token_costs_no_run(cwd: Path) -> None:
+    add_recipe(cwd, "one.yaml", output="out")
+    done = run(cwd, "pipelines", "--push", "--token", "wrong")
+    assert (done.code, "the token is not valid" in done.err, "▸" in done.err) == (1, True, False)
+
+
+def test_one_output_is_not_for_several_recipes(cwd: Path) -> None:
+    add_recipe(cwd, "one.yaml")
+    done = run(cwd, "pipelines", "--output", "out")
+    assert (done.code, done.err) == (
+        2,
+        "hfq: --output is for one recipe. Several are written to the 'output' that each of them names.\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--ray-address", "head:6379"], "--ray-address is for --engine ray."),
+        (["--engine", "ray", "--token", "hf_x"], "Ray cluster shows the command line of who uses it. Set HF_TOKEN."),
+        (["--engine", "ray", "--ray-address", "local"], "'local' is no address of a Ray cluster. Expected host:port"),
+        (["--engine", "ray", "--ray-address", "ray://head:1"], "'ray://head:1' is no address of a Ray cluster."),
+    ],
+)
+def test_an_engine_that_cannot_be_had_is_refused(arguments: list[str], says: str, cwd: Path) -> None:
+    add_recipe(cwd, "one.yaml")
+    done = run(cwd, "pipelines/one.yaml", *arguments)
+    assert (done.code, len(done.err.splitlines())) == (2, 1)
+    assert says in done.err
+
+
+@pytest.mark.parametrize("variable", [True, False], ids=["RAY_ADDRESS", "--ray-address"])
+def test_a_cluster_that_does_not_answer_is_said_at_once(variable: bool, cwd: Path) -> None:
+    """Ray itself would try for two minutes."""
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'hfq[ray]'")
+    add_recipe(cwd, "one.yaml")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        address = "{}:{}".format(*taken.getsockname())
+        option, env = ([], {"RAY_ADDRESS": address}) if variable else (["--ray-address", address], {})
+        done = forkserver().hfq("run", "pipelines/one.yaml", "--engine", "ray", *option, cwd=cwd, env=env)
+    assert (done.code, len(done.err.splitlines())) == (2, 1)
+    assert f"No Ray cluster answers at '{address}'" in done.err
+    assert "Start one with `ray start --head`" in done.err
+
+
+def test_without_ray_the_message_says_how_to_get_it(cwd: Path) -> None:
+    add_recipe(cwd, "one.yaml")
+    (cwd / "ray.py").write_text("raise ModuleNotFoundError('ray')\n")
+    done = hfq("run", "pipelines/one.yaml", "--engine", "ray", cwd=cwd, env={"PYTHONPATH": f"{cwd}{os.pathsep}{ROOT}"})
+    assert (done.code, done.err) == (
+        2,
+        "hfq: --engine ray needs Ray, which is not installed: pip install 'hfq[ray]'.\n",
+    )
+
+
+@pytest.mark.parametrize("kind", [HfqError, *HfqError.__subclasses__()])
+def test_errors_come_back_from_other_processes_as_they_were(kind: type) -> None:
+    error = kind("why", details={"trials": [1]}) if kind is GoalNotMetError else kind("why")
+    found = pickle.loads(pickle.dumps(error))
+    assert (type(found), str(found), vars(found)) == (kind, "why", vars(error))
