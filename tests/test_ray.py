@@ -147,7 +147,7 @@ def test_recipes_whose_worker_or_node_is_killed_are_finished_by_others_and_publi
     assert "hard.yaml │ ! No trial met the goal" in done.err
     assert "raylet" not in done.err, "only hfq speaks"
     for name in "ab":
-        _, commit = hub.commits(f"{USER}/ray-{name}")  # the first is the one the Hub makes itself
+        commit, _ = hub.commits(f"{USER}/ray-{name}")  # the other is the one the Hub makes itself
         assert commit.sha in outcomes[f"{name}.yaml"]["message"]
         assert hub.files(f"{USER}/ray-{name}")["hfq.json"] == (tmp_path / f"{name}-out" / "hfq.json").read_bytes()
     assert not any("ray-hard" in path for method, path, _ in hub.requests if method == "POST")

@@ -50,7 +50,7 @@ def test_every_recipe_of_a_folder_has_its_turn(hub: LocalHub, cwd: Path) -> None
     assert done.err.splitlines()[-1] == "hfq: Not done: broken.yaml, hard.yaml. What each lacks is said above."
     assert not (cwd / "hard").exists()
     assert json.loads((cwd / "kept" / "hfq.json").read_text())["command"] == "hfq run kept.yaml"
-    _, commit = hub.commits("hfq-user/runs-sent")
+    commit, _ = hub.commits("hfq-user/runs-sent")
     assert commit.sha in rows[-1]["message"]
     report = json.loads(hub.files("hfq-user/runs-sent")["hfq.json"])
     assert report["command"] == "hfq run sent.yml --push"
