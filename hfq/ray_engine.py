@@ -234,10 +234,15 @@ def _connected(address: str | None) -> Iterator[Any]:
     """Ray, connected to a cluster for the length of the block. None is ever started here."""
     try:
         import ray
-        from ray._private import worker
+        from ray._private import services, worker
     except ImportError as error:
         raise UsageError("--engine ray needs Ray, which is not installed: pip install 'hfq[ray]'.") from error
     address = address or os.environ.get("RAY_ADDRESS") or "auto"
+    if address == "auto":
+        try:
+            address = str(services.canonicalize_bootstrap_address(address))
+        except ConnectionError as error:
+            raise UsageError(_no_cluster("auto", _last_line(error))) from error
     _check_address(address)
     # Raylets tell every driver of workers that are lost, on standard output, which is for data.
     worker._worker_logs_enabled = False
@@ -258,8 +263,6 @@ def _connected(address: str | None) -> Iterator[Any]:
 
 def _check_address(address: str) -> None:
     """Ray itself tries for two minutes, and takes "local" as leave to start a cluster."""
-    if address == "auto":
-        return
     host, _, port = address.rpartition(":")
     if not host or "/" in host or not port.isdigit():
         raise UsageError(

@@ -7,8 +7,10 @@ import atexit
 import os
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from command import write_slice
 
 from hfq.local_hub import LocalHub
 
@@ -32,3 +34,11 @@ def hub() -> Iterator[LocalHub]:
     _hub.reset()
     yield _hub
     _hub.reset()
+
+
+@pytest.fixture
+def cwd(tmp_path: Path) -> Path:
+    """A folder with `data` and an empty folder `pipelines`."""
+    write_slice(tmp_path / "data", train=100, validation=50)
+    (tmp_path / "pipelines").mkdir()
+    return tmp_path

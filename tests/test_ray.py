@@ -119,6 +119,7 @@ def test_recipes_whose_worker_or_node_is_killed_are_finished_by_others_and_publi
         tmp_path,
         a={**recipe, "to": "ray-a", "output": "a-out", "allow_loss": True},
         b={**recipe, "to": "ray-b", "output": "b-out", "allow_loss": True},
+        gone={**recipe, "checkpoint": str(tmp_path / "gone"), "to": "ray-gone"},
         hard={**recipe, "to": "ray-hard"},
     )
     with Running("run", "pipelines", "--push", "--json", *on(nodes), cwd=tmp_path, seconds=SECONDS) as running:
@@ -135,16 +136,19 @@ def test_recipes_whose_worker_or_node_is_killed_are_finished_by_others_and_publi
         os.kill(int(workers[here]), signal.SIGKILL)
         done = running.end()
 
-    assert done.code == 3, done.err  # only a goal was missed
+    assert done.code == 1, done.err  # the gravest: one could not be read there
     outcomes = {row["recipe"]: row for row in map(json.loads, done.out.splitlines())}
     assert {name: row["state"] for name, row in outcomes.items()} == {
         "a.yaml": "published",
         "b.yaml": "published",
+        "gone.yaml": "failed",
         "hard.yaml": "missed",
     }
     assert done.err.count(f"{here}.yaml │ ! Its worker was lost (WorkerCrashedError)") == 1
     assert done.err.count(f"{away}.yaml │ ! Its worker was lost") == 1
+    assert outcomes["hard.yaml"]["exit_code"] == 3
     assert "hard.yaml │ ! No trial met the goal" in done.err
+    assert f"gone.yaml │ ! The checkpoint {tmp_path / 'gone'} is not on " in done.err
     assert "raylet" not in done.err, "only hfq speaks"
     for name in "ab":
         commit, _ = hub.commits(f"{USER}/ray-{name}")  # the other is the one the Hub makes itself

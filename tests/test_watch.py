@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from command import CHECKPOINT, Done, Running, copy_checkpoint, forkserver, write_outliers, write_slice
+from command import CHECKPOINT, Done, Running, copy_checkpoint, forkserver, write_outliers
 from factories import make_folder, make_report
 
 from hfq.hub import push_folder
@@ -27,14 +27,6 @@ MISSES = {**FAST, "tolerable_loss": 0}
 def name(request: pytest.FixtureRequest) -> str:
     """A source of its own for each test; the Hub is one for all. Its int8 model is `NAME-int8`."""
     return f"{USER}/{re.sub('[^a-z0-9]+', '-', request.node.name.removeprefix('test_'))[:60].strip('-')}"
-
-
-@pytest.fixture
-def cwd(tmp_path: Path) -> Path:
-    """A folder with `data` and an empty folder `pipelines`."""
-    write_slice(tmp_path / "data", train=100, validation=50)
-    (tmp_path / "pipelines").mkdir()
-    return tmp_path
 
 
 def add_recipe(cwd: Path, name: str, **values: object) -> None:
