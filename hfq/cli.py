@@ -11,9 +11,10 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -24,7 +25,9 @@ from .errors import GoalNotMetError, HfqError, HubError, UsageError
 from .redact import guard_streams, printable, redact, remember, traceback_of
 
 if TYPE_CHECKING:
+    from .output import Result
     from .recipe import Recipe
+    from .runs import Engine
     from .ui import Reporter
 
 app = typer.Typer(
@@ -46,6 +49,11 @@ class Approach(str, Enum):
 class Criterion(str, Enum):
     relative = "relative"
     absolute = "absolute"
+
+
+class EngineName(str, Enum):
+    local = "local"
+    ray = "ray"
 
 
 Checkpoint = Annotated[str, typer.Argument(help="Hub id or folder of a checkpoint.", show_default=False)]
@@ -214,27 +222,61 @@ def quantize(
     recipe = make_recipe(_given(flags))
     if save_recipe:
         write_recipe(recipe, save_recipe)
-    _run(recipe, token=token, local_hub=local_hub, resume=resume, as_json=as_json)
+    engine = _engine(EngineName.local, ray_address=None, token=token, resume=resume)
+    _run(recipe, engine, name=recipe.name, token=token, local_hub=local_hub, as_json=as_json)
 
 
-@app.command(epilog="**Examples**\n\nhfq run pipelines/demo.yaml --local-hub")
+@app.command(
+    epilog="""**Examples**
+
+hfq run pipelines/demo.yaml --local-hub
+
+hfq run pipelines/ --push
+
+hfq run pipelines/ --push --engine ray --ray-address head:6379"""
+)
 def run(
-    recipe: Annotated[Path, typer.Argument(help="Recipe, a YAML file.", show_default=False)],
+    recipes: Annotated[list[Path], typer.Argument(help="Recipes, YAML files, or folders of them.", show_default=False)],
     output: Annotated[
         str | None, typer.Option(help="Folder to write, instead of the recipe's.", show_default=False)
     ] = None,
     push: Push = False,
+    engine: Annotated[
+        EngineName, typer.Option(help="Where: here, or on the workers of a Ray cluster.")
+    ] = EngineName.local,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            help="host:port of the Ray cluster.  \\[default: RAY_ADDRESS, or the one on this machine]",
+            show_default=False,
+        ),
+    ] = None,
     token: Token = None,
     local_hub: LocalHub = False,
     resume: Resume = False,
-    as_json: Json = False,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json", help="Print the report as JSON on standard output; of several recipes, a line for each."
+        ),
+    ] = False,
 ) -> None:
-    """Run a recipe: the flags of `hfq quantize`, in a file."""
+    """Run recipes: the flags of `hfq quantize`, in files.
+
+    Of several recipes, or a folder, one that fails does not stop the others.
+    """
     from .recipe import make_recipe, read_recipe
 
-    found = read_recipe(recipe)
+    chosen = _engine(engine, ray_address=ray_address, token=token, resume=resume)
+    if len(recipes) > 1 or recipes[0].is_dir():
+        if output:
+            raise UsageError("--output is for one recipe. Several are written to the 'output' that each of them names.")
+        prefixed = engine is EngineName.ray  # they run at once, so that each line has to say whose it is
+        _run_many(recipes, chosen, prefixed=prefixed, push=push, token=token, local_hub=local_hub, as_json=as_json)
+        return
+    found = read_recipe(recipes[0])
     changed = {**found.model_dump(), **_given({"output": output, "push": push})}
-    _run(make_recipe(changed), token=token, local_hub=local_hub, resume=resume, as_json=as_json)
+    _run(make_recipe(changed), chosen, name=recipes[0].name, token=token, local_hub=local_hub, as_json=as_json)
 
 
 @app.command(
@@ -435,7 +477,8 @@ def watch(
 
     A recipe publishes to its `to`, or to YOU/CHECKPOINT-int8. One that fails does not stop the others.
     """
-    from .watch import Watcher, exit_code
+    from .recipes import exit_code
+    from .watch import Watcher
 
     watcher = Watcher(folder, recipes=_recipes(), token=token)
     while True:
@@ -480,6 +523,9 @@ def webhook(
     serve(
         folder, queue=queue, address=Address(host, port), secret=secret, recipes=_recipes(), token=token, retry_s=retry
     )
+
+
+_HIDDEN = ("--token", "--engine", "--ray-address")
 
 
 class _Interrupted(BaseException):
@@ -533,36 +579,90 @@ def _clean_token(token: str | None) -> str | None:
     return token and token.strip()
 
 
-def _run(recipe: "Recipe", *, token: str | None, local_hub: bool, resume: bool, as_json: bool) -> None:
-    from .ui import Reporter
+def _engine(name: EngineName, *, ray_address: str | None, token: str | None, resume: bool) -> "Engine":
+    from .runs import run_here
 
-    ui = Reporter()
+    if name is EngineName.local:
+        if ray_address:
+            raise UsageError("--ray-address is for --engine ray.")
+        return partial(run_here, recipes=_recipes(), token=token, resume=resume)
+    if token:
+        raise UsageError(
+            "--token cannot be given with --engine ray: a Ray cluster shows the command line of who uses it. Set HF_TOKEN."
+        )
+    from .ray_engine import run_on_ray
+
+    return partial(run_on_ray, address=ray_address, token=token, resume=resume)
+
+
+def _run(recipe: "Recipe", engine: "Engine", *, name: str, token: str | None, local_hub: bool, as_json: bool) -> None:
+    from .inspection import show_result
+    from .runs import Run
+
     with _hub(local_hub) as hub_token:
         if recipe.push or local_hub:  # a name that cannot be pushed to costs seconds now, minutes later
             recipe = recipe.model_copy(update={"to": _target(recipe.to, recipe.name, hub_token or token)})
-    from .inspection import show_result
-    from .pipeline import quantize
-
+    run = Run(name, recipe, _command())
     try:
-        result = quantize(recipe, recipes=_recipes(), ui=ui, token=token, resume=resume, command=_command())
+        ((_, result),) = engine([run])
+        if isinstance(result, Exception):
+            raise result
     except GoalNotMetError as error:
         if as_json:
             _print(json.dumps(error.details, indent=2, ensure_ascii=False))
         raise
     except _Interrupted:
         _fail("Interrupted. Nothing was published; run the same command with --resume to go on.", 130)
-    ui.stage(f"Done: {result.folder}")
-    show_result(result.report, ui.console)
-    if recipe.push or local_hub:
-        try:
-            with _hub(local_hub) as hub_token:
-                _publish(result.folder, recipe, token=hub_token or token, ui=ui)
-        except HubError as error:
-            raise HubError(
-                f"{error} {result.folder} is complete: `hfq push` publishes it without a new run."
-            ) from error
+    run.ui.stage(f"Done: {result.folder}")
+    show_result(result.report, run.ui.console)
+    _publish_result(result, recipe, run.ui, token=token, local_hub=local_hub)
     if as_json:
         _print(result.report.to_json().rstrip())
+
+
+def _run_many(
+    given: list[Path],
+    engine: "Engine",
+    *,
+    prefixed: bool,
+    push: bool,
+    token: str | None,
+    local_hub: bool,
+    as_json: bool,
+) -> None:
+    """Run every recipe, publish those that are to be, and end with the code of the gravest failure."""
+    from .recipes import Outcome, exit_code, read_recipes
+    from .runs import run_all
+
+    with _hub(local_hub) as hub_token:
+        recipes = read_recipes(given, push=push, publish_all=local_hub, token=hub_token or token)
+    outcomes: list[Outcome] = []
+    publish = partial(_publish_result, token=token, local_hub=local_hub)
+    try:
+        with closing(run_all(recipes, engine, publish=publish, prefixed=prefixed)) as ended:
+            for outcome in ended:
+                outcomes.append(outcome)
+                if as_json:
+                    _print(json.dumps(asdict(outcome), ensure_ascii=False))
+                    sys.stdout.flush()
+    except _Interrupted:
+        _fail("Interrupted. What is done is said above; of the rest, --resume repeats no trial.", 130)
+    if code := exit_code(outcomes):
+        failed = [outcome.recipe for outcome in outcomes if outcome.exit_code]
+        _fail(f"Not done: {', '.join(failed)}. What each lacks is said above.", code)
+
+
+def _publish_result(
+    result: "Result", recipe: "Recipe", ui: "Reporter", *, token: str | None, local_hub: bool
+) -> str | None:
+    """Push a finished run if it is to be; return what to say of it."""
+    if not (recipe.push or local_hub):
+        return None
+    try:
+        with _hub(local_hub) as hub_token:
+            return _publish(result.folder, recipe, token=hub_token or token, ui=ui)
+    except HubError as error:
+        raise HubError(f"{error} {result.folder} is complete: `hfq push` publishes it without a new run.") from error
 
 
 @contextmanager
@@ -591,7 +691,7 @@ def _target(to: str | None, name: str, token: str | None) -> str:
     return resolve_repo_id(to, default_name=f"{name}-int8", token=token)
 
 
-def _publish(folder: Path, recipe: "Recipe", *, token: str | None, ui: "Reporter") -> None:
+def _publish(folder: Path, recipe: "Recipe", *, token: str | None, ui: "Reporter") -> str:
     from .hub import COMMIT_TITLE, push_folder
 
     ui.stage("Publish")
@@ -603,7 +703,9 @@ def _publish(folder: Path, recipe: "Recipe", *, token: str | None, ui: "Reporter
         message=f"{COMMIT_TITLE} {__version__}",
         **recipe.publishing,
     )
-    ui.note(f"{pushed.url} at {pushed.commit}" if pushed.changed else f"{pushed.url} holds this already: no commit")
+    said = f"{pushed.url} at {pushed.commit}" if pushed.changed else f"{pushed.url} holds this already: no commit"
+    ui.note(said)
+    return said
 
 
 def _given(flags: dict[str, Any]) -> dict[str, Any]:
@@ -618,12 +720,12 @@ def _recipes() -> Path:
 
 
 def _command() -> str:
-    """This command line, without the token and without where things lie on this machine."""
+    """This command line, without the token, and without where things lie and run."""
     words, hide = [], False
     for word in sys.argv[1:]:
-        if not (hide or word.startswith("--token")):
+        if not (hide or word.startswith(_HIDDEN)):
             words.append(Path(word).name if word.startswith(("/", "~")) else word)
-        hide = word == "--token"
+        hide = word in _HIDDEN
     return redact(shlex.join(["hfq", *words]))
 
 

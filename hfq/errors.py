@@ -44,3 +44,11 @@ class GoalNotMetError(HfqError):
     def __init__(self, message: str, *, details: Mapping[str, Any]) -> None:
         super().__init__(message)
         self.details = details
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How it is pickled: what `Exception` has does not know the keyword, and this comes back from Ray's workers."""
+        return _goal_not_met, (str(self), self.details)
+
+
+def _goal_not_met(message: str, details: Mapping[str, Any]) -> GoalNotMetError:
+    return GoalNotMetError(message, details=details)

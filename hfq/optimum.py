@@ -7,7 +7,7 @@ from typing import Any
 from optimum.quantization_base import OptimumQuantizer
 
 from .errors import UsageError
-from .pipeline import Result
+from .output import Result
 from .pipeline import quantize as run_pipeline
 from .recipe import Recipe, make_recipe
 from .resources import resource

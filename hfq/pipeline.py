@@ -5,27 +5,27 @@ Publishing is a step of its own (`hfq.hub`): what is pushed is a folder that is 
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from torch import nn
 
 from . import __version__, plots
 from .benchmark import Subject, measure, timed_batches
 from .card import render_card
 from .data import majority_accuracy
-from .errors import ExportError, GoalNotMetError, UsageError
+from .errors import GoalNotMetError, SourceError
 from .evaluation import Evaluation
 from .export import export
 from .files import write_text
 from .measurement import compare_with_stock, hardware, measure_export
+from .output import EXPORT, TRIALS_FILE, Result, check_output, finish, work_folder
 from .quantization.convert import quantize_model
+from .quantization.graph import Fold
 from .quantization.inputs import model_inputs
 from .quantization.scheme import Plan
 from .recipe import Recipe
@@ -34,20 +34,20 @@ from .session import Session, open_session
 from .source import pull
 from .tuning.acceptance import Goal
 from .tuning.log import TrialLog
+from .tuning.lookahead import Helpers
 from .tuning.options import Limits, Options
 from .tuning.search import Outcome, Score
-from .tuning.tuner import Found, find, layer_errors
+from .tuning.tuner import Found, find, layer_errors, score_plan
 from .ui import Reporter
-
-TRIALS_FILE = "trials.jsonl"
 
 
 @dataclass(frozen=True)
-class Result:
-    """A finished run: the folder with the int8 checkpoint, and its report."""
+class TrialContext:
+    """What the trials of a run have in common. `depends_on`: what their results depend on."""
 
-    folder: Path
-    report: Report
+    goal: Goal
+    folds: Sequence[Fold]
+    depends_on: Mapping[str, object]
 
 
 def quantize(
@@ -58,25 +58,29 @@ def quantize(
     token: str | None = None,
     resume: bool = False,
     command: str = "",
+    copy_log: Callable[[str], None] | None = None,
+    helped_by: Callable[[TrialContext], Helpers] | None = None,
 ) -> Result:
     """Run every stage but publishing.
 
     `recipes`: folder searched for the checkpoint's recipe when no dataset is named. `command`: repeats the run.
+    `copy_log`: as `copy` of `TrialLog`. `helped_by`: makes those who evaluate later trials meanwhile.
 
     Raises:
         GoalNotMetError: no trial met the goal and `allow_loss` is off; nothing was exported.
         HfqError: anything else the user can mend. No output folder is left behind.
     """
     output = recipe.output_folder
-    _check_output(output)
+    check_output(output)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
-    with _work_folder(output) as work:
+    with work_folder(output) as work:
         session = open_session(recipe, recipes=recipes, ui=ui, token=token)
         baseline = _baseline(session, ui)
         goal = Goal(baseline.score, recipe.tolerable_loss, recipe.criterion)
-        log = TrialLog(work / TRIALS_FILE, depends_on=_dependencies(session), resume=resume)
+        depends_on = _dependencies(session)
+        log = TrialLog(work / TRIALS_FILE, depends_on=depends_on, resume=resume, copy=copy_log)
         info = session.data.info
         ui.stage(f"Calibration on {len(session.data.calibration)} examples of {info.calibration_split!r}")
         found = find(
@@ -88,15 +92,28 @@ def quantize(
             log=log,
             ui=ui,
             metric=recipe.metric,
+            helped_by=helped_by and (lambda folds: helped_by(TrialContext(goal, folds, depends_on))),
         )
         if not found.outcome.met:
             _goal_missed(session, goal, found.outcome, log, ui)
         report = _write_checkpoint(
-            session, found, baseline, goal=goal, log=log, folder=work / "export", ui=ui, command=command
+            session, found, baseline, goal=goal, log=log, folder=work / EXPORT, ui=ui, command=command
         )
-        _replace(output, work / "export")
-        shutil.rmtree(work)
+        finish(output, work)
     return Result(output, report)
+
+
+def run_trial(session: Session, plan: Plan, context: TrialContext) -> Score:
+    """A trial of somebody else's run, on a session of one's own.
+
+    Raises:
+        SourceError: that session has another checkpoint or other data.
+    """
+    if _dependencies(session) != context.depends_on:
+        raise SourceError(f"{session.recipe.checkpoint} or its dataset is not the same here as where it is quantized.")
+    with tempfile.TemporaryDirectory(prefix="hfq-") as folder:
+        evaluate = partial(_evaluate, session, context.goal, Path(folder))
+        return score_plan(session.model, plan, context.folds, evaluate)
 
 
 def evaluate_checkpoint(recipe: Recipe, *, recipes: Path, ui: Reporter, token: str | None = None) -> dict[str, Any]:
@@ -297,64 +314,3 @@ def _dependencies(session: Session) -> dict[str, object]:
         "dataset": asdict(session.data.info),
         "recipe": recipe,
     }
-
-
-def _check_output(output: Path) -> None:
-    if output.name in ("", ".."):
-        raise UsageError(f"--output {output} is no name for a new folder. Choose another.")
-    if output.is_dir() and any(output.iterdir()) and not (output / REPORT_FILE).is_file():
-        raise UsageError(f"{output} exists and was not written by hfq. Choose another --output, or remove it.")
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"{output} is a file. Choose another --output.")
-
-
-@contextmanager
-def _work_folder(output: Path) -> Iterator[Path]:
-    """A folder beside the output, so that the last step is a rename.
-
-    A run that fails takes it away again. It stays if it was there before, or if the run was interrupted or missed
-    its goal after trials had begun: `--resume` reads its trial log.
-    """
-    work = output.with_name(f"{output.name}.hfq-work")
-    created = [folder for folder in (work, *work.parents) if not folder.exists()]
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(work / ".lock", timeout=0)
-        lock.acquire()
-    except Timeout as error:
-        raise UsageError(f"Another hfq is writing {output}. Wait for it, or choose another --output.") from error
-    except OSError as error:
-        _remove(created)
-        raise ExportError(f"{output} cannot be written: {error.strerror}. Choose another --output.") from error
-    try:
-        yield work
-    except BaseException as error:
-        shutil.rmtree(work / "export", ignore_errors=True)
-        resumable = isinstance(error, GoalNotMetError) or not isinstance(error, Exception)
-        if not (resumable and (work / TRIALS_FILE).exists()):
-            _remove(created)
-        raise
-    finally:
-        lock.release()
-
-
-def _remove(created: Sequence[Path]) -> None:
-    """Take away a new folder and those that were made to hold it, deepest first, unless they hold something else."""
-    for folder in created[:1]:
-        shutil.rmtree(folder, ignore_errors=True)
-    for folder in created[1:]:
-        with suppress(OSError):
-            folder.rmdir()
-
-
-def _replace(output: Path, finished: Path) -> None:
-    """Give the finished folder its name; an earlier export under that name is removed only afterwards."""
-    earlier = output.with_name(f"{output.name}.hfq-work") / "earlier"
-    try:
-        if output.exists():
-            output.rename(earlier)
-        finished.rename(output)
-    except OSError as error:
-        if earlier.exists() and not output.exists():
-            earlier.rename(output)
-        raise ExportError(f"{output} cannot be written: {error.strerror}.") from error

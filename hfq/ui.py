@@ -15,20 +15,24 @@ Item = TypeVar("Item")
 
 @dataclass
 class Reporter:
-    """Stages, notes, warnings and progress bars. `warnings` collects what `warn` said, for the report."""
+    """Stages, notes, warnings and progress bars. `warnings` collects what `warn` said, for the report.
+
+    `prefix` begins each line: it says who speaks where several runs do at once.
+    """
 
     console: Console = field(default_factory=lambda: Console(stderr=True, highlight=False, soft_wrap=True))
     warnings: list[str] = field(default_factory=list)
+    prefix: str = ""
 
     def stage(self, text: str) -> None:
-        self.console.print(f"[bold cyan]▸[/] [bold]{_plain(text)}[/]")
+        self._print(f"[bold cyan]▸[/] [bold]{_plain(text)}[/]")
 
     def note(self, text: str) -> None:
-        self.console.print(f"  {_plain(text)}")
+        self._print(f"  {_plain(text)}")
 
     def warn(self, text: str) -> None:
         self.warnings.append(redact(text))
-        self.console.print(f"[bold yellow]! {_plain(text)}[/]")
+        self._print(f"[bold yellow]! {_plain(text)}[/]")
 
     def track(self, items: Iterable[Item], *, text: str, total: int | None = None) -> Iterator[Item]:
         """Iterate with a bar that goes away when it is done; no bar where nobody watches."""
@@ -38,6 +42,9 @@ class Reporter:
         columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=self.console, transient=True) as progress:
             yield from progress.track(items, total=total, description=text)
+
+    def _print(self, text: str) -> None:
+        self.console.print(f"{_plain(self.prefix)}{text}")
 
 
 def _plain(text: str) -> str:

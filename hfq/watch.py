@@ -5,33 +5,20 @@ What is published already is asked of the Hub each time: nothing is kept here th
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 from . import __version__
 from .errors import GoalNotMetError, HfqError, SourceError, UsageError
 from .files import write_text
 from .hub import COMMIT_TITLE, published_revisions, push_folder, resolve_repo_id
 from .recipe import Recipe, is_path, read_recipe
-from .redact import redact
+from .recipes import Outcome, clashes, outcome_of, recipe_files, repository_of
+from .redact import redact, remember
 from .report import Report, read_report
 from .source import head_revision
 from .ui import Reporter
-
-SUFFIXES = (".yaml", ".yml")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one recipe. `exit_code` is what `hfq run` would have ended with."""
-
-    recipe: str
-    state: Literal["published", "current", "missed", "failed"]
-    message: str
-    exit_code: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,6 +73,7 @@ class Watcher:
         self.folder = folder
         self._recipes = recipes
         self._token = token
+        remember(token)
         self._missed = missed or Missed()
         self._complete: set[str] = set()  # exports that are whole here, and that the Hub did not take yet
         recipe_files(folder)
@@ -111,13 +99,8 @@ class Watcher:
             if isinstance(watched, HfqError):
                 raise watched
             outcome = self._bring_up_to_date(watched, ui)
-        except GoalNotMetError as error:
-            outcome = Outcome(path.name, "missed", str(error), error.exit_code)
-        except HfqError as error:
-            outcome = Outcome(path.name, "failed", str(error), error.exit_code)
         except Exception as error:  # whatever a library raises about one recipe, the others have their turn
-            outcome = Outcome(path.name, "failed", f"{type(error).__name__}: {error}", HfqError.exit_code)
-        outcome = replace(outcome, message=redact(outcome.message))
+            outcome = outcome_of(error, path.name)
         (ui.warn if outcome.exit_code else ui.note)(outcome.message)
         return outcome
 
@@ -199,57 +182,18 @@ class Watcher:
                         f"Recipe {path} has the tag {recipe.tag!r}, which can name one commit only. Leave it out where "
                         "every new revision is published."
                     )
-                found[path] = Watched(path, recipe, self._target(recipe))
+                found[path] = Watched(path, recipe, repository_of(recipe, lambda: self._owner))
             except HfqError as error:
                 found[path] = error
-        return found | _clashes([one for one in found.values() if isinstance(one, Watched)])
-
-    def _target(self, recipe: Recipe) -> str:
-        name = recipe.to or f"{recipe.name}-int8"
-        return resolve_repo_id(name if "/" in name else f"{self._owner}/{name}", default_name=name, token=self._token)
+        running = {path: one for path, one in found.items() if isinstance(one, Watched)}
+        return found | clashes(
+            {path: one.recipe for path, one in running.items()}, to={path: one.target for path, one in running.items()}
+        )
 
     @cached_property
     def _owner(self) -> str:
         """Whose token it is: asked once, as the Hub answers that question only so often."""
         return resolve_repo_id(None, default_name="any", token=self._token).partition("/")[0]
-
-
-def recipe_files(folder: Path) -> list[Path]:
-    """The recipes in a folder, by name; or the one that was named itself.
-
-    Raises:
-        UsageError: there is none.
-    """
-    if folder.is_file():
-        return [folder]
-    found = sorted(path for path in folder.glob("*") if path.suffix in SUFFIXES and path.is_file())
-    if not found:
-        what = "holds no recipe" if folder.is_dir() else "does not exist"
-        raise UsageError(f"{folder} {what}. Expected a folder with YAML files such as pipelines/demo.yaml.")
-    return found
-
-
-def exit_code(outcomes: Sequence[Outcome]) -> int:
-    """0 if all is published; 3 if only goals were missed; else the gravest of the others' codes."""
-    return min((outcome.exit_code for outcome in outcomes if outcome.exit_code), default=0)
-
-
-def _clashes(watched: Sequence[Watched]) -> dict[Path, HfqError]:
-    """Recipes that would replace each other's results for ever."""
-    found: dict[Path, HfqError] = {}
-    places: dict[str, Callable[[Watched], object]] = {
-        "to": lambda one: one.target.casefold(),
-        "output": lambda one: one.recipe.output_folder.resolve(),
-    }
-    for key, place in places.items():
-        for one in watched:
-            others = [other.path.name for other in watched if other is not one and place(other) == place(one)]
-            if others:
-                found[one.path] = UsageError(
-                    f"{one.path.name} has the same {key!r} as {' and '.join(others)} ({place(one)}): each would replace "
-                    f"what the other made. Give each its own {key!r}."
-                )
-    return found
 
 
 def _holds(folder: Path, revision: str) -> bool:

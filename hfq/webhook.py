@@ -20,9 +20,10 @@ from pydantic import ValidationError
 from .errors import HfqError, HubError, UsageError
 from .jobs import Job, JobQueue
 from .recipe import is_path, read_recipe
+from .recipes import recipe_files
 from .redact import redact
 from .ui import Reporter
-from .watch import Missed, Watcher, recipe_files
+from .watch import Missed, Watcher
 
 PATH = "/webhooks/hub"
 MOST_ATTEMPTS = 5

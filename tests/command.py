@@ -61,7 +61,9 @@ def environment(changes: Mapping[str, str | None] | None = None) -> dict[str, st
 class Running:
     """The command while it runs, killed at the end of the `with` block if it has not ended."""
 
-    def __init__(self, *args: object, cwd: Path, env: Mapping[str, str | None] | None = None) -> None:
+    def __init__(
+        self, *args: object, cwd: Path, env: Mapping[str, str | None] | None = None, seconds: float = 120
+    ) -> None:
         self.process = subprocess.Popen(
             [HFQ, *map(str, args)],
             cwd=cwd,
@@ -71,7 +73,7 @@ class Running:
             text=True,
         )
         self.err = ""
-        self._timer = threading.Timer(120, self.process.kill)
+        self._timer = threading.Timer(seconds, self.process.kill)
         self._timer.start()
 
     def until(self, text: str) -> str:
@@ -86,6 +88,10 @@ class Running:
     def stop(self, number: signal.Signals) -> Done:
         """Send a signal, and wait for the end."""
         self.process.send_signal(number)
+        return self.end()
+
+    def end(self) -> Done:
+        """Wait for the end."""
         out, err = self.process.communicate()
         self.err += err
         return Done(self.process.returncode, out, self.err)

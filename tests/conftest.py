@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from command import write_slice
 
 from hfq.local_hub import LocalHub
 
@@ -55,3 +56,11 @@ def hub() -> Iterator[LocalHub]:
     _hub.reset()
     yield _hub
     _hub.reset()
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder with `data` and an empty folder `pipelines`."""
+    write_slice(tmp_path / "data", train=100, validation=50)
+    (tmp_path / "pipelines").mkdir()
+    return tmp_path

@@ -64,7 +64,7 @@ class Search:
             return Score(accuracy(candidate), 1.5, agreement(candidate) if agreement else None)
 
         return tune(
-            basic(Searchable(errors, lambda _: LAYERS, output_error, options)),
+            basic(Searchable(errors, lambda _: LAYERS, output_error, options, output_error)),
             evaluate,
             goal,
             output_error=output_error,

@@ -71,7 +71,7 @@ def port() -> int:
 
 
 @pytest.fixture
-def cwd(tmp_path: Path) -> Path:
+def project(tmp_path: Path) -> Path:
     """A folder with a recipe for the source `hfq-user/hooked`, which is not there yet."""
     write_slice(tmp_path / "data", train=100, validation=50)
     (tmp_path / "pipelines").mkdir()
@@ -81,10 +81,10 @@ def cwd(tmp_path: Path) -> Path:
 
 
 def test_an_announced_revision_is_published_once_even_if_the_process_is_killed(
-    hub: LocalHub, cwd: Path, port: int
+    hub: LocalHub, project: Path, port: int
 ) -> None:
     arguments = ("webhook", "pipelines", "--port", port)
-    with Running(*arguments, cwd=cwd, env={"WEBHOOK_SECRET": SECRET}) as running:
+    with Running(*arguments, cwd=project, env={"WEBHOOK_SECRET": SECRET}) as running:
         running.until(f"Listening on http://127.0.0.1:{port}/webhooks/hub")
         assert "hooked is not on the Hub" in running.until("! ")
         revision = hub.commit_folder(f"{USER}/hooked", CHECKPOINT)
@@ -98,9 +98,9 @@ def test_an_announced_revision_is_published_once_even_if_the_process_is_killed(
         running.until("▸ Baseline")
         assert post(port, pushed) == (202, {"queued": []})
         assert running.stop(signal.SIGKILL).code == -signal.SIGKILL
-    assert not (cwd / "hooked-int8").exists()
+    assert not (project / "hooked-int8").exists()
 
-    with Running(*arguments, cwd=cwd, env={"WEBHOOK_SECRET": SECRET}) as running:
+    with Running(*arguments, cwd=project, env={"WEBHOOK_SECRET": SECRET}) as running:
         running.until(f"holds {USER}/hooked at {revision[:19]}: commit")
         running.until("nothing to do")  # the look at start, which the first process had put off
         while post(port, pushed) != (202, {"queued": ["hooked.yaml"]}):
@@ -114,24 +114,24 @@ def test_an_announced_revision_is_published_once_even_if_the_process_is_killed(
     assert json.loads(hub.files(f"{USER}/hooked-int8")["hfq.json"])["checkpoint"]["revision"] == revision
     for text in (SECRET, os.environ["HF_TOKEN"]):
         assert text not in done.err
-        assert not any(text.encode() in path.read_bytes() for path in cwd.rglob("*") if path.is_file())
+        assert not any(text.encode() in path.read_bytes() for path in project.rglob("*") if path.is_file())
 
 
 @pytest.mark.parametrize(("secret", "says"), [(None, "is not set"), ("", "is not set"), ("ü", "no header can")])
-def test_a_server_without_a_proper_secret_does_not_start(secret: str | None, says: str, cwd: Path) -> None:
-    done = forkserver().hfq("webhook", "pipelines", cwd=cwd, env={"WEBHOOK_SECRET": secret})
+def test_a_server_without_a_proper_secret_does_not_start(secret: str | None, says: str, project: Path) -> None:
+    done = forkserver().hfq("webhook", "pipelines", cwd=project, env={"WEBHOOK_SECRET": secret})
     assert done.code == 2
     assert "WEBHOOK_SECRET" in done.err and says in done.err
-    assert not (cwd / "hfq-queue").exists()
+    assert not (project / "hfq-queue").exists()
 
 
-def test_a_port_in_use_is_refused(cwd: Path) -> None:
+def test_a_port_in_use_is_refused(project: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         number = taken.getsockname()[1]
         arguments = ("webhook", "pipelines", "--port", number)
-        done = forkserver().hfq(*arguments, cwd=cwd, env={"WEBHOOK_SECRET": SECRET})
+        done = forkserver().hfq(*arguments, cwd=project, env={"WEBHOOK_SECRET": SECRET})
     assert done.code == 1
     assert f"127.0.0.1:{number} cannot be listened on" in done.err and "--port" in done.err
     assert "Traceback" not in done.err

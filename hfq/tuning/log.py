@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,10 +16,19 @@ class TrialLog:
 
     `trials`: evaluations in order. `ranking`: output error on the calibration slice, by candidate name. The first
     line of the file holds what they depend on; with `resume`, a log of the same run goes on, any other is dropped.
+    `copy` is given the whole text of the file each time that it has changed.
     """
 
-    def __init__(self, path: Path, *, depends_on: Mapping[str, object], resume: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        depends_on: Mapping[str, object],
+        resume: bool,
+        copy: Callable[[str], None] | None = None,
+    ) -> None:
         self.path = path
+        self._copy = copy or (lambda _: None)
         self.trials: list[Trial] = []
         self.ranking: dict[str, float] = {}
         header = {"depends_on": json.loads(json.dumps(depends_on))}
@@ -28,6 +37,7 @@ class TrialLog:
             path.write_text("".join(_line(row) for row in [header, *rows]))
         except OSError as error:
             raise _unwritable(path, error) from error
+        self._copy(path.read_text())
         for row in rows:
             self._remember(row)
 
@@ -51,6 +61,7 @@ class TrialLog:
                 os.fsync(file.fileno())
         except OSError as error:
             raise _unwritable(self.path, error) from error
+        self._copy(self.path.read_text())
         self._remember(row)
 
     def _remember(self, row: Mapping) -> None:

@@ -26,13 +26,15 @@ class Searchable:
     """What a strategy chooses from.
 
     `errors`: output error of every candidate without kept layers, smallest first. `sensitive(candidate)`: layer names,
-    the one with the largest int8 error first. `output_error(candidate)`: of any candidate.
+    the one with the largest int8 error first. `output_error(candidate)`: of any candidate. `peek(candidate)`: the same,
+    by one who looks ahead: it leaves no trace in the log.
     """
 
     errors: Mapping[Candidate, float]
     sensitive: Callable[[Candidate], Sequence[str]]
     output_error: Callable[[Candidate], float]
     options: Options
+    peek: Callable[[Candidate], float]
 
     @property
     def static(self) -> list[Candidate]:

@@ -1,13 +1,15 @@
 """Calibrate a model, rank the candidates, and run the trials. Where batches and scores come from is the caller's."""
 
 from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 
 from torch import nn
 
 from ..quantization.calibration import calibrate, encoder_output, sensitivity
 from ..quantization.convert import int8_layer, quantize_model
-from ..quantization.graph import find_folds
+from ..quantization.graph import Fold, find_folds
 from ..quantization.inputs import Batch, head
 from ..quantization.layers import find_quantizable, linear
 from ..quantization.scheme import Plan
@@ -18,6 +20,7 @@ from ..ui import Reporter
 from .acceptance import Goal
 from .candidates import Candidate, Space
 from .log import TrialLog
+from .lookahead import Helpers, LookAhead
 from .options import Options
 from .search import Outcome, Score, rank, tune
 from .strategies import STRATEGIES, Searchable
@@ -52,21 +55,24 @@ def find(
     ui: Reporter,
     metric: str,
     example: Batch | None = None,
+    helped_by: Callable[[Sequence[Fold]], Helpers] | None = None,
 ) -> Found:
     """Search for a plan that meets `goal`. The float model is read, never changed.
 
     `batches`: the calibration slice. `evaluate` is given an int8 model that runs, and the plan it was made from.
-    `example`: as of `prepare`.
+    `example`: as of `prepare`. `helped_by`: makes those who evaluate what comes next meanwhile, given the folds.
     """
     space = prepare(model, batches, options=options, ui=ui, example=example)
     searchable = ranked(space, log=log, ui=ui)
+    strategy = STRATEGIES[options.strategy]
+    ahead: LookAhead | None = None
+    if helped_by:
+        unlogged = replace(searchable, output_error=searchable.peek)
+        ahead = LookAhead(strategy, unlogged, helpers=helped_by(space.folds), plan=space.plan, log=log)
 
     def run_trial(candidate: Candidate) -> Score:
-        plan = space.plan(candidate)
-        quantized = quantize_model(model, plan, space.folds)
-        fuse(quantized)  # evaluate what will be loaded
-        score = evaluate(quantized, plan)
-        return replace(score, memory_mb=memory_mib(quantized), size_mb=state_mib(quantized))
+        score = ahead.score(candidate) if ahead else None
+        return score or score_plan(model, space.plan(candidate), space.folds, evaluate)
 
     def tell(trial: Trial) -> None:
         verdict = "meets the goal" if trial.accepted else "misses the goal"
@@ -75,16 +81,27 @@ def find(
         ui.note(f"{trial.name:<40} {metric} {trial.accuracy:.4f}, loss {trial.loss:+.4f}: {verdict}")
 
     ui.stage(f"Trials: {goal.kind} loss of at most {goal.tolerable_loss:g}")
-    outcome = tune(
-        STRATEGIES[options.strategy](searchable),
-        run_trial,
-        goal,
-        output_error=searchable.output_error,
-        log=log,
-        options=options,
-        tell=tell,
-    )
+    with closing(ahead) if ahead else nullcontext():
+        outcome = tune(
+            strategy(searchable),
+            run_trial,
+            goal,
+            output_error=searchable.output_error,
+            log=log,
+            options=options,
+            tell=tell,
+        )
     return Found(space, outcome, space.plan(outcome.candidate))
+
+
+def score_plan(
+    model: nn.Module, plan: Plan, folds: Sequence[Fold], evaluate: Callable[[nn.Module, Plan], Score]
+) -> Score:
+    """What `evaluate` finds of the int8 model that a plan makes of `model`."""
+    quantized = quantize_model(model, plan, folds)
+    fuse(quantized)  # evaluate what will be loaded
+    score = evaluate(quantized, plan)
+    return replace(score, memory_mb=memory_mib(quantized), size_mb=state_mib(quantized))
 
 
 def prepare(
@@ -110,15 +127,25 @@ def prepare(
 def ranked(space: Space, *, log: TrialLog, ui: Reporter) -> Searchable:
     """The candidates by output error on the calibration slice."""
     ui.stage("Ranking by output error on the calibration slice")
-    output_error = _output_error(space, log=log)
+    compute = cache(_output_error(space))
+
+    def peek(candidate: Candidate) -> float:
+        return log.ranking[candidate.name] if candidate.name in log.ranking else compute(candidate)
+
+    def output_error(candidate: Candidate) -> float:
+        if candidate.name not in log.ranking:
+            log.rank(candidate.name, compute(candidate))
+        return log.ranking[candidate.name]
+
     errors = rank(space.options, output_error, can_smooth=bool(space.folds))
     for candidate, error in errors.items():
         ui.note(f"{candidate.name:<40} {error:.2e}")
 
+    @cache
     def sensitive(candidate: Candidate) -> list[str]:
         return list(layer_errors(space, replace(candidate, alpha=None, gptq=False)))
 
-    return Searchable(errors, sensitive, output_error, space.options)
+    return Searchable(errors, sensitive, output_error, space.options, peek)
 
 
 def layer_errors(space: Space, candidate: Candidate) -> dict[str, float]:
@@ -138,7 +165,7 @@ def layer_errors(space: Space, candidate: Candidate) -> dict[str, float]:
     return dict(sorted(found.items(), key=lambda item: item[1], reverse=True))
 
 
-def _output_error(space: Space, *, log: TrialLog) -> Callable[[Candidate], float]:
+def _output_error(space: Space) -> Callable[[Candidate], float]:
     """Squared error of the encoder's output on the calibration slice, relative to the float model's output.
 
     Not the logits: a fine-tuned classifier is saturated on its own training data, so they hide most of the error.
@@ -146,9 +173,7 @@ def _output_error(space: Space, *, log: TrialLog) -> Callable[[Candidate], float
     reference = encoder_output(space.model, space.batches)
 
     def output_error(candidate: Candidate) -> float:
-        if candidate.name not in log.ranking:
-            quantized = quantize_model(space.model, space.plan(candidate), space.folds)
-            log.rank(candidate.name, encoder_output(quantized, space.batches).error(reference))
-        return log.ranking[candidate.name]
+        quantized = quantize_model(space.model, space.plan(candidate), space.folds)
+        return encoder_output(quantized, space.batches).error(reference)
 
     return output_error
