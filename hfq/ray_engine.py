@@ -114,7 +114,7 @@ class _Task:
             if not self._resume:
                 (work / TRIALS_FILE).unlink(missing_ok=True)
             self._attempt(work)
-            report = _check(work / EXPORT, self._of.recipe)
+            report = check_received(work / EXPORT, self._of.recipe)
             finish(output, work)
         return Result(output, report)
 
@@ -185,7 +185,7 @@ class _Task:
     def _receive(self, events: Any, work: Path) -> None:
         """Do what the events say until the last one."""
         shutil.rmtree(work / EXPORT, ignore_errors=True)
-        export = _Export(work / EXPORT)
+        export = Received(work / EXPORT)
         for event in events:
             kind, value = self._ray.get(event)
             try:
@@ -203,7 +203,7 @@ class _Task:
                 ) from error
 
 
-class _Export:
+class Received:
     """Writes files that arrive in pieces. Its methods are named as the events are (`hfq.ray_worker.Event`)."""
 
     def __init__(self, folder: Path) -> None:
@@ -233,7 +233,7 @@ class _Export:
             raise ExportError(f"{self._path} is not what the worker wrote: it was damaged on its way. Run it again.")
 
 
-def _check(export: Path, recipe: Recipe) -> Report:
+def check_received(export: Path, recipe: Recipe) -> Report:
     """The report of an export that another machine sent, once its files are what such files are.
 
     Raises:

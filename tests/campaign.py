@@ -33,11 +33,15 @@ from safetensors.torch import load_file, save_file
 
 from hfq.local_hub import LocalHub
 from hfq.local_hub.store import RefusedError
+from hfq.plots import PLOT_FILES
 
 USER = "hfq-user"
 DATA = f"{USER}/data"
 OPTIONS = {"approach": "dynamic", "max_trials": 1, "calibration_samples": 8, "max_length": 16, "allow_loss": True}
-EXPORT = {"README.md", "config.json", "hfq.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+EXPORT = {
+    *("README.md", "config.json", "hfq.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+    *PLOT_FILES,
+}
 MODES = ("quantize", "quantize a dataset of the Hub", "watch: new source", "watch: new revision")
 
 
@@ -173,9 +177,8 @@ class Trial:
         left = {path.name for path in self.folder.iterdir()} - {"recipe.yaml"}
         if left - {"out"}:
             yield f"{left} are left behind"
-        if (self.folder / "out").exists() and (
-            missing := EXPORT - {path.name for path in (self.folder / "out").iterdir()}
-        ):
+        out = self.folder / "out"
+        if out.exists() and (missing := {name for name in EXPORT if not (out / name).is_file()}):
             yield f"the output lacks {missing}"
 
     def _published(self) -> tuple[str, int]:

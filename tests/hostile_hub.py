@@ -11,7 +11,7 @@ SHA = "a" * 40
 
 
 class HostileHub:
-    """One model repository with `files`.
+    """One repository with `files`, of a model and of a dataset.
 
     Args:
         listed: further names in its lists of files. `hidden`: those that it adds once it was asked for a list, so that
@@ -54,12 +54,12 @@ class _Handler(BaseHTTPRequestHandler):
             status, content = hub.answer
             said = f"bad token {self.headers.get('Authorization')}" if status >= 400 else ""
             self._send(status, json.dumps(content).encode(), {"X-Error-Message": said} if said else {})
-        elif path.startswith("/api/models/mallory/model/tree/"):
+        elif path.startswith(("/api/models/mallory/model/tree/", "/api/datasets/mallory/model/tree/")):
             asked_before = any("/tree/" in before for before in hub.paths[:-1])
             names = [*hub.files, *hub.listed, *(hub.hidden if asked_before else [])]
             rows = [{"type": "file", "path": name, "oid": "b" * 40, "size": self._size(name)} for name in names]
             self._send(200, json.dumps(rows).encode())
-        elif path.startswith("/api/models/mallory/model"):
+        elif path.startswith(("/api/models/mallory/model", "/api/datasets/mallory/model")):
             self._send(200, json.dumps({"id": "mallory/model", "sha": hub.sha}).encode())
         else:
             name = path.partition(f"/resolve/{hub.sha}/")[2]

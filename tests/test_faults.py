@@ -33,7 +33,8 @@ from hfq import network
 from hfq.errors import HubError, SourceError
 from hfq.hub import PushResult, published_revisions, push_folder
 from hfq.local_hub import LocalHub
-from hfq.source import pull
+from hfq.report import read_report
+from hfq.source import pull, pull_report
 
 USER = "hfq-user"
 COMMIT = "/commit/"
@@ -103,7 +104,7 @@ def push(folder: Path, repo_id: str, **changes: Any) -> PushResult:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def published(hub: LocalHub, repo_id: str) -> dict[str, bytes] | None:
@@ -279,12 +280,16 @@ def test_a_file_that_was_damaged_in_the_cache_is_pulled_again(
         assert contents(pull(repo_id).path) == contents(checkpoint)
 
 
+@pytest.mark.parametrize("read_by", ["watch", "report"])
 def test_a_published_report_that_arrives_damaged_does_not_pass_for_another(
-    hub: LocalHub, proxy: FaultyProxy, folder: Path, cache: Path, repo_id: str
+    hub: LocalHub, proxy: FaultyProxy, folder: Path, cache: Path, repo_id: str, read_by: str
 ) -> None:
     push(folder, repo_id)
     proxy.begin(Fault(lambda _: "flipped", where=f"GET /{repo_id}/resolve"))
-    assert published_revisions(repo_id, token=None, private=False, create_pr=False) == {"a" * 40}
+    if read_by == "watch":
+        assert published_revisions(repo_id, token=None, private=False, create_pr=False) == {"a" * 40}
+    else:
+        assert read_report(pull_report(repo_id)) == read_report(folder)
     assert "!flipped" in [how for _, _, how in proxy.requests]
 
 

@@ -17,8 +17,12 @@ from factories import make_folder
 from hostile_hub import HostileHub
 from huggingface_hub import constants
 
-from hfq.errors import SourceError
+from hfq.errors import ExportError, HfqError, SourceError
+from hfq.ray_engine import Received, check_received
+from hfq.recipe import make_recipe
+from hfq.session import open_session
 from hfq.source import pull
+from hfq.ui import Reporter
 
 Change = Callable[[Path], object]
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -311,6 +315,37 @@ def test_a_commit_of_the_hub_cannot_be_a_path(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         with pytest.raises(SourceError, match="no commit"):
             pull("mallory/model")
+
+
+@pytest.mark.parametrize("told", [{"listed": ["{precious}"]}, {"sha": "../../../.."}])
+def test_a_dataset_of_the_hub_cannot_reach_files_of_this_machine(
+    told: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not as the Hub lists it is taken for damaged, and deleted in the cache: but nowhere else."""
+    precious = tmp_path / "precious.txt"
+    precious.write_text("mine")
+    recipe = make_recipe({"checkpoint": str(CHECKPOINT), "dataset": "mallory/model"})
+    listed = [name.format(precious=precious) for name in told.get("listed", [])]
+    with HostileHub({}, **{**told, "listed": listed}) as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        with pytest.raises(HfqError, match=r"lists a file called|no commit"):
+            open_session(recipe, recipes=tmp_path, ui=Reporter(), token=None)
+    assert precious.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["../evil.json", "/tmp/evil.json", "plots/../../evil.json"])
+def test_a_worker_of_a_cluster_cannot_write_outside_of_the_export(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="leads out of"):
+        Received(tmp_path / "export").file(name)
+    assert list(tmp_path.iterdir()) == []
+    assert not Path("/tmp/evil.json").exists()
+
+
+def test_what_a_worker_of_a_cluster_made_is_read_as_a_strangers(tmp_path: Path) -> None:
+    export = make_folder(tmp_path / "export", weights=b"no header")
+    recipe = make_recipe({"checkpoint": str(CHECKPOINT)})
+    with pytest.raises(SourceError, match="not a whole safetensors file"):
+        check_received(export, recipe)
 
 
 def test_a_snapshot_of_the_hub_may_be_made_of_links(tmp_path: Path) -> None:
