@@ -2,12 +2,13 @@
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from command import CHECKPOINT, Done, forkserver, hfq, write_slice
+from command import CHECKPOINT, ROOT, Done, forkserver, hfq, write_slice
 from factories import make_folder, make_report
 from hostile_hub import HostileHub
 
@@ -39,6 +40,9 @@ FAILING = {
     "quantize {checkpoint} --dataset {data} --split {odd} --save-recipe saved.yaml --token {odd}": "holds a token",
     "quantize {checkpoint} --to a/{token}": "holds a token",
     "run broken.yaml --token {odd}": "holds a token",
+    "run recipes broken.yaml --json --push --token {odd}": "the token is not valid",
+    "run recipes --engine ray --token {odd}": "--token cannot be given with --engine ray",
+    "report ./{odd} --token {odd}": "HF_TOKEN has no hfq.json",
     "inspect ./{odd} --json --token {odd}": "HF_TOKEN does not exist",
     "eval {checkpoint} --dataset {data} --split {odd} --json --token {odd}": "holds a token",
     "bench ./{odd} --token {odd} --json": "HF_TOKEN does not exist",
@@ -71,15 +75,27 @@ def test_no_command_that_fails_shows_its_token(line: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("debug", [None, "1"])
 def test_an_error_nobody_expected_is_one_message_without_the_token(debug: str | None, tmp_path: Path) -> None:
-    """The Hub describes a model by a list, which its client does not expect either."""
-    with HostileHub({}, answer=(200, [f"Bearer {ODD}"])) as hub:
-        variables = {"HF_ENDPOINT": hub.url, "HFQ_DEBUG": debug, "HF_TOKEN": ODD, "HF_HUB_VERBOSITY": "debug"}
-        done = hfq("inspect", "mallory/model", cwd=tmp_path, env=variables)
+    """A library is broken, and says more than it should."""
+    library, cwd = tmp_path / "library", tmp_path / "cwd"
+    library.mkdir()
+    cwd.mkdir()
+    (library / "safetensors.py").write_text(f"raise RuntimeError('Bearer {ODD}')\n")
+    variables = {"HFQ_DEBUG": debug, "HF_TOKEN": ODD, "PYTHONPATH": f"{library}{os.pathsep}{ROOT}"}
+    done = hfq("inspect", CHECKPOINT, cwd=cwd, env=variables)
     assert (done.code, done.out) == (1, "")
-    clean(done, tmp_path)
+    clean(done, cwd)
     message = done.err.splitlines()[-1]
     assert message.startswith("hfq: Unexpected ") and "HFQ_DEBUG=1" in message
     assert ("Traceback" in done.err) == bool(debug)
+
+
+def test_a_hub_that_answers_with_something_else_is_not_repeated(tmp_path: Path) -> None:
+    """It describes a model by a list, which its client does not expect."""
+    with HostileHub({}, answer=(200, [f"Bearer {ODD}"])) as hub:
+        variables = {"HF_ENDPOINT": hub.url, "HF_TOKEN": ODD, "HF_HUB_VERBOSITY": "debug"}
+        done = hfq("inspect", "mallory/model", cwd=tmp_path, env=variables)
+    assert (done.code, done.out) == (1, "")
+    assert "the answer is not the Hub's" in clean(done, tmp_path)
 
 
 def test_a_hub_that_says_the_token_back_is_not_repeated(tmp_path: Path) -> None:
