@@ -348,7 +348,8 @@ def bench_command(
     vs: Annotated[
         str,
         typer.Option(
-            help="Peers, with commas: openvino, onnxruntime, torchao.  \\[default: those installed]", show_default=False
+            help="Peers, with commas: openvino, onnxruntime, torch, torchao.  \\[default: those installed]",
+            show_default=False,
         ),
     ] = "",
     baseline: Annotated[
@@ -358,6 +359,9 @@ def bench_command(
     shapes: Annotated[str, typer.Option(help="Batch x length, with commas.")] = "1x16,1x128,8x128,32x128",
     rounds: Annotated[int, typer.Option(min=1, help="Turns of every engine on each shape.")] = 5,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Also time `hfq.compile`.")] = True,
+    growth: Annotated[
+        bool, typer.Option("--growth", help="Also measure how time and memory grow with layers, batch and length.")
+    ] = False,
     output: Annotated[Path, typer.Option(help="Folder for bench.md, bench.json and bench.png.")] = Path("bench"),
     threads: Threads = None,
     token: Token = None,
@@ -366,8 +370,9 @@ def bench_command(
     """Latency, throughput, load time, size and memory beside FP32 and the int8 runtimes that are installed."""
     import torch
 
+    from .bench.growth import grow
     from .bench.run import bench, chosen, pull_baseline
-    from .bench.table import markdown, write
+    from .bench.table import as_dict, markdown, write
     from .measurement import hardware
     from .source import pull
     from .ui import Reporter
@@ -379,7 +384,7 @@ def bench_command(
         raise UsageError(f"{checkpoint} is not quantized. Quantize it first: hfq quantize {checkpoint} --output ./out")
     float_model = pull_baseline(quantized, baseline, token=token)
     threads = threads or torch.get_num_threads()
-    machine = {**hardware(), "threads": threads}
+    machine, ui = {**hardware(), "threads": threads}, Reporter()
     found = bench(
         quantized,
         float_model,
@@ -388,11 +393,12 @@ def bench_command(
         threads=threads,
         rounds=rounds,
         hardware=machine,
-        ui=Reporter(),
+        ui=ui,
     )
-    written = write(found, output)
-    _print(json.dumps(found.as_dict(), indent=2, ensure_ascii=False) if as_json else markdown(found))
-    Reporter().stage(f"Wrote {', '.join(map(str, written))}")
+    points = grow(quantized, float_model, threads=threads, ui=ui) if growth else []
+    written = write(found, points, output)
+    _print(json.dumps(as_dict(found, points), indent=2, ensure_ascii=False) if as_json else markdown(found, points))
+    ui.stage(f"Wrote {', '.join(map(str, written))}")
 
 
 @app.command(name="eval", epilog="**Examples**\n\nhfq eval ./out --dataset ./data --split test")

@@ -48,6 +48,17 @@ def test_it_is_torchs_attention_within_bfloat16(masked: bool, scaling: float | N
     assert relative_error(y, expected) < 0.01
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_fused_form_for_amx_is_closer_still(masked: bool) -> None:
+    query, key, value = tensors(4, 4, 100, 16)
+    mask = padding(4, 100) if masked else None
+    with torch.inference_mode():
+        y = attention.fused_attention(query * 4, key, value, mask, scale=1.0)
+    expected = F.scaled_dot_product_attention(query * 4, key, value, attn_mask=mask, scale=1.0).transpose(1, 2)
+    assert y.shape == expected.shape and y.dtype == torch.float32
+    assert 0 < relative_error(y, expected) < 0.01
+
+
 def test_keys_that_are_masked_count_for_nothing() -> None:
     query, key, value = tensors(4, 4, 100, 16)
     mask = padding(4, 100)

@@ -17,13 +17,17 @@ INPUTS = ("input_ids", "attention_mask")
 
 @dataclass(frozen=True)
 class Job:
-    """`quantized` and `baseline`: the int8 checkpoint and the float one it was made from. `calibration`: input ids."""
+    """`quantized` and `baseline`: the int8 checkpoint and the float one it was made from. `calibration`: input ids.
+
+    `layers`: load so many of the model's layers only; None for all.
+    """
 
     quantized: Path
     baseline: Path
     auto_class: str
     calibration: list[Tensor]
     threads: int
+    layers: int | None = None
 
 
 class Engine(Protocol):
@@ -149,6 +153,22 @@ class OnnxRuntime:
         return run
 
 
+class TorchDynamic:
+    """torch's own dynamic int8, the eager mode that upstream retires: every Linear of the float checkpoint."""
+
+    requires: tuple[str, ...] = ()
+
+    def prepare(self, job: Job, folder: Path) -> Path:
+        return job.baseline  # quantized after loading
+
+    def load(self, path: Path, job: Job) -> Run:
+        import torch
+        from torch.ao.quantization import quantize_dynamic
+
+        torch.backends.quantized.engine = "onednn"
+        return _transformers(quantize_dynamic(_model(path, job), {nn.Linear}, dtype=torch.qint8))
+
+
 class TorchAo:
     """torchao's dynamic int8 activations and int8 weights, compiled, which is how its guide runs them."""
 
@@ -166,15 +186,17 @@ class TorchAo:
         return _transformers(torch.compile(model, dynamic=False))
 
 
+REFERENCE = "fp32"
 ENGINES: dict[str, Engine] = {
-    "torch": TorchFloat(),
+    REFERENCE: TorchFloat(),
     "hfq": Hfq(),
     "hfq-compiled": HfqCompiled(),
     "openvino": OpenVino(),
     "onnxruntime": OnnxRuntime(),
+    "torch": TorchDynamic(),
     "torchao": TorchAo(),
 }
-PEERS = tuple(name for name in ENGINES if name not in ("torch", "hfq", "hfq-compiled"))
+PEERS = tuple(name for name in ENGINES if name not in (REFERENCE, "hfq", "hfq-compiled"))
 
 
 def missing(name: str) -> list[str]:
@@ -198,7 +220,8 @@ def _model(path: Path, job: Job) -> Any:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    model = getattr(transformers, job.auto_class).from_pretrained(path, dtype=torch.float32)
+    size = {} if job.layers is None else {"num_hidden_layers": job.layers}
+    model = getattr(transformers, job.auto_class).from_pretrained(path, dtype=torch.float32, **size)
     return model.eval().requires_grad_(False)
 
 

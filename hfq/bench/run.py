@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..report import Report, read_report
 from ..source import Checkpoint, pull
 from ..tasks import TASKS, find_task
 from ..ui import Reporter
-from .engines import PEERS, missing
+from .engines import PEERS, REFERENCE, missing
 
 CALIBRATION = 100  # inputs, as the peers' own guides take
 SAME_ANSWER = 0.9  # share of inputs answered as the float model does; below it the table says so
@@ -62,9 +62,6 @@ class BenchResult:
     hardware: dict[str, Any]
     engines: list[EngineResult]
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def bench(
     quantized: Checkpoint,
@@ -81,24 +78,9 @@ def bench(
 
     An engine that fails is reported as such, and does not end the others.
     """
-    task = find_task(quantized.config, None)
-    for checkpoint in (quantized, baseline):
-        check_model(checkpoint, TASKS[task].auto_class)
-    vocabulary = quantized.config["vocab_size"]
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="hfq-bench-") as folder, ExitStack() as stack:
-        calibration = Path(folder) / "calibration.safetensors"
-        save_file(_calibration(vocabulary), calibration)
-        opening = {
-            "do": "open",
-            "quantized": str(quantized.path),
-            "baseline": str(baseline.path),
-            "auto_class": TASKS[task].auto_class,
-            "architecture": (quantized.config.get("architectures") or [""])[0],
-            "calibration": str(calibration),
-            "vocabulary": vocabulary,
-            "threads": threads,
-        }
+        opening = opening_request(quantized, baseline, threads=threads, folder=Path(folder))
         running: dict[str, Process] = {}
         for name in names:
             ui.stage(f"Prepare and load {name}")
@@ -118,19 +100,44 @@ def bench(
     )
 
 
+def opening_request(quantized: Checkpoint, baseline: Checkpoint, *, threads: int, folder: Path) -> dict[str, Any]:
+    """What every process is told first. `folder`: for the inputs that peers calibrate on.
+
+    Raises:
+        SourceError: a checkpoint is not the model that its config says, which nobody may load then.
+    """
+    auto_class = TASKS[find_task(quantized.config, None)].auto_class
+    for checkpoint in (quantized, baseline):
+        check_model(checkpoint, auto_class)
+    vocabulary = quantized.config["vocab_size"]
+    calibration = folder / "calibration.safetensors"
+    save_file(_calibration(vocabulary), calibration)
+    return {
+        "do": "open",
+        "quantized": str(quantized.path),
+        "baseline": str(baseline.path),
+        "auto_class": auto_class,
+        "architecture": (quantized.config.get("architectures") or [""])[0],
+        "calibration": str(calibration),
+        "vocabulary": vocabulary,
+        "threads": threads,
+        "layers": None,
+    }
+
+
 def chosen(peers: Sequence[str], *, compiled: bool) -> list[str]:
     """Engines to run, the float model first: all installed peers if none is named.
 
     Raises:
         UsageError: a peer is unknown, or named and not installed.
     """
-    if unknown := [name for name in peers if name not in (*PEERS, "torch")]:
+    if unknown := [name for name in peers if name not in PEERS]:
         raise UsageError(f"--vs {', '.join(unknown)} is not known. Expected some of: {', '.join(PEERS)}.")
     for name in peers:
         if absent := missing(name):
             raise UsageError(f"--vs {name} needs {', '.join(absent)}. Install them: pip install 'hfq[bench]'.")
     others = [name for name in PEERS if (name in peers if peers else not missing(name))]
-    return ["torch", "hfq", *(["hfq-compiled"] if compiled else []), *others]
+    return [REFERENCE, "hfq", *(["hfq-compiled"] if compiled else []), *others]
 
 
 def pull_baseline(quantized: Checkpoint, named: str | None, *, token: str | None) -> Checkpoint:
@@ -199,7 +206,7 @@ def _time(
 
 def _compare(running: dict[str, Process], found: dict[str, dict[str, Any]], request: dict[str, Any]) -> None:
     answers = {name: torch.tensor(process.ask(request)["logits"]) for name, process in running.items()}
-    reference = answers.get("torch")
+    reference = answers.get(REFERENCE)
     if reference is None:
         return
     for name, logits in answers.items():

@@ -1,23 +1,36 @@
 """A bench result as Markdown, JSON and a plot."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from .engines import REFERENCE
+from .growth import BATCH, LENGTH, Point
 from .run import SAME_ANSWER, BenchResult, EngineResult
 
 
-def write(result: BenchResult, folder: Path) -> list[Path]:
-    """`bench.md`, `bench.json` and `bench.png` in `folder`, which is made if need be."""
+def write(result: BenchResult, growth: Sequence[Point], folder: Path) -> list[Path]:
+    """`bench.md`, `bench.json` and `bench.png` in `folder`, which is made if need be; `growth.png` if it was measured."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"bench.{suffix}" for suffix in ("md", "json", "png")]
-    paths[0].write_text(markdown(result), encoding="utf-8")
-    paths[1].write_text(json.dumps(result.as_dict(), indent=2, ensure_ascii=False), encoding="utf-8")
+    paths[0].write_text(markdown(result, growth), encoding="utf-8")
+    paths[1].write_text(json.dumps(as_dict(result, growth), indent=2, ensure_ascii=False), encoding="utf-8")
     _plot(result, paths[2])
+    if growth:
+        paths.append(folder / "growth.png")
+        _plot_growth(growth, paths[-1])
     return paths
 
 
-def markdown(result: BenchResult) -> str:
-    """The figures as two tables: by shape, and by engine."""
+def as_dict(result: BenchResult, growth: Sequence[Point]) -> dict[str, Any]:
+    """Everything that was measured."""
+    return {**asdict(result), "growth": [asdict(point) for point in growth]}
+
+
+def markdown(result: BenchResult, growth: Sequence[Point]) -> str:
+    """The figures as tables: by shape, by engine, and by size."""
     ran = [engine for engine in result.engines if engine.failure is None]
     lines = [
         f"# {result.checkpoint}",
@@ -29,7 +42,7 @@ def markdown(result: BenchResult) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for shape in result.shapes:
-        reference = next((e.by_shape[shape].p50 for e in ran if e.name == "torch"), None)
+        reference = next((e.by_shape[shape].p50 for e in ran if e.name == REFERENCE), None)
         for engine in ran:
             latency = engine.by_shape[shape]
             ratio = f"{reference / latency.p50:.2f}" if reference else ""
@@ -48,6 +61,12 @@ def markdown(result: BenchResult) -> str:
             lines += ["", f"**{engine.name} did not run:** {engine.failure}"]
         elif engine.agreement < SAME_ANSWER:
             lines += ["", f"**{engine.name} answers otherwise than the float model on these inputs.**"]
+    if growth:
+        lines += ["", "| | size | engine | ms | peak MiB |", "|---|---|---|---|---|"]
+        lines += [
+            f"| {point.axis} | {point.value} | {point.engine} | {point.milliseconds:.1f} | {point.peak_mb:.0f} |"
+            for point in growth
+        ]
     return "\n".join([*lines, ""])
 
 
@@ -77,4 +96,29 @@ def _plot(result: BenchResult, path: Path) -> None:
     axes.set_title(f"{result.checkpoint} on {result.hardware['cpu']}, {result.hardware['threads']} threads")
     axes.grid(axis="y", alpha=0.3)
     figure.legend(loc="outside right upper")
+    figure.savefig(path, dpi=144)
+
+
+def _plot_growth(growth: Sequence[Point], path: Path) -> None:
+    """Time above, memory below; a column each for layers, batch and length."""
+    from matplotlib.figure import Figure
+
+    axes_names = list(dict.fromkeys(point.axis for point in growth))
+    fixed = {"layers": f"{BATCH}x{LENGTH}", "batch": f"length {LENGTH}", "length": f"batch {BATCH}"}
+    figure = Figure(figsize=(3.6 * len(axes_names), 5.6), layout="constrained")
+    grid = figure.subplots(2, len(axes_names), squeeze=False, sharey="row")
+    for column, axis in enumerate(axes_names):
+        for engine in dict.fromkeys(point.engine for point in growth):
+            points = [point for point in growth if point.axis == axis and point.engine == engine]
+            values = [point.value for point in points]
+            grid[0][column].plot(values, [point.milliseconds for point in points], marker="o", label=engine)
+            grid[1][column].plot(values, [point.peak_mb for point in points], marker="o")
+        grid[0][column].set_title(f"{axis} ({fixed[axis]})")
+        grid[1][column].set_xlabel(axis)
+        for row in grid:
+            row[column].set_ylim(bottom=0)
+            row[column].grid(alpha=0.3)
+    grid[0][0].set_ylabel("ms a forward")
+    grid[1][0].set_ylabel("peak memory, MiB")
+    figure.legend(loc="outside upper right", ncols=2)
     figure.savefig(path, dpi=144)

@@ -29,6 +29,7 @@ class _Session:
             request["auto_class"],
             calibration,
             request["threads"],
+            request["layers"],
         )
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-MOSTTOKENS = 1024  # rows x length of a slice
+MOST_TOKENS = 1024  # rows x length of a slice
 WASTE = 128  # tokens of padding that cost less than one more forward
 TOKENS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -30,14 +30,14 @@ def row_lengths(attention_mask: Tensor) -> Tensor:
 
 
 def slices(lengths: list[int]) -> list[list[int]]:
-    """Rows of each slice, given the rows' lengths: ascending, at most `MOSTTOKENS` and little padding in each."""
+    """Rows of each slice, given the rows' lengths: ascending, at most `MOST_TOKENS` and little padding in each."""
     found: list[list[int]] = []
     longest = waste = 0
     for row in sorted(range(len(lengths)), key=lengths.__getitem__):
         length = lengths[row]
         if found:
             waste += (length - longest) * len(found[-1])
-        if not found or waste > WASTE or (len(found[-1]) + 1) * length > MOSTTOKENS:
+        if not found or waste > WASTE or (len(found[-1]) + 1) * length > MOST_TOKENS:
             found.append([])
             waste = 0
         found[-1].append(row)
