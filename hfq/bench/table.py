@@ -6,6 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..files import write_text
+from ..redact import redact
 from .engines import REFERENCE
 from .growth import BATCH, LENGTH, Point
 from .run import SAME_ANSWER, BenchResult, EngineResult
@@ -15,8 +17,8 @@ def write(result: BenchResult, growth: Sequence[Point], folder: Path) -> list[Pa
     """`bench.md`, `bench.json` and `bench.png` in `folder`, which is made if need be; `growth.png` if it was measured."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"bench.{suffix}" for suffix in ("md", "json", "png")]
-    paths[0].write_text(markdown(result, growth), encoding="utf-8")
-    paths[1].write_text(json.dumps(as_dict(result, growth), indent=2, ensure_ascii=False), encoding="utf-8")
+    write_text(paths[0], redact(markdown(result, growth)))
+    write_text(paths[1], redact(json.dumps(as_dict(result, growth), indent=2, ensure_ascii=False)))
     _plot(result, paths[2])
     if growth:
         paths.append(folder / "growth.png")
