@@ -13,6 +13,8 @@ from command import CHECKPOINT, ROOT, Done, forkserver, hfq, write_outliers
 
 from hfq.errors import GoalNotMetError, HfqError
 from hfq.local_hub import LocalHub
+from hfq.recipe import Recipe
+from hfq.recipes import read_recipes
 
 FAST = {"dataset": "../data", "approach": "dynamic", "max_trials": 1}
 
@@ -30,7 +32,7 @@ def test_every_recipe_of_a_folder_has_its_turn(hub: LocalHub, project: Path) -> 
     (project / "pipelines" / "broken.yaml").write_text("checkpoint: [")
     add_recipe(project, "hard.yaml", checkpoint="../outliers", tolerable_loss=0, output="hard", push=True)
     add_recipe(project, "kept.yaml", output="kept")
-    add_recipe(project, "sent.yml", output="sent", push=True, to="runs-sent")
+    add_recipe(project, "sent.yml", output="sent", push=True, to="runs-sent", branch="int8", tag="v1")
     done = run(project, "pipelines", "--json")
     assert done.code == 2, done.err  # the gravest: one recipe cannot be read
     rows = [json.loads(line) for line in done.out.splitlines()]
@@ -43,12 +45,12 @@ def test_every_recipe_of_a_folder_has_its_turn(hub: LocalHub, project: Path) -> 
     assert done.err.splitlines()[-1] == "hfq: Not done: broken.yaml, hard.yaml. What each lacks is said above."
     assert not (project / "hard").exists()
     assert json.loads((project / "kept" / "hfq.json").read_text())["command"] == "hfq run kept.yaml"
-    commit, _ = hub.commits("hfq-user/runs-sent")
+    commit, _ = hub.commits("hfq-user/runs-sent", "int8")
     assert commit.sha in rows[-1]["message"]
-    report = json.loads(hub.files("hfq-user/runs-sent")["hfq.json"])
+    report = json.loads(hub.files("hfq-user/runs-sent", "v1")["hfq.json"])
     assert report["command"] == "hfq run sent.yml --push"
     pushed = {path for method, path, _ in hub.requests if method == "POST" and "/commit/" in path}
-    assert pushed == {"/api/models/hfq-user/runs-sent/commit/main"}
+    assert pushed == {"/api/models/hfq-user/runs-sent/commit/int8"}
 
 
 def test_recipes_that_would_replace_each_other_are_refused_before_any_is_run(project: Path) -> None:
@@ -58,6 +60,18 @@ def test_recipes_that_would_replace_each_other_are_refused_before_any_is_run(pro
     assert done.code == 2
     assert "one.yaml has the same 'output' as two.yaml" in done.err
     assert "▸ Checkpoint" not in done.err
+
+
+def test_recipes_may_share_a_repository_on_branches_of_their_own(hub: LocalHub, project: Path) -> None:
+    for name, branch in (("one", "main"), ("two", "static"), ("three", "static"), ("four", None)):
+        add_recipe(project, f"{name}.yaml", output=name, to="runs-shared", branch=branch)
+    files = {name: project / "pipelines" / f"{name}.yaml" for name in ("one", "two", "three", "four")}
+    found = read_recipes(list(files.values()), push=True, publish_all=False, token=None)
+    said = {name: str(found[path]) for name, path in files.items()}
+    assert "one.yaml has the same 'to' as four.yaml (hfq-user/runs-shared)" in said["one"]
+    assert "two.yaml has the same 'to' as three.yaml (hfq-user/runs-shared, branch static)" in said["two"]
+    found = read_recipes([files["one"], files["two"]], push=True, publish_all=False, token=None)
+    assert all(isinstance(recipe, Recipe) for recipe in found.values())
 
 
 def test_a_bad_token_costs_no_run(project: Path) -> None:
