@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 
 MEMORY = 1 << 30
 SECONDS = 60
+DEPENDS_ON_TIME = ("created", "baseline_pass_s", "duration_s", "examples_per_s", "load_s", "peak_memory_mb")
 HFQ = str(Path(sys.executable).with_name("hfq"))
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "pipelines" / "demo"
@@ -184,6 +185,13 @@ def write_outliers(to: Path) -> Path:
             tensor[:, ::2] /= 1e4
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def timeless(value: Any) -> Any:
+    """A report without what differs between two runs."""
+    if isinstance(value, dict):
+        return {name: timeless(item) for name, item in value.items() if name not in DEPENDS_ON_TIME}
+    return [timeless(item) for item in value] if isinstance(value, list) else value
 
 
 def write_slice(to: Path, **rows: int) -> Path:

@@ -295,7 +295,7 @@ CARD = {
 
 
 def find(card: dict[str, Any], recipes: Path, **recipe: Any) -> DatasetReference:
-    checkpoint = Checkpoint(CheckpointInfo("me/bert", "a" * 40), Path("none"), {}, card, ())
+    checkpoint = Checkpoint(CheckpointInfo("me/bert", "a" * 40), Path("none"), {}, card, (), {})
     return find_dataset(checkpoint, Recipe(checkpoint="me/bert", **recipe), recipes=recipes)
 
 

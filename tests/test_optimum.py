@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import CHECKPOINT, Done, forkserver, hfq, write_outliers, write_slice
+from command import CHECKPOINT, Done, forkserver, hfq, timeless, write_outliers, write_slice
 from transformers import BertConfig, BertForSequenceClassification
 
 from hfq import __version__
@@ -17,7 +17,6 @@ from hfq.errors import GoalNotMetError, UsageError
 from hfq.optimum import HfqQuantizer
 
 OPTIMUM_CLI = str(Path(sys.executable).with_name("optimum-cli"))
-DEPENDS_ON_TIME = ("created", "duration_s", "examples_per_s", "load_s", "peak_memory_mb")
 STOCK = """
 import sys, transformers
 print(transformers.pipeline("text-classification", model=sys.argv[1])("URGENT! You have won a 1 week FREE prize")[0]["label"])
@@ -36,13 +35,6 @@ class Run:
 
 def optimum_cli(*arguments: object, cwd: Path) -> Done:
     return hfq("hfq", *arguments, cwd=cwd, command=OPTIMUM_CLI)
-
-
-def timeless(value: Any) -> Any:
-    """A report without what differs between two runs."""
-    if isinstance(value, dict):
-        return {name: timeless(item) for name, item in value.items() if name not in DEPENDS_ON_TIME}
-    return [timeless(item) for item in value] if isinstance(value, list) else value
 
 
 def without_figures(text: str) -> list[str]:
