@@ -38,11 +38,12 @@ class Timing:
 
 @dataclass(frozen=True)
 class Subject:
-    """A checkpoint to time. `stock`: load it as transformers does without hfq."""
+    """A checkpoint to time. `stock`: load it as transformers does without hfq. `compiled`: with `hfq.compile`."""
 
     checkpoint: Checkpoint
     auto_class: str
     stock: bool = False
+    compiled: bool = False
     trust_remote_code: bool = False
 
 
@@ -155,6 +156,7 @@ class Worker(Process):
                     "architecture": (subject.checkpoint.config.get("architectures") or [""])[0],
                     "imports": ["compressed_tensors", "hfq.runtime.quantizer"] if quantized else [],
                     "stock": subject.stock,
+                    "compiled": subject.compiled,
                     "batches": str(batches),
                     "threads": threads,
                     "trust_remote_code": subject.trust_remote_code,

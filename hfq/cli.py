@@ -401,7 +401,10 @@ def bench_command(
     ui.stage(f"Wrote {', '.join(map(str, written))}")
 
 
-@app.command(name="eval", epilog="**Examples**\n\nhfq eval ./out --dataset ./data --split test")
+@app.command(
+    name="eval",
+    epilog="**Examples**\n\nhfq eval ./out --dataset ./data --split test\n\nhfq eval ./out --dataset ./data --compile",
+)
 def evaluate(
     checkpoint: Checkpoint,
     dataset: Dataset = None,
@@ -421,6 +424,7 @@ def evaluate(
     strategy: Strategy = None,
     token: Token = None,
     trust_remote_code: RemoteCode = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Run it through `hfq.compile`.")] = False,
     as_json: Json = False,
 ) -> None:
     """Measure accuracy, seconds and memory of any checkpoint, quantized or not."""
@@ -435,7 +439,8 @@ def evaluate(
         "revision": revision, "task": task, "threads": threads, "accelerator": accelerator, "devices": devices, "strategy": strategy,
         "trust_remote_code": trust_remote_code,
     }  # fmt: skip
-    found = evaluate_checkpoint(make_recipe(_given(flags)), recipes=_recipes(), ui=Reporter(), token=token)
+    recipe = make_recipe(_given(flags))
+    found = evaluate_checkpoint(recipe, recipes=_recipes(), ui=Reporter(), token=token, compiled=compiled)
     if as_json:
         _print(json.dumps(found, indent=2, ensure_ascii=False))
     else:

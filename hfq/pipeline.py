@@ -30,6 +30,7 @@ from .quantization.inputs import model_inputs
 from .quantization.scheme import Plan
 from .recipe import Recipe
 from .report import REPORT_FILE, CriterionInfo, Layers, Report, now, package_versions
+from .runtime.compiling import compile
 from .session import Session, open_session
 from .source import pull
 from .tuning.acceptance import Goal
@@ -116,8 +117,10 @@ def run_trial(session: Session, plan: Plan, context: TrialContext) -> Score:
         return score_plan(session.model, plan, context.folds, evaluate)
 
 
-def evaluate_checkpoint(recipe: Recipe, *, recipes: Path, ui: Reporter, token: str | None = None) -> dict[str, Any]:
-    """Accuracy, seconds and memory of any checkpoint, quantized or not, freshly loaded.
+def evaluate_checkpoint(
+    recipe: Recipe, *, recipes: Path, ui: Reporter, token: str | None = None, compiled: bool = False
+) -> dict[str, Any]:
+    """Accuracy, seconds and memory of any checkpoint, quantized or not, freshly loaded; `compiled`: by `hfq.compile`.
 
     Raises:
         HfqError: the checkpoint or the dataset cannot be used.
@@ -126,9 +129,12 @@ def evaluate_checkpoint(recipe: Recipe, *, recipes: Path, ui: Reporter, token: s
         torch.set_num_threads(recipe.threads)
     session = open_session(recipe, recipes=recipes, ui=ui, token=token, quantized=True)
     ui.stage("Evaluate")
-    found = session.evaluate(session.model, session.evaluation)
+    model = compile(session.model) if compiled else session.model
+    found = session.evaluate(model, session.evaluation)
     batches = timed_batches(session.evaluation)
-    subject = Subject(session.checkpoint, session.auto_class, trust_remote_code=recipe.trust_remote_code)
+    subject = Subject(
+        session.checkpoint, session.auto_class, compiled=compiled, trust_remote_code=recipe.trust_remote_code
+    )
     (timing,) = measure([subject], batches, threads=recipe.threads)
     info = session.data.info
     return {

@@ -59,6 +59,10 @@ class _Session:
             request["model"], dtype=torch.float32, trust_remote_code=request["trust_remote_code"]
         ).eval()
         load_s = time.perf_counter() - start
+        if request["compiled"]:
+            from .runtime.compiling import compile
+
+            self.model = compile(self.model)
         self._forward(self.batches[-1])  # warm-up, and the largest batch: the peak is reached here
         self.loaded = {"load_s": load_s, "imported_mib": imported_mib, "memory_mib": self._memory_mib()}
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from models import int8_linears, logits, quantized, relative_error, tiny, token_batches
 from torch import Tensor, nn
+from transformers import ViTConfig, ViTForImageClassification
 
 from hfq.quantization.convert import int8_linear
 from hfq.quantization.scheme import LayerScheme
@@ -359,3 +360,17 @@ def test_fusing_runs_no_matmul_and_the_first_forward_packs() -> None:
     assert not any(layer._packed for layer in int8_linears(model).values())
     logits(model, BATCHES)
     assert all(layer._packed for layer in int8_linears(model).values())
+
+
+def test_a_vision_transformer_is_fused_too() -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    torch.manual_seed(0)
+    config = ViTConfig(**sizes, image_size=32, patch_size=8, num_labels=3)
+    images = [{"pixel_values": torch.randn(4, 3, 32, 32)} for _ in range(2)]
+    model = quantized(ViTForImageClassification(config).eval(), Candidate("static"), images)
+    before = logits(model, images)
+    fuse(model)
+    layers = int8_linears(model).values()
+    assert sum(layer.shared_matmul is not None for layer in layers) == 6
+    assert sum(layer.returns_codes for layer in layers) == sum(layer.post_op is not None for layer in layers) == 2
+    assert relative_error(logits(model, images), before) < 0.02

@@ -53,8 +53,8 @@ def calibrate(
         if stats.high > stats.low:
             stats.histogram += torch.histc(x, bins=BINS, min=stats.low, max=stats.high)
 
-    watch(model, layers, track(batches), see_range)
-    watch(model, layers, track(batches), see_histogram)
+    watch(model, layers, track(batches), see_range, outputs=False)
+    watch(model, layers, track(batches), see_histogram, outputs=False)
     return ranges
 
 
@@ -106,16 +106,20 @@ def encoder_output(model: nn.Module, batches: Iterable[Batch]) -> EncoderOutput:
     return EncoderOutput(torch.cat(tokens), torch.cat(first))
 
 
-def watch(model: nn.Module, layers: Sequence[str], batches: Iterable[Batch], see: Watch) -> None:
-    """Run `batches` and show each layer's real inputs and outputs to `see`."""
-    with _hooks(model, layers, see) as set_mask, torch.inference_mode():
+def watch(
+    model: nn.Module, layers: Sequence[str], batches: Iterable[Batch], see: Watch, *, outputs: bool = True
+) -> None:
+    """Run `batches` and show each layer's real inputs and outputs to `see`; without `outputs`, those as they are."""
+    with _hooks(model, layers, see, outputs=outputs) as set_mask, torch.inference_mode():
         for batch in batches:
             set_mask(batch.get("attention_mask"))
             model(**batch)
 
 
 @contextmanager
-def _hooks(model: nn.Module, layers: Sequence[str], see: Watch) -> Iterator[Callable[[Tensor | None], None]]:
+def _hooks(
+    model: nn.Module, layers: Sequence[str], see: Watch, *, outputs: bool
+) -> Iterator[Callable[[Tensor | None], None]]:
     current: list[Tensor | None] = [None]
 
     def hook(name: str) -> Callable[..., None]:
@@ -124,7 +128,7 @@ def _hooks(model: nn.Module, layers: Sequence[str], see: Watch) -> Iterator[Call
             if isinstance(layer, CONVOLUTIONS):
                 see(name, layer, x.float(), output.float())
             else:
-                see(name, layer, real_tokens(x, current[0]), real_tokens(output, current[0]))
+                see(name, layer, real_tokens(x, current[0]), real_tokens(output, current[0]) if outputs else output)
 
         return after_forward
 

@@ -41,6 +41,9 @@ class LayerScheme:
         return cls("static", scale.item(), int(zero_point.item()), per_tensor)
 
 
+ROWS = 2048  # of a weight that are rounded at a time: an embedding's floats, all at once, would set the memory peak
+
+
 class Rows(NamedTuple):
     """A layer's weight as it is stored: int8 codes `[out, ..]` and float32 scale `[out, 1]`."""
 
@@ -65,10 +68,12 @@ class Plan:
 
 def quantize_rows(weight: Tensor, *, per_tensor: bool = False) -> Rows:
     """Symmetric int8 by row of a float weight `[rows, ..]`; with `per_tensor` every row has the same scale."""
-    weight = weight.detach().float()
-    flat = weight.reshape(len(weight), -1)
-    largest = flat.abs().amax(1, keepdim=True)
+    flat = weight.detach().reshape(len(weight), -1)
+    largest = torch.maximum(flat.amax(1, keepdim=True), -flat.amin(1, keepdim=True)).float()
     if per_tensor:
         largest = largest.amax().expand(len(weight), 1)
     scale = (largest / 127).clamp(min=torch.finfo(torch.float32).eps).contiguous()
-    return Rows((flat / scale).round().clamp(-127, 127).to(torch.int8).view(weight.shape), scale)
+    codes = torch.empty(flat.shape, dtype=torch.int8)
+    for part, step, out in zip(flat.split(ROWS), scale.split(ROWS), codes.split(ROWS), strict=True):
+        out.copy_((part.float() / step).round_().clamp_(-127, 127))
+    return Rows(codes.view(weight.shape), scale)

@@ -8,7 +8,6 @@ names, nothing assumed about anybody's `forward`.
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +35,8 @@ def fuse(model: nn.Module) -> None:
             _fuse_activation(parent)
         if "residual" in wanted:
             _fuse_residual(parent)
-    for part in _with_examples(model):
-        _fuse_flow(part, part.dummy_inputs, [FLOW_FUSIONS[name] for name in FLOW_FUSIONS if name in wanted])
+    for part, example in _examples(model):
+        _fuse_flow(part, example, [FLOW_FUSIONS[name] for name in FLOW_FUSIONS if name in wanted])
     if "attention" in wanted:
         _fuse_attention(model)
     if "slices" in wanted and isinstance(model, PreTrainedModel):
@@ -66,12 +65,18 @@ def wanted_fusions() -> tuple[str, ...]:
     return names
 
 
-def _with_examples(model: nn.Module) -> Iterator[Any]:
-    if getattr(model, "dummy_inputs", None) is not None:
-        yield model
-        return
-    for child in model.children():
-        yield from _with_examples(child)
+def _examples(model: nn.Module) -> Iterator[tuple[nn.Module, Mapping[str, Tensor]]]:
+    """The model, or the models it is built around, each with an input that suits it."""
+    example = getattr(model, "dummy_inputs", None)
+    if example is None:
+        for child in model.children():
+            yield from _examples(child)
+    elif getattr(model, "main_input_name", "") == "pixel_values":  # transformers' example is of tokens all the same
+        size = getattr(model.config, "image_size", 224)
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        yield model, {"pixel_values": torch.zeros(1, getattr(model.config, "num_channels", 3), height, width)}
+    else:
+        yield model, example
 
 
 def _fuse_flow(model: nn.Module, example: Mapping[str, Tensor], fusions: Sequence["Fusion"]) -> None:
