@@ -4,7 +4,7 @@ import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..bounds import bounded
 from ..errors import SourceError, UnsupportedError, UsageError
@@ -18,6 +18,8 @@ from .swap import is_int8, swap_modules, transformers_part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_ALIGNMENT = 64  # bytes, as torch allocates
 
 
 def load(
@@ -76,6 +78,14 @@ def _ready(model: nn.Module) -> nn.Module:
     return model
 
 
+def _aligned(tensor: Tensor) -> Tensor:
+    """A file's tensors begin anywhere in it, and float sums over such a weight are rounded in another order than in memory.
+
+    int8 weights stay in the file until they are packed.
+    """
+    return tensor.clone() if tensor.is_floating_point() and tensor.data_ptr() % _ALIGNMENT else tensor
+
+
 def _fill(skeleton: nn.Module, checkpoint: Checkpoint) -> nn.Module:
     """A copy of `skeleton` with the int8 modules and the tensors of `checkpoint`."""
     from compressed_tensors.quantization import QuantizationConfig
@@ -91,7 +101,7 @@ def _fill(skeleton: nn.Module, checkpoint: Checkpoint) -> nn.Module:
         model.set_submodule(part, _fill(model.get_submodule(part), checkpoint))
         return model
     swap_modules(model, config)
-    state = {name: tensor for path in checkpoint.weights for name, tensor in load_file(path).items()}
+    state = {name: _aligned(tensor) for path in checkpoint.weights for name, tensor in load_file(path).items()}
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:
