@@ -1,5 +1,6 @@
 """How time and memory grow is measured where it can be, and shown as a table and a plot."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,16 +16,18 @@ from hfq.ui import Reporter
 RESULT = BenchResult("me/out", "me/model", [], {"cpu": "CPU", "threads": 2, "kernel": "onednn"}, [])
 
 
-def test_fewer_layers_take_less_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(growth, "BATCHES", ())  # each point is a process, and takes seconds
+def test_every_size_is_measured_for_the_float_model_and_for_hfq(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(growth, "BATCHES", (3,))  # each point is a process, and takes seconds
     monkeypatch.setattr(growth, "LENGTHS", ())
     checkpoint = pull(str(CHECKPOINT))
-    points = grow(checkpoint, checkpoint, threads=1, ui=Reporter())
     layers = checkpoint.config["num_hidden_layers"]
-    assert {point.axis for point in points} == {"layers"} and points[-1].value == layers
-    floats = [point for point in points if point.engine == "fp32"]
-    assert floats[0].peak_mb < floats[-1].peak_mb
-    assert all(point.milliseconds > 0 for point in points)
+    small = replace(checkpoint, config={**checkpoint.config, "num_hidden_layers": 1})
+    points = grow(small, checkpoint, threads=1, ui=Reporter())
+    assert layers > 1  # of which one is loaded
+    assert [(point.engine, point.axis, point.value) for point in points] == [
+        (engine, axis, value) for axis, value in (("layers", 1), ("batch", 3)) for engine in ("fp32", "hfq")
+    ]
+    assert all(point.milliseconds > 0 and point.peak_mb > 0 for point in points)
 
 
 def test_it_is_written_as_a_table_and_a_plot(tmp_path: Path) -> None:

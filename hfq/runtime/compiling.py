@@ -72,7 +72,7 @@ class _Compiled:
         with torch.inference_mode(False), torch.no_grad(), _settings():
             stacked = torch.stack([inputs[name].long() for name in names])
             for dimension in (1, 2) if stacked.shape[1] > 1 else (2,):
-                torch._dynamo.mark_dynamic(stacked, dimension)
+                torch._dynamo.maybe_mark_dynamic(stacked, dimension)
             return self._compiled(names, stacked)
 
     def _unstacked(self, names: tuple[str, ...], inputs: Tensor) -> Any:

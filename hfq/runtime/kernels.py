@@ -108,18 +108,23 @@ class OneDnnKernel:
         self, x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, *, post_op: PostOp | None
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        y = torch.empty(len(rows), len(scale))
-        for start in range(0, len(rows), DYNAMIC_ROWS):
-            block = rows[start : start + DYNAMIC_ROWS].float()
-            row_scale = token_scale(block)
-            codes = quantize_uint8(block / row_scale, 1.0, 128)
-            products = _qlinear(codes, packed, scale, None, input_scale=1.0, zero_point=128)
-            out = y[start : start + DYNAMIC_ROWS]
-            torch.mul(products, row_scale, out=out) if bias is None else torch.addcmul(
-                bias, products, row_scale, out=out
-            )
-            apply_post_op(out, post_op)
+        if torch.compiler.is_compiling() or len(rows) <= DYNAMIC_ROWS:  # compiled for any number: no loop over them
+            y = self._rows(rows, packed, scale, bias, post_op)
+        else:
+            y = torch.empty(len(rows), len(scale))
+            for start in range(0, len(rows), DYNAMIC_ROWS):
+                part = slice(start, start + DYNAMIC_ROWS)
+                y[part] = self._rows(rows[part], packed, scale, bias, post_op)
         return y.view(*x.shape[:-1], len(scale))
+
+    @staticmethod
+    def _rows(rows: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, post_op: PostOp | None) -> Tensor:
+        rows = rows.float()
+        row_scale = token_scale(rows)
+        codes = quantize_uint8(rows / row_scale, 1.0, 128)
+        products = _qlinear(codes, packed, scale, None, input_scale=1.0, zero_point=128)
+        y = products.mul_(row_scale) if bias is None else torch.addcmul(bias, products, row_scale, out=products)
+        return apply_post_op(y, post_op)
 
 
 class PortableKernel:
