@@ -14,6 +14,8 @@ from command import write_slice
 
 from hfq.local_hub import LocalHub
 
+LONGEST = ("test_cli.py", "test_ray.py", "test_faults.py", "test_runs.py", "test_optimum.py", "test_compile.py")
+
 _home = tempfile.TemporaryDirectory(prefix="hfq-tests-")
 _hub = LocalHub()
 _hub.start()
@@ -39,6 +41,11 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 2 if whole and cores > 1 and not config.option.keyword else 0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take minutes first, or one worker would be left with them while the other waits."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture

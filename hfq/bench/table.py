@@ -97,7 +97,8 @@ def _plot(result: BenchResult, path: Path) -> None:
     axes.set_yscale("log")
     axes.set_title(f"{result.checkpoint} on {result.hardware['cpu']}, {result.hardware['threads']} threads")
     axes.grid(axis="y", alpha=0.3)
-    figure.legend(loc="outside right upper")
+    if ran:
+        figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=144)
 
 
