@@ -5,6 +5,7 @@ use it, whatever its family. With AMX, torch's fused attention is fastest on bfl
 float32. With AVX-512 BF16 alone, two batched matmuls through oneDNN take two thirds of the float32 attention's time.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def multiplies_in_tiles() -> bool:
 
 def register() -> None:
     """Put the attention under `NAME` where transformers looks it up. It takes the same masks as "sdpa"."""
-    AttentionInterface.register(NAME, bfloat16_attention)
+    AttentionInterface.register(NAME, functools.partial(bfloat16_attention, tiles=multiplies_in_tiles()))
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
@@ -49,13 +50,15 @@ def bfloat16_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    *,
+    tiles: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """`softmax(q k^T * scaling + mask) v` of an encoder: float `[batch, heads, length, size]` to `[batch, length, heads, size]`.
 
     `attention_mask`: bool, true where a key may be seen, broadcast to `[batch, heads, length, keys]`. Products are
     bfloat16 with float32 sums. What an encoder does not do (causal masks, shared key heads, dropout, additive masks),
-    and what is too small to gain, goes to torch's attention.
+    and what is too small to gain, goes to torch's attention. `tiles`: the CPU has AMX.
     """
     batch, heads, length, size = query.shape
     keys = key.shape[2]
@@ -68,7 +71,7 @@ def bfloat16_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
     scale = size**-0.5 if scaling is None else scaling
-    if multiplies_in_tiles():
+    if tiles:
         return fused_attention(query, key, value, attention_mask, scale=scale), None
     scores = torch.bmm(_rows(query).mul_(scale), _rows(key).transpose(1, 2))
     if attention_mask is not None:
