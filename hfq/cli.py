@@ -4,6 +4,7 @@ Exit codes: 0 done; 1 it could not be done; 2 wrong arguments; 3 no trial met th
 """
 
 import json
+import logging
 import os
 import re
 import shlex
@@ -567,7 +568,7 @@ def main() -> None:
 
 
 def prepare_libraries() -> None:
-    """Set what libraries read from the environment when they are imported. What the user set stays."""
+    """Quieten libraries before they are imported, by their environment and loggers. What the user set there stays."""
     quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error"}
     quiet["DATASETS_VERBOSITY"] = "critical"  # its errors are raised too
     if not sys.stderr.isatty():
@@ -575,6 +576,8 @@ def prepare_libraries() -> None:
     workers = {"TOKENIZERS_PARALLELISM": "false"}  # they are forked after the tokenizer ran
     for name, value in {**quiet, **workers}.items():
         os.environ.setdefault(name, value)
+    for logger in ("torchao", "torch.utils._pytree"):  # transformers imports torchao, which warns of its GPU kernels
+        logging.getLogger(logger).setLevel(logging.ERROR)
 
 
 def _interrupt(*_: object) -> None:

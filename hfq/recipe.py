@@ -165,7 +165,8 @@ def read_recipe(path: Path) -> Recipe:
     for key in ("checkpoint", "dataset"):
         value = values.get(key)
         if isinstance(value, str) and value.startswith(("./", "../")):
-            values[key] = str(path.parent / value)
+            place = path.parent / value
+            values[key] = str(place) if place.is_absolute() else f"./{place}"  # or, if it is missing, a Hub id
     return make_recipe(values, origin=f"Recipe {path}")
 
 

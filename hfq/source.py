@@ -60,7 +60,7 @@ class Checkpoint:
 
     @property
     def is_quantized(self) -> bool:
-        return "quantization_config" in self.config
+        return self.config.get("quantization_config") is not None
 
     @property
     def size_mb(self) -> float:

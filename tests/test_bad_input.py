@@ -177,6 +177,20 @@ def test_refuses_a_checkpoint_that_is_quantized_already(cwd: Path, data: Path) -
     refused(done, "is quantized already", "Expected the float checkpoint", code=2)
 
 
+def test_a_quantization_config_that_is_null_is_none(cwd: Path) -> None:
+    checkpoint = copy_checkpoint(cwd.parent / "model")
+    edit_config(quantization_config=None)(checkpoint)
+    refused(forkserver().hfq("bench", checkpoint, cwd=cwd), "model is not quantized", "hfq quantize", code=2)
+
+
+@pytest.mark.parametrize("key", ["checkpoint", "dataset"])
+def test_a_path_beside_a_recipe_is_never_taken_for_a_hub_id(key: str, project: Path) -> None:
+    recipe = {"checkpoint": str(CHECKPOINT), "output": "out", key: "../nowhere"}
+    (project / "pipelines" / "mine.yaml").write_text(json.dumps(recipe))  # JSON is YAML
+    refused(forkserver().hfq("run", "pipelines/mine.yaml", cwd=project), "nowhere does not exist", "Expected a folder")
+    assert not (project / "out").exists()
+
+
 @pytest.mark.parametrize("command", ["quantize", "eval", "inspect"])
 @pytest.mark.parametrize(
     ("checkpoint", "problem"),

@@ -4,6 +4,7 @@ Int8 layers are stood in for, so that nothing is packed and nothing multiplied: 
 it shows is the flow of tensors, not numbers.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -42,11 +43,14 @@ class Flow:
         """(producer, consumer) where nobody but one other layer, and that once, reads what the producer returns."""
         once = self._called_once()
         foreign = {id(tensor) for tensor in self.read_by_others}
+        readers: dict[int, list[Int8Linear]] = {}
+        for layer, given, _ in self.calls:
+            readers.setdefault(id(given), []).append(layer)
         pairs = []
         for producer, _, answer in self.calls:
-            readers = [layer for layer, given, _ in self.calls if given is answer]
-            if producer in once and len(readers) == 1 and readers[0] in once and id(answer) not in foreign:
-                pairs.append((producer, readers[0]))
+            read_by = readers.get(id(answer), [])
+            if producer in once and len(read_by) == 1 and read_by[0] in once and id(answer) not in foreign:
+                pairs.append((producer, read_by[0]))
         return pairs
 
     def common_readers(self, codes: Callable[[Int8Linear], object]) -> list[list[Int8Linear]]:
@@ -63,8 +67,8 @@ class Flow:
         ]
 
     def _called_once(self) -> set[Int8Linear]:
-        layers = [layer for layer, _, _ in self.calls]
-        return {layer for layer in layers if layers.count(layer) == 1}
+        calls = Counter(layer for layer, _, _ in self.calls)
+        return {layer for layer, count in calls.items() if count == 1}
 
     def _changed(self, first: int, last: int) -> bool:
         """Whether what call `first` was given was written to before call `last`."""
