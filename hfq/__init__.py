@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 from wrapt import when_imported
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "compile", "load"]
+__all__ = ["__version__", "by_length", "compile", "load"]
 
 if TYPE_CHECKING:
     from .runtime.compiling import compile
     from .runtime.loading import load
+    from .runtime.slicing import by_length
 
 
 @when_imported("transformers.quantizers.auto")
@@ -35,4 +36,8 @@ def __getattr__(name: str) -> Any:
         from .runtime.compiling import compile
 
         return compile
+    if name == "by_length":
+        from .runtime.slicing import by_length
+
+        return by_length
     raise AttributeError(f"module 'hfq' has no attribute {name!r}")

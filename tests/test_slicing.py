@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from command import CHECKPOINT, DEMO
 from models import quantized, relative_error, tiny, token_batches
 from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+import hfq
 from hfq.runtime import slicing
 from hfq.runtime.fusion import fuse
 from hfq.runtime.slicing import slice_batches, slices
@@ -115,6 +118,27 @@ def test_every_row_is_in_one_slice() -> None:
         found = slices(lengths)
         assert sorted(row for part in found for row in part) == list(range(rows))
         assert all(len(part) == 1 or len(part) * lengths[part[-1]] <= slicing.MOST_TOKENS for part in found)
+
+
+def test_batches_by_length_hold_little_padding_and_give_the_answers_in_order() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+    model = AutoModelForSequenceClassification.from_pretrained(CHECKPOINT)
+    texts = [line.partition(",")[0] for line in (DEMO / "data" / "test.csv").read_text().splitlines()[1:61]]
+    encodings = tokenizer(texts, truncation=True)
+    lengths = [len(ids) for ids in encodings["input_ids"]]
+    found = torch.empty(len(texts), model.config.num_labels)
+    seen, computed = [], 0
+    with torch.inference_mode():
+        for rows, batch in hfq.by_length(encodings, tokenizer, most_tokens=256):
+            assert batch["input_ids"].shape == (len(rows), max(lengths[row] for row in rows))
+            assert len(rows) == 1 or batch["input_ids"].numel() <= 256
+            seen += rows
+            computed += batch["input_ids"].numel()
+            found[rows] = model(**batch).logits
+        expected = model(**tokenizer(texts, truncation=True, padding=True, return_tensors="pt")).logits
+    assert sorted(seen) == list(range(len(texts))) and [lengths[row] for row in seen] == sorted(lengths)
+    assert computed < 1.2 * sum(lengths) and 2 * computed < len(texts) * max(lengths)
+    assert relative_error(found, expected) < 1e-4
 
 
 @pytest.mark.parametrize("setting, sliced", [("exact", True), ("activation", False), ("none", False)])

@@ -6,7 +6,7 @@ activations stay in cache, and the peak of memory is a slice's and not the batch
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,15 +29,37 @@ def row_lengths(attention_mask: Tensor) -> Tensor:
     return (attention_mask.ne(0) * positions).amax(1)
 
 
-def slices(lengths: list[int]) -> list[list[int]]:
-    """Rows of each slice, given the rows' lengths: ascending, at most `MOST_TOKENS` and little padding in each."""
+def by_length(
+    encodings: Mapping[str, Sequence[Any]], tokenizer: Any, *, most_tokens: int = MOST_TOKENS
+) -> Iterator[tuple[list[int], Any]]:
+    """Batches of rows of like length, shortest first, each with the numbers of its rows: for any model, int8 or float.
+
+    Args:
+        encodings: what `tokenizer(texts, truncation=True)` returns, unpadded; or columns of a dataset, `rows[:]`.
+        tokenizer: pads each batch to its own longest row.
+        most_tokens: rows x length of a batch, padding included. A row that is longer has a batch of its own.
+
+    Example:
+        >>> encodings = tokenizer(texts, truncation=True)
+        >>> logits = torch.empty(len(texts), model.config.num_labels)
+        >>> for rows, batch in hfq.by_length(encodings, tokenizer):
+        ...     logits[rows] = model(**batch).logits  # in the order of `texts`
+    """
+    columns = dict(encodings)
+    for rows in slices([len(ids) for ids in columns["input_ids"]], most_tokens):
+        batch = {name: [values[row] for row in rows] for name, values in columns.items()}
+        yield rows, tokenizer.pad(batch, return_tensors="pt")
+
+
+def slices(lengths: list[int], most_tokens: int = MOST_TOKENS) -> list[list[int]]:
+    """Rows of each slice, given the rows' lengths: ascending, at most `most_tokens` and little padding in each."""
     found: list[list[int]] = []
     longest = waste = 0
     for row in sorted(range(len(lengths)), key=lengths.__getitem__):
         length = lengths[row]
         if found:
             waste += (length - longest) * len(found[-1])
-        if not found or waste > WASTE or (len(found[-1]) + 1) * length > MOST_TOKENS:
+        if not found or waste > WASTE or (len(found[-1]) + 1) * length > most_tokens:
             found.append([])
             waste = 0
         found[-1].append(row)
