@@ -349,7 +349,7 @@ def bench_command(
     vs: Annotated[
         str,
         typer.Option(
-            help="Peers, with commas: openvino, onnxruntime, torch, torchao.  \\[default: those installed]",
+            help="Peers, with commas: openvino, onnxruntime, torch, torchao, inc.  \\[default: those installed]",
             show_default=False,
         ),
     ] = "",
@@ -368,7 +368,10 @@ def bench_command(
     token: Token = None,
     as_json: Json = False,
 ) -> None:
-    """Latency, throughput, load time, size and memory beside FP32 and the int8 runtimes that are installed."""
+    """Latency, throughput, load time, size and memory beside FP32 and the int8 runtimes that are installed.
+
+    Load time and memory also of a second process on the host: what it adds, and what it shares with the first.
+    """
     import torch
 
     from .bench.growth import grow

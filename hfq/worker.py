@@ -106,6 +106,14 @@ def peak_mib() -> float:
     return peak / 2**20 if sys.platform == "darwin" else peak / 1024
 
 
+def resident_mib() -> dict[str, float]:
+    """Resident memory of this process now, MiB: `private` to it, and `shared` with others, which have it mapped too."""
+    import psutil
+
+    found = psutil.Process().memory_full_info()  # on Linux, from smaps
+    return {"private": found.uss / 2**20, "shared": max(0, found.rss - found.uss) / 2**20}
+
+
 def _batches(tensors: dict[str, Any]) -> list[dict[str, Any]]:
     """Undo `hfq.benchmark`'s flat `position.name` keys."""
     batches: dict[int, dict[str, Any]] = {}

@@ -315,11 +315,14 @@ def test_bench_measures_every_engine_on_every_shape_and_writes_what_it_found(run
         for latency in engine["by_shape"].values():
             assert 0 < latency["p50"] <= latency["p95"] <= latency["p99"]
         assert engine["load_s"] > 0 and engine["peak_mb"] > 0
+        second = engine["second_process"]
+        assert second["load_s"] > 0 and second["private_mb"] > 0 and second["shared_mb"] >= 0
     assert engines["fp32"]["agreement"] == 1 and engines["fp32"]["error"] == 0
     assert 0 < engines["hfq"]["error"] < 0.5  # int8 did run, and answers nearly the same
     assert engines["hfq"]["size_mb"] < 0.3 * engines["fp32"]["size_mb"]
     table = (run.cwd / "bench" / "bench.md").read_text()
     assert "| 2x8 | hfq |" in table and "| 1x16 | torch |" in table
+    assert "A second process" in table and "| engine | load s | private MiB | shared MiB |" in table
     assert (run.cwd / "bench" / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -120,16 +120,15 @@ class OnnxRuntime:
         import torch
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
-        # Whatever the example's shape, size 1 would be taken for a constant.
-        dimensions = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=512)}
+        model = _Logits(_model(job.baseline, job))
         exported = folder / "float.onnx"
         torch.onnx.export(
-            _Logits(_model(job.baseline, job)),
+            model,
             tuple(_example(job).values()),
             str(exported),
             input_names=list(INPUTS),
             output_names=["logits"],
-            dynamic_shapes=dict.fromkeys(INPUTS, dimensions),
+            dynamic_shapes=dict.fromkeys(INPUTS, _dimensions(model)),
             dynamo=True,
             external_data=False,
             verbose=False,
@@ -186,6 +185,34 @@ class TorchAo:
         return _transformers(torch.compile(model, dynamic=False))
 
 
+class NeuralCompressor:
+    """Neural Compressor's static quantization (PT2E for x86), with its defaults, compiled as its guide says."""
+
+    requires: tuple[str, ...] = ("neural_compressor.torch.quantization", "torchao")
+
+    def prepare(self, job: Job, folder: Path) -> Path:
+        import torch
+        from neural_compressor.torch.export import export
+        from neural_compressor.torch.quantization import convert, get_default_static_config, prepare
+
+        model, example = _Logits(_model(job.baseline, job)), tuple(_example(job).values())
+        graph = export(model, example_inputs=example, dynamic_shapes=dict.fromkeys(INPUTS, _dimensions(model)))
+        prepared = prepare(graph, get_default_static_config())
+        with torch.no_grad():
+            for ids in job.calibration:
+                prepared(**_inputs(ids))
+        convert(prepared).save(example, output_dir=str(folder))
+        return folder
+
+    def load(self, path: Path, job: Job) -> Run:
+        import torch
+        import torch._inductor.config
+        from neural_compressor.torch.quantization import load
+
+        torch._inductor.config.freezing = True  # or weights stay float, and are quantized in every forward
+        return torch.compile(load(str(path)), dynamic=False)
+
+
 REFERENCE = "fp32"
 ENGINES: dict[str, Engine] = {
     REFERENCE: TorchFloat(),
@@ -195,13 +222,15 @@ ENGINES: dict[str, Engine] = {
     "onnxruntime": OnnxRuntime(),
     "torch": TorchDynamic(),
     "torchao": TorchAo(),
+    "inc": NeuralCompressor(),
 }
 PEERS = tuple(name for name in ENGINES if name not in (REFERENCE, "hfq", "hfq-compiled"))
 
 
 def missing(name: str) -> list[str]:
-    """Modules that an engine needs and that are not installed."""
-    return [module for module in ENGINES[name].requires if importlib.util.find_spec(module) is None]
+    """Packages that an engine needs and that are not installed."""
+    packages = [module.partition(".")[0] for module in ENGINES[name].requires]
+    return [package for package in packages if importlib.util.find_spec(package) is None]
 
 
 class _Logits(nn.Module):
@@ -235,5 +264,14 @@ def _inputs(ids: Tensor) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
+def _dimensions(model: _Logits) -> dict[int, Any]:
+    """Batch and length of an exported model's inputs: any that it takes."""
+    import torch
+
+    longest = getattr(model.model.config, "max_position_embeddings", 512)
+    return {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=min(512, longest))}
+
+
 def _example(job: Job) -> dict[str, Tensor]:
+    """Two rows: whatever is exported takes a size of 1 for a constant."""
     return _inputs(job.calibration[0].repeat(2, 1))

@@ -21,6 +21,8 @@ from .engines import PEERS, REFERENCE, missing
 
 CALIBRATION = 100  # inputs, as the peers' own guides take
 SAME_ANSWER = 0.9  # share of inputs answered as the float model does; below it the table says so
+WEIGHTS = (".safetensors", ".bin", ".xml", ".onnx", ".pt")
+SECOND_SHAPE = (1, 16)  # of the one input that a second process answers: so small that only loading shows
 Shape = tuple[int, int]
 
 
@@ -32,6 +34,19 @@ class Latency:
     p95: float
     p99: float
     throughput: float
+
+
+@dataclass(frozen=True)
+class SecondProcess:
+    """Another process that loads the same and answers one input, while the first has it loaded.
+
+    MiB that this took, less what imports take: `private_mb` is what it adds to the host, `shared_mb` what it has
+    resident and other processes as well, such as pages of the weight file and of libraries. `load_s`: seconds.
+    """
+
+    load_s: float
+    private_mb: float
+    shared_mb: float
 
 
 @dataclass(frozen=True)
@@ -49,6 +64,7 @@ class EngineResult:
     agreement: float = 0.0
     error: float = 0.0
     by_shape: dict[str, Latency] = field(default_factory=dict)
+    second_process: SecondProcess | None = None
     failure: str | None = None
 
 
@@ -82,10 +98,13 @@ def bench(
     with tempfile.TemporaryDirectory(prefix="hfq-bench-") as folder, ExitStack() as stack:
         opening = opening_request(quantized, baseline, threads=threads, folder=Path(folder))
         running: dict[str, Process] = {}
+        loading: dict[str, dict[str, Any]] = {}
         for name in names:
             ui.stage(f"Prepare and load {name}")
             try:
-                running[name], found[name] = _start(name, opening, Path(folder) / name, stack)
+                loading[name] = _prepare(name, opening, Path(folder) / name)
+                running[name] = stack.enter_context(_open(name, opening))
+                found[name] = _load(running[name], loading[name])
             except Exception as error:  # a peer's own failure, of any type: it is a result
                 found[name] = {"failure": str(error)}
                 ui.warn(f"{name}: {error}")
@@ -94,6 +113,12 @@ def bench(
             _time(running, found, {**opening, "shape": [batch, length]}, rounds=rounds)
         largest = max(shapes, key=lambda shape: shape[0] * shape[1])
         _compare(running, found, {**opening, "do": "logits", "shape": [max(16, largest[0]), largest[1]]})
+        for name in running:
+            ui.stage(f"Load {name} in a second process")
+            try:
+                found[name]["second_process"] = _load_beside(name, opening, loading[name])
+            except Exception as error:
+                ui.warn(f"{name}, in a second process: {error}")
     results = [EngineResult(name=name, **found[name]) for name in names]
     return BenchResult(
         quantized.info.id, baseline.info.id, [f"{batch}x{length}" for batch, length in shapes], hardware, results
@@ -162,19 +187,39 @@ def pull_baseline(quantized: Checkpoint, named: str | None, *, token: str | None
     return pull(made_from.id, revision=made_from.revision, token=token)
 
 
-def _start(name: str, opening: dict[str, Any], folder: Path, stack: ExitStack) -> tuple[Process, dict[str, Any]]:
-    """Prepare in one process and load in another, so that quantizing is in neither time nor memory."""
+def _prepare(name: str, opening: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Make what the engine loads; return the request that loads it.
+
+    In a process of its own, so that quantizing is in neither time nor memory.
+    """
     folder.mkdir()
-    request = {**opening, "engine": name}
-    with Process("hfq.bench.worker", name) as preparing:
-        preparing.ask(request)
-        path = preparing.ask({"do": "prepare", "folder": str(folder)})["path"]
-    process = stack.enter_context(Process("hfq.bench.worker", name))
-    process.ask(request)
-    loaded = process.ask({**request, "do": "load", "path": path})
-    weights = [file for file in Path(path).rglob("*") if file.suffix in (".safetensors", ".bin", ".xml", ".onnx")]
+    with _open(name, opening) as process:
+        path = process.ask({"do": "prepare", "folder": str(folder)})["path"]
+    return {**opening, "do": "load", "path": path}
+
+
+def _open(name: str, opening: dict[str, Any]) -> Process:
+    process = Process("hfq.bench.worker", name)
+    try:
+        process.ask({**opening, "engine": name})
+    except BaseException:
+        process.close()
+        raise
+    return process
+
+
+def _load(process: Process, loading: dict[str, Any]) -> dict[str, Any]:
+    loaded = process.ask(loading)
+    weights = [file for file in Path(loading["path"]).rglob("*") if file.suffix in WEIGHTS]
     size = sum(file.stat().st_size for file in weights) / 2**20
-    return process, {"load_s": loaded["load_s"], "size_mb": size, "by_shape": {}}
+    return {"load_s": loaded["load_s"], "size_mb": size, "by_shape": {}}
+
+
+def _load_beside(name: str, opening: dict[str, Any], loading: dict[str, Any]) -> SecondProcess:
+    with _open(name, opening) as process:
+        loaded = process.ask(loading)
+        memory = process.ask({**opening, "do": "memory", "shape": SECOND_SHAPE})
+    return SecondProcess(loaded["load_s"], memory["private"], memory["shared"])
 
 
 def _time(
@@ -205,7 +250,14 @@ def _time(
 
 
 def _compare(running: dict[str, Process], found: dict[str, dict[str, Any]], request: dict[str, Any]) -> None:
-    answers = {name: torch.tensor(process.ask(request)["logits"]) for name, process in running.items()}
+    answers: dict[str, torch.Tensor] = {}
+    for name in list(running):
+        try:
+            answers[name] = torch.tensor(running[name].ask(request)["logits"])
+        except Exception as error:
+            batch, length = request["shape"]
+            found[name] = {"failure": f"at {batch}x{length}: {error}"}
+            del running[name]
     reference = answers.get(REFERENCE)
     if reference is None:
         return

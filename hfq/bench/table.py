@@ -58,6 +58,7 @@ def markdown(result: BenchResult, growth: Sequence[Point]) -> str:
         "|---|---|---|---|---|---|",
     ]
     lines += [_engine_row(engine) for engine in ran]
+    lines += _second_processes(ran)
     for engine in result.engines:
         if engine.failure is not None:
             lines += ["", f"**{engine.name} did not run:** {engine.failure}"]
@@ -77,6 +78,26 @@ def _engine_row(engine: EngineResult) -> str:
         f"| {engine.name} | {engine.load_s:.2f} | {engine.size_mb:.1f} | {engine.peak_mb:.0f} "
         f"| {engine.agreement:.1%} | {engine.error:.3f} |"
     )
+
+
+def _second_processes(ran: Sequence[EngineResult]) -> list[str]:
+    rows = [
+        f"| {engine.name} | {second.load_s:.2f} | {second.private_mb:.1f} | {second.shared_mb:.1f} |"
+        for engine in ran
+        if (second := engine.second_process)
+    ]
+    if not rows:
+        return []
+    return [
+        "",
+        "A second process that loads the same while the first has it loaded, and answers one input. Memory is what that "
+        "took, less what imports take: private is what it adds to the host; shared is resident in other processes as "
+        "well, such as pages of the weight file and of libraries.",
+        "",
+        "| engine | load s | private MiB | shared MiB |",
+        "|---|---|---|---|",
+        *rows,
+    ]
 
 
 def _plot(result: BenchResult, path: Path) -> None:

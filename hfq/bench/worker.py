@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..worker import peak_mib, serve
+from ..worker import peak_mib, resident_mib, serve
 
 
 class _Session:
@@ -41,13 +41,16 @@ class _Session:
             return self._load(Path(request["path"]), request["architecture"])
         if request["do"] == "logits":
             return {"logits": self._forward(**self._batch(request)).float().tolist()}
+        if request["do"] == "memory":
+            self._forward(**self._batch(request))  # some weights take their place in memory only now
+            return {name: now - self.imported[name] for name, now in resident_mib().items()}
         return {"seconds": self._time(request), "peak_mib": peak_mib() - self.imported_mib}
 
     def _load(self, path: Path, architecture: str) -> dict[str, Any]:
         import transformers
 
         getattr(transformers, architecture, None)  # imports the model's code before time and memory are counted
-        self.imported_mib = peak_mib()
+        self.imported_mib, self.imported = peak_mib(), resident_mib()
         start = time.perf_counter()
         self.run = self.engine.load(path, self.job)
         return {"load_s": time.perf_counter() - start}
