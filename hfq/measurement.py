@@ -133,4 +133,6 @@ def _cpu_model() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or "unknown"
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    numbers = [facts[name] for name in ("CPU implementer", "CPU part") if name in facts]  # all that Linux says on ARM
+    return facts.get("model name") or " ".join([platform.machine(), *numbers]) or "unknown"

@@ -3,7 +3,10 @@
 Not here: how scales are found (`hfq.quantization`) or where layers live (`hfq.runtime.modules`).
 """
 
+import math
 import os
+import platform
+import time
 import warnings
 from functools import lru_cache
 from typing import Literal, Protocol
@@ -193,7 +196,8 @@ def select_kernel() -> Kernel:
 
     Without VNNI, u8 x s8 multiply-adds saturate at 16 bits, and whether they do depends on the CPU, on
     oneDNN's build and on `ONEDNN_MAX_CPU_ISA`. So the largest codes are multiplied once and the sum is
-    checked. `HFQ_ISA=portable` forces the portable kernel.
+    checked. On other CPUs than x86 oneDNN may be exact and slow: see `_onednn_is_fast`. `HFQ_ISA=portable` forces
+    the portable kernel.
 
     Raises:
         UsageError: `HFQ_ISA` holds something else.
@@ -204,7 +208,7 @@ def select_kernel() -> Kernel:
     with warnings.catch_warnings():  # torch warns once that quantized tensors will go; quantize_uint8 knows
         warnings.simplefilter("ignore", UserWarning)
         quantize_uint8(torch.zeros(1), 1.0, 0)
-    if wanted == "native" and _onednn_is_exact():
+    if wanted == "native" and _onednn_is_exact() and _onednn_is_fast():
         return OneDnnKernel()
     return PortableKernel()
 
@@ -222,6 +226,26 @@ def _onednn_is_exact() -> bool:
     except (RuntimeError, AttributeError, NotImplementedError):
         return False
     return bool((y == 255 * 127 * depth).all())
+
+
+def _onednn_is_fast() -> bool:
+    """Whether oneDNN has code of its own for int8 on this CPU, as on any x86.
+
+    Where it has none, as on ARM, its reference multiplies number by number, and float products of the same codes are
+    faster. Neither the CPU nor oneDNN says so, and a later one may have such code, hence it is tried.
+    """
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return True
+    weight, scale = torch.ones(256, 256, dtype=torch.int8), torch.ones(256)
+    codes = torch.ones(64, 256, dtype=torch.uint8)
+    seconds: dict[str, float] = {}
+    for kernel in (OneDnnKernel(), PortableKernel()):
+        packed = kernel.pack(weight, scale)
+        for _ in range(3):  # the first sets up, and the fastest counts
+            start = time.perf_counter()
+            kernel.static(codes, packed, scale, None, input_scale=1.0, zero_point=0, post_op=None, output=None)
+            seconds[kernel.name] = min(seconds.get(kernel.name, math.inf), time.perf_counter() - start)
+    return seconds["onednn"] < seconds["portable"]
 
 
 def _qlinear(
