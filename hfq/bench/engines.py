@@ -1,4 +1,4 @@
-"""The runtimes that `hfq bench` compares. Each prepares a folder once, then loads it in a process of its own.
+"""The runtimes that `hfq bench` compares. Each is loaded in a process of its own, and what it needs made first in another.
 
 A peer is quantized as its own guide says, from the float checkpoint, with the same calibration inputs for all.
 """
@@ -7,10 +7,11 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
+Checkpoint = Literal["quantized", "baseline"]
 Run = Callable[[Tensor, Tensor], Tensor]  # input_ids and attention_mask int64 [batch, length] to logits float
 INPUTS = ("input_ids", "attention_mask")
 
@@ -31,24 +32,29 @@ class Job:
 
 
 class Engine(Protocol):
-    """One runtime. `requires`: modules that must be installed."""
+    """One runtime. `requires`: modules that must be installed. `loads`: the checkpoint that it loads as it is, or None:
+    then it is `Preparing`.
+    """
 
     requires: tuple[str, ...]
-
-    def prepare(self, job: Job, folder: Path) -> Path:
-        """Make what is loaded, in `folder` if it is anything new. Its size is reported."""
+    loads: Checkpoint | None
 
     def load(self, path: Path, job: Job) -> Run:
-        """Load what `prepare` returned. This is what "load time" means."""
+        """Load the checkpoint, or what `prepare` made. This is what "load time" means."""
+
+
+class Preparing(Engine, Protocol):
+    """One that quantizes into files of its own."""
+
+    def prepare(self, job: Job, folder: Path) -> None:
+        """Make in `folder` what is loaded. The size of its weights is reported."""
 
 
 class TorchFloat:
     """The float checkpoint in eager mode, as a user without any of this runs it."""
 
     requires: tuple[str, ...] = ()
-
-    def prepare(self, job: Job, folder: Path) -> Path:
-        return job.baseline
+    loads: Checkpoint | None = "baseline"
 
     def load(self, path: Path, job: Job) -> Run:
         return _transformers(_model(path, job))
@@ -58,9 +64,7 @@ class Hfq:
     """The int8 checkpoint through `from_pretrained`, with hfq imported."""
 
     requires: tuple[str, ...] = ()
-
-    def prepare(self, job: Job, folder: Path) -> Path:
-        return job.quantized
+    loads: Checkpoint | None = "quantized"
 
     def load(self, path: Path, job: Job) -> Run:
         import hfq.runtime.quantizer  # noqa: F401
@@ -81,8 +85,9 @@ class OpenVino:
     """NNCF post-training quantization for transformers, run by OpenVINO with its latency hint."""
 
     requires: tuple[str, ...] = ("openvino", "nncf")
+    loads: Checkpoint | None = None
 
-    def prepare(self, job: Job, folder: Path) -> Path:
+    def prepare(self, job: Job, folder: Path) -> None:
         import nncf
         import openvino
         import torch
@@ -95,7 +100,6 @@ class OpenVino:
             graph, nncf.Dataset(samples), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(samples)
         )
         openvino.save_model(quantized, folder / "model.xml", compress_to_fp16=False)
-        return folder
 
     def load(self, path: Path, job: Job) -> Run:
         import openvino
@@ -115,8 +119,9 @@ class OnnxRuntime:
     """ONNX Runtime's dynamic quantization, the one its guide advises for transformers."""
 
     requires: tuple[str, ...] = ("onnx", "onnxscript", "onnxruntime")
+    loads: Checkpoint | None = None
 
-    def prepare(self, job: Job, folder: Path) -> Path:
+    def prepare(self, job: Job, folder: Path) -> None:
         import torch
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -135,7 +140,6 @@ class OnnxRuntime:
         )
         quantize_dynamic(exported, folder / "model.onnx", weight_type=QuantType.QInt8, per_channel=True)
         exported.unlink()
-        return folder
 
     def load(self, path: Path, job: Job) -> Run:
         import onnxruntime
@@ -153,12 +157,13 @@ class OnnxRuntime:
 
 
 class TorchDynamic:
-    """torch's own dynamic int8, the eager mode that upstream retires: every Linear of the float checkpoint."""
+    """torch's own dynamic int8, the eager mode that upstream retires: every Linear of the float checkpoint.
+
+    It quantizes after loading, as torchao does.
+    """
 
     requires: tuple[str, ...] = ()
-
-    def prepare(self, job: Job, folder: Path) -> Path:
-        return job.baseline  # quantized after loading
+    loads: Checkpoint | None = "baseline"
 
     def load(self, path: Path, job: Job) -> Run:
         import torch
@@ -172,9 +177,7 @@ class TorchAo:
     """torchao's dynamic int8 activations and int8 weights, compiled, which is how its guide runs them."""
 
     requires: tuple[str, ...] = ("torchao",)
-
-    def prepare(self, job: Job, folder: Path) -> Path:
-        return job.baseline  # torchao quantizes after loading
+    loads: Checkpoint | None = "baseline"
 
     def load(self, path: Path, job: Job) -> Run:
         import torch
@@ -189,8 +192,9 @@ class NeuralCompressor:
     """Neural Compressor's static quantization (PT2E for x86), with its defaults, compiled as its guide says."""
 
     requires: tuple[str, ...] = ("neural_compressor.torch.quantization", "torchao")
+    loads: Checkpoint | None = None
 
-    def prepare(self, job: Job, folder: Path) -> Path:
+    def prepare(self, job: Job, folder: Path) -> None:
         import torch
         from neural_compressor.torch.export import export
         from neural_compressor.torch.quantization import convert, get_default_static_config, prepare
@@ -202,7 +206,6 @@ class NeuralCompressor:
             for ids in job.calibration:
                 prepared(**_inputs(ids))
         convert(prepared).save(example, output_dir=str(folder))
-        return folder
 
     def load(self, path: Path, job: Job) -> Run:
         import torch

@@ -17,7 +17,7 @@ from ..report import Report, read_report
 from ..source import Checkpoint, pull
 from ..tasks import TASKS, find_task
 from ..ui import Reporter
-from .engines import PEERS, REFERENCE, missing
+from .engines import ENGINES, PEERS, REFERENCE, missing
 
 CALIBRATION = 100  # inputs, as the peers' own guides take
 SAME_ANSWER = 0.9  # share of inputs answered as the float model does; below it the table says so
@@ -192,10 +192,12 @@ def _prepare(name: str, opening: dict[str, Any], folder: Path) -> dict[str, Any]
 
     In a process of its own, so that quantizing is in neither time nor memory.
     """
+    if checkpoint := ENGINES[name].loads:
+        return {**opening, "do": "load", "path": opening[checkpoint]}
     folder.mkdir()
     with _open(name, opening) as process:
-        path = process.ask({"do": "prepare", "folder": str(folder)})["path"]
-    return {**opening, "do": "load", "path": path}
+        process.ask({"do": "prepare", "folder": str(folder)})
+    return {**opening, "do": "load", "path": str(folder)}
 
 
 def _open(name: str, opening: dict[str, Any]) -> Process:

@@ -5,9 +5,12 @@ Requests are JSON lines on standard input, answers JSON lines on standard output
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..worker import peak_mib, resident_mib, serve
+
+if TYPE_CHECKING:
+    from .engines import Preparing
 
 
 class _Session:
@@ -36,7 +39,8 @@ class _Session:
         if request["do"] == "open":
             return {}
         if request["do"] == "prepare":
-            return {"path": str(self.engine.prepare(self.job, Path(request["folder"])))}
+            cast("Preparing", self.engine).prepare(self.job, Path(request["folder"]))
+            return {}
         if request["do"] == "load":
             return self._load(Path(request["path"]), request["architecture"])
         if request["do"] == "logits":
