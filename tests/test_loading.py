@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from transformers import AutoModelForSequenceClassification, CompressedTensorsCo
 
 import hfq
 import hfq.export
-from hfq.errors import ExportError, SourceError, UnsupportedError
+from hfq.errors import ExportError, SourceError, UnsupportedError, UsageError
 from hfq.export import export
 from hfq.quantization.convert import quantize_model
 from hfq.quantization.scheme import Plan
@@ -169,9 +170,45 @@ def test_explicit_load_is_the_same_as_from_pretrained(exports: Exports, plan: st
     assert torch.equal(logits(model, BATCHES), exports.answers["hfq first"][plan])
 
 
+def shared_matmuls(model: nn.Module) -> int:
+    return sum(layer.shared_matmul is not None for layer in int8_linears(model).values())
+
+
 def test_loaded_model_is_fused(exports: Exports) -> None:
     layers = int8_linears(exports.models["static"]).values()
     assert sum(layer.post_op == "gelu" for layer in layers) == 2
+    assert sum(layer.returns_codes for layer in layers) == 2
+    assert shared_matmuls(exports.models["static"]) == 6
+
+
+def test_first_forward_fuses_and_explicit_load_has_fused(exports: Exports) -> None:
+    model = exports.load("static")
+    twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model]
+    assert shared_matmuls(model) == 0  # a load is no slower than a float model's
+    for twin in twins:
+        assert torch.equal(logits(twin, BATCHES), exports.answers["hfq first"]["static"])
+        assert shared_matmuls(twin) == 6
+    assert shared_matmuls(hfq.load(exports.work / "static")) == 6
+
+
+def test_first_forwards_from_many_threads_answer_as_later_ones(exports: Exports) -> None:
+    model = exports.load("static")
+
+    def answer(number: int) -> Tensor:
+        batch = BATCHES[number // 2]
+        with torch.inference_mode():  # of the whole model, or by way of its parts
+            return model(**batch).logits if number % 2 else model.classifier(model.bert(**batch).pooler_output)
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(answer, range(2 * len(BATCHES))))
+    assert torch.equal(torch.cat(found[1::2]), exports.answers["hfq first"]["static"])
+    assert relative_error(torch.cat(found[::2]), exports.answers["hfq first"]["static"]) < 0.02
+
+
+def test_unknown_fusion_is_refused_when_the_model_is_loaded(exports: Exports, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HFQ_FUSIONS", "atention")
+    with pytest.raises(UsageError, match="HFQ_FUSIONS names 'atention'"):
+        exports.load("static")
 
 
 @pytest.mark.parametrize("plan", PLANS)

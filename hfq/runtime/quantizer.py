@@ -39,7 +39,7 @@ class Int8HfQuantizer(CompressedTensorsHfQuantizer):
         if self.runs_int8:
             model.requires_grad_(False)
             note_files(model)
-            fuse(model)
+            fuse(model, at_first_forward=True)
             if self.quantization_config.dequantize:  # to_dict() leaves it out, and stock could not open the copy
                 settings = {**self.quantization_config.to_dict(), "dequantize": True}
                 model.config.quantization_config = settings
