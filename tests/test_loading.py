@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -230,6 +231,29 @@ def test_plan_decides_what_each_layer_is(exports: Exports, plan: str) -> None:
         11 if plan == "float layers" else 13,
         0 if plan == "float embeddings" else 3,
     )
+
+
+@pytest.mark.parametrize(
+    ("missing", "unexpected"),
+    [
+        (set(), set()),
+        ({"bert.encoder.layer.1.output.dense.weight_scale"}, set()),
+        (set(), {"bert.encoder.layer.7.output.dense.weight"}),
+    ],
+    ids=["as exported", "a scale less", "a layer more"],
+)
+def test_what_a_file_lacks_or_has_too_much_is_reported(
+    exports: Exports, tmp_path: Path, missing: set[str], unexpected: set[str]
+) -> None:
+    tensors = exports.tensors("static")
+    for name in missing:
+        del tensors[name]
+    tensors |= {name: torch.zeros(2, 2) for name in unexpected}
+    shutil.copy(exports.work / "static" / "config.json", tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model, found = AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert (found["missing_keys"], found["unexpected_keys"]) == (missing, unexpected)
+    assert len(int8_linears(model)) == 13
 
 
 def test_layers_kept_in_float_keep_their_weights(exports: Exports) -> None:
