@@ -344,16 +344,29 @@ def test_dequantizing_on_request_gives_a_float_model(exports: Exports) -> None:
     assert relative_error(logits(model, BATCHES), logits(exports.float_model, BATCHES)) < 0.1
 
 
+def mappings() -> dict[range, str]:
+    """What /proc says of each stretch of memory, by its addresses."""
+    texts = re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())
+    return {range(*(int(end, 16) for end in text.split()[0].split("-"))): text for text in texts}
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("plan", ["static", "sharded"])
 def test_loaded_model_keeps_its_file_where_other_processes_share_it(exports: Exports, plan: str) -> None:
     model = exports.load(plan)
     logits(model, BATCHES)
     address = model.bert.embeddings.word_embeddings.weight.data_ptr()
-    mappings = re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())
-    (held,) = [text for text in mappings if address in range(*(int(end, 16) for end in text.split()[0].split("-")))]
+    (held,) = [text for addresses, text in mappings().items() if address in addresses]
     assert str(exports.work / plan) in held
     assert re.search(r"^Private_Dirty: +0 kB", held, re.MULTILINE)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_file_is_read_into_memory_on_request(exports: Exports) -> None:
+    model = exports.load("static", disable_mmap=True)
+    files = [addresses for addresses, text in mappings().items() if ".safetensors" in text]
+    assert not [name for name, p in model.named_parameters() if any(p.data_ptr() in file for file in files)]
+    assert torch.equal(logits(model, BATCHES), exports.answers["hfq first"]["static"])
 
 
 def test_float_checkpoint_is_not_loaded_as_int8(exports: Exports) -> None:

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from .memory import checkpoint_files
 from .modules import Int8Embedding, PackedModule, frozen
 
 Place = tuple[nn.Module, str]
@@ -45,8 +46,19 @@ def fill_modules(model: Any, files: Sequence[str]) -> Callable[[], None]:
         model._keys_to_ignore_on_load_unexpected.discard(pattern)
         for module in modules.values():
             del module._save_to_state_dict
+        if not _may_stay_mapped(model, places):
+            for name, (module, key) in places.items():
+                module._parameters[key] = frozen(tensors[name].clone())
 
     return end
+
+
+def _may_stay_mapped(model: nn.Module, places: Mapping[str, Place]) -> bool:
+    """Whether the loader left its tensors in mapped files: with `disable_mmap` it reads them into memory."""
+    ours = {id(module._parameters[key]) for module, key in places.values()}
+    theirs = [parameter.data_ptr() for parameter in model.parameters() if id(parameter) not in ours]
+    files = checkpoint_files()
+    return not files or not theirs or any(address in file for address in theirs for file in files)
 
 
 def _pattern(modules: Mapping[str, nn.Module]) -> str:
