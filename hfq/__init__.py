@@ -4,6 +4,7 @@ Importing the package is cheap: it loads neither torch nor transformers, it only
 transformers' quantizer registry is imported, so that `from_pretrained` then runs int8 kernels.
 """
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from wrapt import when_imported
@@ -25,6 +26,12 @@ def _register(auto: Any) -> None:
         return Int8HfQuantizer(config, **kwargs)
 
     auto.AUTO_QUANTIZER_MAPPING["compressed-tensors"] = int8_quantizer
+
+
+@when_imported("transformers.modeling_utils")
+def _import_runtime(_: Any) -> None:
+    with suppress(ImportError):  # which the first int8 checkpoint raises again: no reason not to load float ones
+        from .runtime import quantizer  # noqa: F401  # takes as long as loading a model, so it is no part of that
 
 
 def __getattr__(name: str) -> Any:

@@ -196,26 +196,27 @@ def test_layer_whose_answer_is_read_elsewhere_returns_floats(kind: type[Block]) 
 class Activated(nn.Module):
     """A layer and an activation function, called in `order`."""
 
-    def __init__(self, *, linear_first: bool) -> None:
+    def __init__(self, *, linear_first: bool, inplace: bool) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.dense = int8_linear(nn.Linear(8, 8), LayerScheme.static((-3.0, 3.0)))
-        self.act = nn.ReLU()
+        self.act = nn.ReLU(inplace)
         self.linear_first = linear_first
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.dense(x)) if self.linear_first else self.dense(self.act(x))
 
 
+@pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("linear_first", [True, False])
-def test_only_an_activation_behind_the_layer_is_fused(linear_first: bool) -> None:
-    model = Activated(linear_first=linear_first)
+def test_only_an_activation_behind_the_layer_is_fused(linear_first: bool, inplace: bool) -> None:
+    model = Activated(linear_first=linear_first, inplace=inplace)
     x = torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
-    before = model(x)
+    before = model(x.clone())
     fuse(model)
     assert isinstance(model.dense, Int8Linear)
     assert (model.dense.post_op == "relu") is linear_first
-    assert torch.allclose(model(x), before, atol=1e-6)
+    assert torch.allclose(model(x.clone()), before, atol=1e-6)
 
 
 def layers_that_share_a_matmul(model: nn.Module) -> list[str]:

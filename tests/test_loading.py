@@ -5,9 +5,11 @@ import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from transformers import AutoModelForSequenceClassification, CompressedTensorsCo
 
 import hfq
 import hfq.export
-from hfq.errors import ExportError, SourceError, UnsupportedError
+from hfq.errors import ExportError, SourceError, UnsupportedError, UsageError
 from hfq.export import export
 from hfq.quantization.convert import quantize_model
 from hfq.quantization.scheme import Plan
@@ -169,9 +171,45 @@ def test_explicit_load_is_the_same_as_from_pretrained(exports: Exports, plan: st
     assert torch.equal(logits(model, BATCHES), exports.answers["hfq first"][plan])
 
 
+def shared_matmuls(model: nn.Module) -> int:
+    return sum(layer.shared_matmul is not None for layer in int8_linears(model).values())
+
+
 def test_loaded_model_is_fused(exports: Exports) -> None:
     layers = int8_linears(exports.models["static"]).values()
     assert sum(layer.post_op == "gelu" for layer in layers) == 2
+    assert sum(layer.returns_codes for layer in layers) == 2
+    assert shared_matmuls(exports.models["static"]) == 6
+
+
+def test_first_forward_fuses_and_explicit_load_has_fused(exports: Exports) -> None:
+    model = exports.load("static")
+    twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model]
+    assert shared_matmuls(model) == 0  # a load is no slower than a float model's
+    for twin in twins:
+        assert torch.equal(logits(twin, BATCHES), exports.answers["hfq first"]["static"])
+        assert shared_matmuls(twin) == 6
+    assert shared_matmuls(hfq.load(exports.work / "static")) == 6
+
+
+def test_first_forwards_from_many_threads_answer_as_later_ones(exports: Exports) -> None:
+    model = exports.load("static")
+
+    def answer(number: int) -> Tensor:
+        batch = BATCHES[number // 2]
+        with torch.inference_mode():  # of the whole model, or by way of its parts
+            return model(**batch).logits if number % 2 else model.classifier(model.bert(**batch).pooler_output)
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(answer, range(2 * len(BATCHES))))
+    assert torch.equal(torch.cat(found[1::2]), exports.answers["hfq first"]["static"])
+    assert relative_error(torch.cat(found[::2]), exports.answers["hfq first"]["static"]) < 0.02
+
+
+def test_unknown_fusion_is_refused_when_the_model_is_loaded(exports: Exports, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HFQ_FUSIONS", "atention")
+    with pytest.raises(UsageError, match="HFQ_FUSIONS names 'atention'"):
+        exports.load("static")
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -193,6 +231,29 @@ def test_plan_decides_what_each_layer_is(exports: Exports, plan: str) -> None:
         11 if plan == "float layers" else 13,
         0 if plan == "float embeddings" else 3,
     )
+
+
+@pytest.mark.parametrize(
+    ("missing", "unexpected"),
+    [
+        (set(), set()),
+        ({"bert.encoder.layer.1.output.dense.weight_scale"}, set()),
+        (set(), {"bert.encoder.layer.7.output.dense.weight"}),
+    ],
+    ids=["as exported", "a scale less", "a layer more"],
+)
+def test_what_a_file_lacks_or_has_too_much_is_reported(
+    exports: Exports, tmp_path: Path, missing: set[str], unexpected: set[str]
+) -> None:
+    tensors = exports.tensors("static")
+    for name in missing:
+        del tensors[name]
+    tensors |= {name: torch.zeros(2, 2) for name in unexpected}
+    shutil.copy(exports.work / "static" / "config.json", tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model, found = AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert (found["missing_keys"], found["unexpected_keys"]) == (missing, unexpected)
+    assert len(int8_linears(model)) == 13
 
 
 def test_layers_kept_in_float_keep_their_weights(exports: Exports) -> None:
@@ -283,16 +344,29 @@ def test_dequantizing_on_request_gives_a_float_model(exports: Exports) -> None:
     assert relative_error(logits(model, BATCHES), logits(exports.float_model, BATCHES)) < 0.1
 
 
+def mappings() -> dict[range, str]:
+    """What /proc says of each stretch of memory, by its addresses."""
+    texts = re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())
+    return {range(*(int(end, 16) for end in text.split()[0].split("-"))): text for text in texts}
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("plan", ["static", "sharded"])
 def test_loaded_model_keeps_its_file_where_other_processes_share_it(exports: Exports, plan: str) -> None:
     model = exports.load(plan)
     logits(model, BATCHES)
     address = model.bert.embeddings.word_embeddings.weight.data_ptr()
-    mappings = re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())
-    (held,) = [text for text in mappings if address in range(*(int(end, 16) for end in text.split()[0].split("-")))]
+    (held,) = [text for addresses, text in mappings().items() if address in addresses]
     assert str(exports.work / plan) in held
     assert re.search(r"^Private_Dirty: +0 kB", held, re.MULTILINE)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_file_is_read_into_memory_on_request(exports: Exports) -> None:
+    model = exports.load("static", disable_mmap=True)
+    files = [addresses for addresses, text in mappings().items() if ".safetensors" in text]
+    assert not [name for name, p in model.named_parameters() if any(p.data_ptr() in file for file in files)]
+    assert torch.equal(logits(model, BATCHES), exports.answers["hfq first"]["static"])
 
 
 def test_float_checkpoint_is_not_loaded_as_int8(exports: Exports) -> None:

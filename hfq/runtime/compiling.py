@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .fusion import finish_fusing
 from .modules import pack_all
 from .slicing import TOKENS, SlicedForward, is_token_batch
 
@@ -41,6 +42,7 @@ def compile(model: Model) -> Model:
             stacklevel=2,
         )
         return model
+    finish_fusing(model)
     pack_all(model)  # what is packed while it is traced would be packed again each time
     forward = model.forward
     if isinstance(forward, SlicedForward):

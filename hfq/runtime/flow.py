@@ -4,6 +4,7 @@ Int8 layers are stood in for, so that nothing is packed and nothing multiplied: 
 it shows is the flow of tensors, not numbers.
 """
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -115,8 +116,11 @@ def standing_in(modules: Iterable[nn.Module], answer: Answer) -> Iterator[None]:
 class _StandIn:
     layer: Int8Linear
     answer: Answer
+    thread: int = field(default_factory=threading.get_ident)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if threading.get_ident() != self.thread:  # somebody who wants an answer
+            return type(self.layer).forward(self.layer, x, residual)
         y = self.answer(self.layer, x)
         return y if residual is None else y + residual
 

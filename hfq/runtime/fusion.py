@@ -8,6 +8,8 @@ names, nothing assumed about anybody's `forward`.
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,30 +19,40 @@ from transformers import PreTrainedModel
 from ..errors import UsageError
 from . import attention
 from .flow import Flow, standing_in, trace
-from .modules import Int8Linear, PostOp, SharedMatmul, input_codes
+from .modules import PACKING, Int8Linear, PostOp, SharedMatmul, input_codes
 from .slicing import slice_batches
 
 
-def fuse(model: nn.Module) -> None:
+def fuse(model: nn.Module, *, at_first_forward: bool = False) -> None:
     """Fuse in place wherever it is proved equal and `HFQ_FUSIONS` allows it.
 
     What needs a forward is tried on the `dummy_inputs` of the model, or of the models it is built around.
+
+    Args:
+        at_first_forward: leave to the first forward, or to `finish_fusing`, what may be left to it.
 
     Raises:
         UsageError: `HFQ_FUSIONS` names a fusion that does not exist.
     """
     wanted = wanted_fusions()
-    for parent in list(model.modules()):
-        if "activation" in wanted:
+    if "activation" in wanted:
+        # Never later: a thread that is between a layer and its activation function would skip it, or do it twice.
+        for parent in list(model.modules()):
             _fuse_activation(parent)
-        if "residual" in wanted:
-            _fuse_residual(parent)
-    for part, example in _examples(model):
-        _fuse_flow(part, example, [FLOW_FUSIONS[name] for name in FLOW_FUSIONS if name in wanted])
-    if "attention" in wanted:
-        _fuse_attention(model)
     if "slices" in wanted and isinstance(model, PreTrainedModel):
         slice_batches(model)
+    if at_first_forward:
+        _AtFirstForward(model, wanted)
+    else:
+        _fuse_calls(model, wanted)
+
+
+def finish_fusing(model: nn.Module) -> None:
+    """Do now what `fuse` left to the first forward of `model`, or of a model in it."""
+    for module in list(model.modules()):
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, _AtFirstForward):
+                hook(module)
 
 
 def wanted_fusions() -> tuple[str, ...]:
@@ -63,6 +75,39 @@ def wanted_fusions() -> tuple[str, ...]:
             f"or some of {', '.join(FUSION_SETS['all'])}."
         )
     return names
+
+
+class _AtFirstForward:
+    """A hook that a model calls before its forward. It works once, then it is gone.
+
+    Other threads may be in the model: what it changes may change between any two calls of theirs, and a layer that
+    they call meanwhile waits, as for packing.
+    """
+
+    def __init__(self, model: nn.Module, wanted: tuple[str, ...]) -> None:
+        self.wanted = wanted
+        self.done = False
+        self.handle = model.register_forward_pre_hook(self)
+
+    def __call__(self, model: nn.Module, inputs: tuple[Any, ...] = ()) -> None:
+        if model.training or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return  # dropout would hide the flow, and a compiler would take the search for a part of the model
+        with PACKING:
+            if not self.done:
+                self.done = True  # the search calls the model itself
+                self.handle.remove()
+                _fuse_calls(model, self.wanted)
+
+
+def _fuse_calls(model: nn.Module, wanted: tuple[str, ...]) -> None:
+    """The fusions that change what layers do when they are called, and nothing that a block holds on to."""
+    if "residual" in wanted:
+        for parent in list(model.modules()):
+            _fuse_residual(parent)
+    for part, example in _examples(model):
+        _fuse_flow(part, example, [FLOW_FUSIONS[name] for name in FLOW_FUSIONS if name in wanted])
+    if "attention" in wanted:
+        _fuse_attention(model)
 
 
 def _examples(model: nn.Module) -> Iterator[tuple[nn.Module, Mapping[str, Tensor]]]:
@@ -146,25 +191,28 @@ def _same_forms(before: Flow, after: Flow | None) -> bool:
 
 def _fuse_activation(parent: nn.Module) -> None:
     """Replace activation functions among the children by post-ops of the Linear before each."""
-    for linear, name, post_op in _activations(parent):
-        activation = getattr(parent, name)
-        x, y = _noise(linear.in_features), _noise(linear.out_features)
-        before = _output(parent, x, answers={linear: y})
-        setattr(parent, name, nn.Identity())
-        after = _output(parent, x, answers={linear: activation(y)})
-        if before is not None and after is not None and torch.equal(before, after):
-            linear.post_op = post_op
-        else:
-            setattr(parent, name, activation)
-
-
-def _activations(parent: nn.Module) -> Iterator[tuple[Int8Linear, str, PostOp]]:
     children = dict(parent.named_children())
-    for linear in children.values():
-        if isinstance(linear, Int8Linear):
-            for name in children:
-                if linear.is_plain and (post_op := _post_op(getattr(parent, name))) is not None:
-                    yield linear, name, post_op
+    linears = [child for child in children.values() if isinstance(child, Int8Linear)]
+    for name, activation in children.items() if linears else ():
+        post_op = _post_op(activation)
+        if post_op is not None:
+            for linear in linears:
+                if linear.is_plain and _is_behind(parent, linear, name):
+                    linear.post_op = post_op
+                    break
+
+
+def _is_behind(parent: nn.Module, linear: Int8Linear, name: str) -> bool:
+    """Whether the function `name` is applied to what `linear` answers and to nothing else; it is taken out if so."""
+    activation = getattr(parent, name)
+    x, y = _noise(linear.in_features), _noise(linear.out_features)
+    before = _output(parent, x, answers={linear: y})
+    setattr(parent, name, nn.Identity())
+    after = _output(parent, x, answers={linear: activation(y.clone())})
+    if before is not None and after is not None and torch.equal(before, after):
+        return True
+    setattr(parent, name, activation)
+    return False
 
 
 def _fuse_residual(parent: nn.Module) -> None:
@@ -195,18 +243,19 @@ class NormalizedSum:
 
 def _post_op(module: nn.Module) -> PostOp | None:
     """Which function a parameterless module computes, found by asking it."""
-    if next(module.parameters(), None) is not None or next(module.children(), None) is not None:
+    if module._parameters or module._modules or isinstance(module, nn.Dropout | nn.Identity):
         return None
-    x = torch.linspace(-6, 6, 97)
+    x, functions = _post_op_examples()
     y = _output(module, x)
     if y is None or y.shape != x.shape:
         return None
-    functions: dict[PostOp, Tensor] = {
-        "gelu": F.gelu(x),
-        "gelu_tanh": F.gelu(x, approximate="tanh"),
-        "relu": F.relu(x),
-    }
     return next((name for name, value in functions.items() if torch.allclose(y, value, atol=1e-6)), None)
+
+
+@lru_cache(maxsize=1)
+def _post_op_examples() -> tuple[Tensor, dict[PostOp, Tensor]]:
+    x = torch.linspace(-6, 6, 97)
+    return x, {"gelu": F.gelu(x), "gelu_tanh": F.gelu(x, approximate="tanh"), "relu": F.relu(x)}
 
 
 def _output(module: nn.Module, *inputs: Tensor, answers: Mapping[Int8Linear, Tensor] | None = None) -> Tensor | None:
@@ -214,16 +263,17 @@ def _output(module: nn.Module, *inputs: Tensor, answers: Mapping[Int8Linear, Ten
 
     def answer(layer: Int8Linear, x: Tensor) -> Tensor:
         if layer in (answers or {}):
-            return answers[layer]  # type: ignore[index]
+            return answers[layer].clone()  # type: ignore[index]
         return x.float().mean(-1, keepdim=True).repeat(*[1] * (x.dim() - 1), layer.out_features)
 
     try:
         with torch.inference_mode(), standing_in(module.modules(), answer):
-            y = module(*inputs)
+            y = module(*(x.clone() for x in inputs))  # some write into what they are given
     except Exception:  # a forward that wants other arguments: not a module this can be done to
         return None
     return y if isinstance(y, Tensor) else None
 
 
+@lru_cache(maxsize=16)
 def _noise(features: int, *, seed: int = 0) -> Tensor:
     return torch.randn(4, features, generator=torch.Generator().manual_seed(seed))

@@ -11,7 +11,7 @@ from ..errors import SourceError, UnsupportedError, UsageError
 from ..source import Checkpoint, pull
 from ..tasks import TASKS, find_architecture, find_task
 from .conv import Int8Conv
-from .fusion import fuse
+from .fusion import finish_fusing, fuse
 from .memory import return_freed_memory
 from .modules import Int8Linear, note_files, pack_all
 from .swap import is_int8, swap_modules, transformers_part
@@ -34,7 +34,8 @@ def load(
 ) -> "PreTrainedModel | nn.Module":
     """Load an int8 checkpoint, by Hub id or folder, ready to serve. Further arguments go to `from_pretrained`.
 
-    Weights are in the layout of this CPU's kernels when it returns; `from_pretrained` leaves that to the first forward.
+    Layers are fused and weights in the layout of this CPU's kernels when it returns; `from_pretrained` leaves that to
+    the first forward.
 
     Args:
         model: for a module that is not transformers': one of the class that was quantized, in float and with any
@@ -72,7 +73,8 @@ def load(
 
 
 def _ready(model: nn.Module) -> nn.Module:
-    """Packed now, so that the first request is answered as fast as the second."""
+    """Fused and packed now, so that the first request is answered as fast as the second."""
+    finish_fusing(model)
     pack_all(model)
     return_freed_memory()
     return model

@@ -22,7 +22,7 @@ from .kernels import (
 from .memory import checkpoint_files, drop_file_pages, keep_freed_memory
 
 Activation = Literal["static", "dynamic", "weight-only"]
-_PACKING = threading.RLock()  # a weight is packed once, even if the first two requests come at the same time
+PACKING = threading.RLock()  # a weight is packed once, even if the first two requests come at the same time
 
 
 class PackedModule(nn.Module):
@@ -42,7 +42,7 @@ class PackedModule(nn.Module):
 
     def pack(self) -> Any:
         """Hand the weight over, and return what it became. The first forward does it, unless `pack_all` did."""
-        with _PACKING:
+        with PACKING:
             if self._packed is None and (packed := self.make_packed()) is not None:
                 self.hand_over(packed)
             return self._packed
@@ -153,9 +153,9 @@ class Int8Linear(PackedModule):
         return self._group
 
     def pack(self) -> Any:
-        if self._group is None:
-            return super().pack()
-        with _PACKING:
+        with PACKING:
+            if self._group is None:
+                return super().pack()
             if self._packed is None:
                 self._group.pack()
             return self._packed

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
+from .filling import fill_modules
 from .fusion import fuse
 from .modules import note_files
 from .swap import is_int8, must_be_widened, swap_modules
@@ -34,12 +35,15 @@ class Int8HfQuantizer(CompressedTensorsHfQuantizer):
             super()._process_model_before_weight_loading(model, **kwargs)
             return
         swap_modules(model, self.compressor.quantization_config)
+        self.end_filling = fill_modules(model, kwargs.get("checkpoint_files") or [])
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.runs_int8:
+            self.end_filling()
+            del self.end_filling  # the model keeps its quantizer, and copies and pickles it
             model.requires_grad_(False)
             note_files(model)
-            fuse(model)
+            fuse(model, at_first_forward=True)
             if self.quantization_config.dequantize:  # to_dict() leaves it out, and stock could not open the copy
                 settings = {**self.quantization_config.to_dict(), "dequantize": True}
                 model.config.quantization_config = settings
