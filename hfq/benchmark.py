@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -82,7 +82,7 @@ def measure(subjects: Sequence[Subject], batches: Sequence[dict[str, Tensor]], *
     return timings
 
 
-def logits_of(subject: Subject, batches: Sequence[dict[str, Tensor]], *, threads: int | None) -> Tensor:
+def logits_of(subject: Subject, batches: Sequence[Mapping[str, Tensor]], *, threads: int | None) -> Tensor:
     """Logits from a process of its own: float32 `[examples, labels]`."""
     with (
         tempfile.TemporaryDirectory(prefix="hfq-") as folder,
@@ -167,7 +167,7 @@ class Worker(Process):
             raise
 
 
-def _save(batches: Sequence[dict[str, Tensor]], folder: Path) -> Path:
+def _save(batches: Sequence[Mapping[str, Tensor]], folder: Path) -> Path:
     path = folder / "batches.safetensors"
     save_file({f"{i}.{name}": tensor for i, batch in enumerate(batches) for name, tensor in batch.items()}, path)
     return path

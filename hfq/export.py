@@ -21,6 +21,7 @@ from .errors import ExportError
 from .files import write_text
 from .quantization.scheme import Plan
 from .runtime.conv import Int8Conv1D
+from .runtime.memory import drop_file_pages
 from .runtime.swap import stored_type
 from .source import Checkpoint
 
@@ -151,8 +152,10 @@ def _check(path: Path, tensors: Mapping[str, Tensor], names: Iterable[str]) -> N
             if set(file.keys()) != set(names):
                 raise ExportError(f"{path} does not hold the tensors that were written to it. Check the disk.")
             for name in names:
-                if not _bytes(file.get_tensor(name)).equal(_bytes(tensors[name])):
+                read = file.get_tensor(name)
+                if not _bytes(read).equal(_bytes(tensors[name])):
                     raise ExportError(f"{path} does not read back what was written: {name} differs. Check the disk.")
+                drop_file_pages(read)
     except SafetensorError as error:
         raise ExportError(f"{path} cannot be read back: {error}. Check the disk.") from error
 

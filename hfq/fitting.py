@@ -24,6 +24,7 @@ from .quantization.inputs import LABELS, bind, bind_call, take
 from .quantized import quantized_like
 from .report import CriterionInfo, FitMeasurement, FitReport, Layers, now, package_versions
 from .runtime.fusion import fuse
+from .runtime.memory import weights_left_in_file
 from .runtime.modules import memory_mib, state_mib
 from .tuning.acceptance import Goal
 from .tuning.log import TrialLog
@@ -81,7 +82,8 @@ def fit(
     ui = Reporter()
     with _inference(model), tempfile.TemporaryDirectory(prefix="hfq-") as folder:
         started = time.monotonic()
-        baseline = None if evaluate is None else _score(evaluate, model)
+        with weights_left_in_file(model):
+            baseline = None if evaluate is None else _score(evaluate, model)
         seconds = time.monotonic() - started
         if evaluate is None:
             warnings.warn(

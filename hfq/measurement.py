@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .benchmark import Subject, Timing, logits_of, measure, timed_batches
 from .evaluation import Evaluation
 from .report import Comparison, Measurement
 from .runtime.kernels import select_kernel
+from .runtime.slicing import in_parts
 from .session import Session, load_model
 from .source import Checkpoint
 from .tuning.acceptance import mcnemar_p, paired_interval
 from .ui import Reporter
+
+STOCK_TOKENS = 512  # at a time: what stock transformers computes of them takes twice the memory that it takes in float
 
 
 @dataclass(frozen=True)
@@ -68,18 +71,22 @@ def measure_export(session: Session, exported: Checkpoint, baseline: Evaluation,
     )
 
 
-def compare_with_stock(session: Session, model: nn.Module, exported: Checkpoint) -> StockComparison:
-    """Answers of `model`, with int8 kernels, beside those of its export in a process where hfq is not used.
+def answers(session: Session, model: nn.Module) -> Tensor:
+    """Logits of `model` on the examples that it is compared with stock transformers on."""
+    with torch.inference_mode():
+        return torch.cat([model(**batch).logits.float() for batch in timed_batches(session.evaluation)])
+
+
+def compare_with_stock(session: Session, ours: Tensor, exported: Checkpoint) -> StockComparison:
+    """`ours`, by int8 kernels, beside the answers of the exported model in a process where hfq is not used.
 
     Both compute the same codes from the same scales, but sum in another order. A code that lies on the edge then
     rounds the other way and moves every code after it, so the two agree only as well as int8 resolves the model.
     """
-    batches = timed_batches(session.evaluation)
+    batches = [part for batch in timed_batches(session.evaluation) for part in in_parts(batch, tokens=STOCK_TOKENS)]
     remote = session.recipe.trust_remote_code
     subject = Subject(exported, session.auto_class, stock=True, trust_remote_code=remote)
     stock = logits_of(subject, batches, threads=session.recipe.threads)
-    with torch.inference_mode():
-        ours = torch.cat([model(**batch).logits.float() for batch in batches])
     same = stock.argmax(1) == ours.argmax(1)
     return StockComparison(same.float().mean().item(), (stock - ours).abs().mean().item())
 

@@ -22,7 +22,7 @@ from .errors import GoalNotMetError, SourceError
 from .evaluation import Evaluation
 from .export import export
 from .files import write_text
-from .measurement import compare_with_stock, hardware, measure_export
+from .measurement import answers, compare_with_stock, hardware, measure_export
 from .output import EXPORT, TRIALS_FILE, Result, check_output, finish, work_folder
 from .quantization.convert import quantize_model
 from .quantization.graph import Fold
@@ -31,6 +31,8 @@ from .quantization.scheme import Plan
 from .recipe import Recipe
 from .report import REPORT_FILE, CriterionInfo, Layers, Report, now, package_versions
 from .runtime.compiling import compile
+from .runtime.memory import return_freed_memory
+from .runtime.modules import unpack_all
 from .session import Session, open_session
 from .source import pull
 from .tuning.acceptance import Goal
@@ -170,11 +172,14 @@ def _evaluate(session: Session, goal: Goal, work: Path, model: nn.Module, plan: 
     found = session.evaluate(model, session.evaluation)
     if not goal.met(found.score):
         return Score(found.score, found.duration_s)
+    ours = answers(session, model)
+    unpack_all(model)
+    return_freed_memory()
     with tempfile.TemporaryDirectory(dir=work) as parent:
         folder = Path(parent) / session.checkpoint.path.name
         export(model, plan, session.checkpoint, folder=folder)
         exported = pull(str(folder), trust_remote_code=session.recipe.trust_remote_code)
-        stock = compare_with_stock(session, model, exported)
+        stock = compare_with_stock(session, ours, exported)
     return Score(found.score, found.duration_s, stock.agreement, stock.logit_difference)
 
 

@@ -12,6 +12,7 @@ from .data import Examples, TaskData, load_task_data
 from .errors import HfqError, SourceError, UsageError
 from .evaluation import Engine, Evaluation, evaluate
 from .recipe import Recipe
+from .runtime.memory import weights_left_in_file
 from .source import Checkpoint, pull
 from .tasks import TASKS, find_task
 from .ui import Reporter
@@ -40,7 +41,9 @@ class Session:
         """The recipe's metric of `model` on `batches`, by the recipe's engine."""
         recipe = self.recipe
         engine = Engine(recipe.accelerator, recipe.devices, recipe.strategy)
-        return evaluate(model, batches, metric=recipe.metric, num_labels=len(self.data.label_names), engine=engine)
+        labels = len(self.data.label_names)
+        with weights_left_in_file(model):
+            return evaluate(model, batches, metric=recipe.metric, num_labels=labels, engine=engine)
 
 
 def open_session(recipe: Recipe, *, recipes: Path, ui: Reporter, token: str | None, quantized: bool = False) -> Session:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from ..runtime.memory import weights_left_in_file
+from ..runtime.slicing import in_parts
 from .inputs import Batch
 from .layers import CONVOLUTIONS, layer_input
 from .observers import BINS, InputStatistics
@@ -64,10 +66,10 @@ def sensitivity(model: nn.Module, twins: Mapping[str, nn.Module], batches: Seque
     power: dict[str, float] = dict.fromkeys(twins, 0.0)
 
     def compare(name: str, _: nn.Module, x: Tensor, y: Tensor) -> None:
-        error[name] += (twins[name](x) - y).square().sum().item()
+        error[name] += twins[name](x).sub_(y).square_().sum().item()
         power[name] += y.square().sum().item()
 
-    watch(model, list(twins), batches, compare)
+    watch(model, list(twins), _parts(model, batches), compare)
     return {name: error[name] / max(power[name], 1e-30) for name in twins}
 
 
@@ -97,8 +99,8 @@ def encoder_output(model: nn.Module, batches: Iterable[Batch]) -> EncoderOutput:
     encoder = next((part.base_model for part in model.modules() if isinstance(part, PreTrainedModel)), model)
     handle = encoder.register_forward_hook(keep)
     try:
-        with torch.inference_mode():
-            for batch in batches:
+        with weights_left_in_file(model), torch.inference_mode():
+            for batch in _parts(model, batches):
                 mask = batch.get("attention_mask")
                 model(**batch)
     finally:
@@ -106,11 +108,21 @@ def encoder_output(model: nn.Module, batches: Iterable[Batch]) -> EncoderOutput:
     return EncoderOutput(torch.cat(tokens), torch.cat(first))
 
 
+def _parts(model: nn.Module, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Batches in parts that need little memory, of a model of which it is known that rows do not see each other."""
+    for batch in batches:
+        if isinstance(model, PreTrainedModel):
+            yield from in_parts(batch)
+        else:
+            yield batch
+
+
 def watch(
     model: nn.Module, layers: Sequence[str], batches: Iterable[Batch], see: Watch, *, outputs: bool = True
 ) -> None:
     """Run `batches` and show each layer's real inputs and outputs to `see`; without `outputs`, those as they are."""
-    with _hooks(model, layers, see, outputs=outputs) as set_mask, torch.inference_mode():
+    hooks = _hooks(model, layers, see, outputs=outputs)
+    with weights_left_in_file(model), hooks as set_mask, torch.inference_mode():
         for batch in batches:
             set_mask(batch.get("attention_mask"))
             model(**batch)

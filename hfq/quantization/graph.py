@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
+from ..runtime.memory import drop_file_pages, weights_left_in_file
 from .inputs import Batch
 from .layers import linear, twin
 
@@ -78,7 +79,7 @@ def _exact(model: nn.Module, folds: Sequence[Fold], batch: Batch) -> bool:
     }
     rescaled = twin(model)
     fold_into(rescaled, folds, factors)
-    with torch.inference_mode():
+    with weights_left_in_file(model, rescaled, from_rows=1), torch.inference_mode():
         before, after = _first_tensor(model(**batch)), _first_tensor(rescaled(**batch))
     return bool((after - before).norm() <= EXACT * before.norm())
 
@@ -103,6 +104,7 @@ def fold_into(model: nn.Module, folds: Sequence[Fold], factors: Mapping[str, Ten
 
 
 def _replace(module: nn.Module, name: str, value: Tensor) -> None:
+    drop_file_pages(getattr(module, name))  # read for the last time
     setattr(module, name, nn.Parameter(value.detach(), requires_grad=False))
 
 

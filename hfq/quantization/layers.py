@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedError
+from ..runtime.memory import weights_left_in_file
 from .inputs import Batch
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
@@ -132,7 +133,7 @@ def _called(model: nn.Module, candidates: Mapping[str, nn.Module], batch: Batch)
 
     handles = [module.register_forward_pre_hook(note(name), with_kwargs=True) for name, module in candidates.items()]
     try:
-        with torch.inference_mode():
+        with weights_left_in_file(model), torch.inference_mode():
             model(**batch)
     finally:
         for handle in handles:

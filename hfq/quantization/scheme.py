@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ..runtime.memory import drop_file_pages
 from .observers import CODES, Range, affine
 
 Approach = Literal["static", "dynamic", "weight-only"]
@@ -69,11 +70,19 @@ class Plan:
 def quantize_rows(weight: Tensor, *, per_tensor: bool = False) -> Rows:
     """Symmetric int8 by row of a float weight `[rows, ..]`; with `per_tensor` every row has the same scale."""
     flat = weight.detach().reshape(len(weight), -1)
-    largest = torch.maximum(flat.amax(1, keepdim=True), -flat.amin(1, keepdim=True)).float()
+    largest = torch.cat([_largest(part) for part in flat.split(ROWS)])
     if per_tensor:
         largest = largest.amax().expand(len(weight), 1)
     scale = (largest / 127).clamp(min=torch.finfo(torch.float32).eps).contiguous()
     codes = torch.empty(flat.shape, dtype=torch.int8)
     for part, step, out in zip(flat.split(ROWS), scale.split(ROWS), codes.split(ROWS), strict=True):
         out.copy_((part.float() / step).round_().clamp_(-127, 127))
+        drop_file_pages(part)
     return Rows(codes.view(weight.shape), scale)
+
+
+def _largest(rows: Tensor) -> Tensor:
+    """Of each row the largest absolute value: float32 `[rows, 1]`."""
+    largest = torch.maximum(rows.amax(1, keepdim=True), -rows.amin(1, keepdim=True)).float()
+    drop_file_pages(rows)
+    return largest

@@ -178,7 +178,8 @@ class Int8Conv1D(Int8Linear):
     def weight_rows(self) -> tuple[Tensor, Tensor]:
         return self.weight.detach().t().contiguous(), self.weight_scale.detach().float().reshape(-1)
 
-    def as_stored(self, weight: Tensor) -> Tensor:
+    @staticmethod
+    def as_stored(weight: Tensor) -> Tensor:
         return weight.t().contiguous()
 
 

@@ -6,13 +6,22 @@ Linux and glibc only; elsewhere nothing is done, and nothing but speed and memor
 import ctypes
 import os
 import platform
-from functools import lru_cache
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 _MAPS = Path("/proc/self/maps")
+_PAGES = Path("/proc/self/pagemap")  # 8 bytes a page
+_OF_A_FILE = 1 << 61  # bits of them
+_SWAPPED = 1 << 62
 _DONTNEED = 4
+_SMALL = 1 << 16  # bytes of a weight that is not worth the trouble
+FEW_ROWS = 256  # a layer given fewer is done sooner than its pages are mapped again, and its activations are small
 
 
 @lru_cache(maxsize=1)
@@ -32,8 +41,8 @@ def keep_freed_memory() -> bool:
 
 
 def return_freed_memory() -> None:
-    """Give back what glibc kept while a model was loaded and packed: once, so it costs no forward anything."""
-    if keep_freed_memory():
+    """Give back what glibc kept: after a stage that needed much, where the next is long enough to pay for new pages."""
+    if os.environ.get("HFQ_KEEP_MEMORY") != "0" and platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
 
 
@@ -48,10 +57,57 @@ def checkpoint_files() -> list[range]:
 def drop_file_pages(tensor: Tensor) -> None:
     """Leave the pages of a tensor that lies in a mapped file to the page cache, where other processes share them.
 
-    Who reads it again reads the file again, so what was changed in memory since is lost.
+    Who reads it again reads the file again. Memory of its own, and that is also a page which somebody wrote to, stays.
     """
-    page = os.sysconf("SC_PAGE_SIZE")
-    start = -(-tensor.data_ptr() // page) * page
-    length = (tensor.data_ptr() + tensor.nbytes) // page * page - start
-    if length > 0:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _DONTNEED)
+    if tensor.device.type != "cpu" or not _PAGES.exists():
+        return
+    size = os.sysconf("SC_PAGE_SIZE")
+    first, last = -(-tensor.data_ptr() // size), (tensor.data_ptr() + tensor.nbytes) // size
+    if last > first and _only_of_a_file(first, last):
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first * size), ctypes.c_size_t((last - first) * size), _DONTNEED)
+
+
+@contextmanager
+def weights_left_in_file(*models: nn.Module, from_rows: int = FEW_ROWS) -> Iterator[None]:
+    """While the block runs `models`, their weights that lie in a mapped file do not stay resident after their layer.
+
+    A float model is as large as its file, and one layer of it is used at a time. `from_rows`: not where a layer's
+    output has fewer rows than that.
+    """
+    drop = partial(_drop_weights, from_rows)
+    files = checkpoint_files()
+    owners: dict[int, nn.Module] = {}
+    for module in (module for model in models for module in model.modules()):
+        for weight in module.parameters(recurse=False):
+            if weight.nbytes >= _SMALL and any(weight.data_ptr() in file for file in files):
+                drop_file_pages(weight)
+                owners[id(module)] = module
+    handles = [module.register_forward_hook(drop) for module in owners.values()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in owners.values():
+            for weight in module.parameters(recurse=False):
+                drop_file_pages(weight)
+
+
+def _drop_weights(from_rows: int, module: nn.Module, _: object, output: Any) -> None:
+    if torch.compiler.is_compiling() or not isinstance(output, Tensor):
+        return
+    if output.dim() and output.numel() >= from_rows * output.shape[-1]:
+        for weight in module.parameters(recurse=False):
+            drop_file_pages(weight)
+
+
+def _only_of_a_file(first: int, last: int) -> bool:
+    """Whether none of these pages, of the numbers from `first` to before `last`, is this process's own."""
+    try:
+        with _PAGES.open("rb", buffering=0) as file:
+            file.seek(8 * first)
+            entries = torch.frombuffer(bytearray(file.read(8 * (last - first))), dtype=torch.int64)
+    except OSError:
+        return False
+    present = entries.lt(0).logical_and_(entries.bitwise_and(_OF_A_FILE).eq(0))
+    return len(entries) == last - first and not bool(present.logical_or_(entries.bitwise_and(_SWAPPED).ne(0)).any())

@@ -163,11 +163,17 @@ class Int8Linear(PackedModule):
     def make_packed(self) -> "_Packed":
         return _Packed([self], select_kernel())
 
+    def unpack(self) -> None:
+        super().unpack()
+        if self._group is not None:
+            self._group.release()
+
     def weight_rows(self) -> tuple[Tensor, Tensor]:
         """int8 `[out, in]` and float32 `[out]`, as kernels take them."""
         return self.weight.detach(), self.weight_scale.detach().float().reshape(-1)
 
-    def as_stored(self, weight: Tensor) -> Tensor:
+    @staticmethod
+    def as_stored(weight: Tensor) -> Tensor:
         """The layout in which `weight` int8 `[out, in]` is kept in the state."""
         return weight
 
@@ -196,7 +202,7 @@ class _Packed:
         if any(module.bias is not None for module in modules):
             self.bias = torch.cat([_bias(module) for module in modules])
         self.weight = self.kernel.pack(torch.cat([codes for codes, _ in rows]), self.scale)
-        self.as_stored = first.as_stored
+        self.as_stored = first.as_stored  # a function, not a method: what a module owns is not to own the module
         self.dtype = first.weight_scale.dtype  # of answers to codes, which have no float dtype to keep
         if self.activation == "static":
             self.input_scale, self.zero_point = input_codes(first)
@@ -275,6 +281,11 @@ class SharedMatmul:
         assert self._packed is not None
         return self._packed.unpack()
 
+    def release(self) -> None:
+        """Let go of the packed rows once every layer has taken its own back."""
+        if all(module._packed is None for module in self.modules):
+            self._packed = None
+
     def dissolve(self) -> None:
         """Give each layer back a matmul of its own."""
         for module in self.modules:
@@ -340,6 +351,13 @@ def pack_all(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, PackedModule):
             module.pack()
+
+
+def unpack_all(model: nn.Module) -> None:
+    """Take every weight back from its kernel, one after the other: the state then holds no second copy of them."""
+    for module in model.modules():
+        if isinstance(module, PackedModule):
+            module.unpack()
 
 
 def note_files(model: nn.Module) -> None:

@@ -75,6 +75,17 @@ def is_token_batch(inputs: dict[str, Any]) -> bool:
     return ids is not None and all(value.dim() == 2 and value.shape == ids.shape for value in inputs.values())
 
 
+def in_parts(batch: Mapping[str, Any], *, tokens: int = MOST_TOKENS) -> Iterator[Mapping[str, Any]]:
+    """A batch of plain tokens in parts of at most so many, with the padding it has; any other as it is."""
+    if not is_token_batch(dict(batch)):
+        yield batch
+        return
+    rows, length = batch["input_ids"].shape
+    size = max(1, tokens // max(1, length))
+    for start in range(0, rows, size):
+        yield {name: value[start : start + size] for name, value in batch.items()}
+
+
 class SlicedForward:
     """A model's `forward` that runs another one, its class's own, on one slice after the other."""
 

@@ -1,5 +1,6 @@
 """Calibrate a model, rank the candidates, and run the trials. Where batches and scores come from is the caller's."""
 
+import gc
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from ..quantization.layers import find_quantizable, linear
 from ..quantization.scheme import Plan
 from ..report import Trial
 from ..runtime.fusion import fuse
+from ..runtime.memory import return_freed_memory
 from ..runtime.modules import memory_mib, state_mib
 from ..ui import Reporter
 from .acceptance import Goal
@@ -98,6 +100,8 @@ def score_plan(
     model: nn.Module, plan: Plan, folds: Sequence[Fold], evaluate: Callable[[nn.Module, Plan], Score]
 ) -> Score:
     """What `evaluate` finds of the int8 model that a plan makes of `model`."""
+    gc.collect()  # the model before this one, which refers to itself once it is fused
+    return_freed_memory()
     quantized = quantize_model(model, plan, folds)
     fuse(quantized)  # evaluate what will be loaded
     score = evaluate(quantized, plan)
@@ -116,6 +120,7 @@ def prepare(
         model, first, first=options.quantize_first, last=options.quantize_last, asked_for=options.wants_int8
     )
     folds = find_folds(model, head(first, TRACED), layers.layers) if first and options.alphas else []
+    return_freed_memory()
     statistics = calibrate(model, layers.layers, batches, track=lambda b: ui.track(b, text="calibrating"))
     ui.note(
         f"{len(layers.layers)} matmuls and {len(layers.embeddings)} embeddings can run in int8; "
@@ -153,6 +158,8 @@ def layer_errors(space: Space, candidate: Candidate) -> dict[str, float]:
 
     Of a layer that `candidate` keeps in float it is the error that was avoided. Costs one pass of the float model.
     """
+    gc.collect()
+    return_freed_memory()
     plan = space.plan(replace(candidate, float_layers=()))
     folded = space.folded(candidate.alpha)
     twins = {
@@ -170,9 +177,11 @@ def _output_error(space: Space) -> Callable[[Candidate], float]:
 
     Not the logits: a fine-tuned classifier is saturated on its own training data, so they hide most of the error.
     """
+    return_freed_memory()
     reference = encoder_output(space.model, space.batches)
 
     def output_error(candidate: Candidate) -> float:
+        return_freed_memory()
         quantized = quantize_model(space.model, space.plan(candidate), space.folds)
         return encoder_output(quantized, space.batches).error(reference)
 
