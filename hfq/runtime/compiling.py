@@ -30,7 +30,7 @@ def compile(model: Model) -> Model:
     """Compile `model`, in place, for encoder inputs of any shape; what is unusual about other inputs runs as before.
 
     The first single input and the first batch that this machine sees are compiled when they come, by a process of its
-    own, which takes half a minute to a minute each. What results is kept on disk, in `TORCHINDUCTOR_CACHE_DIR` or the
+    own, which takes a minute or two for BERT-base. What results is kept on disk, in `TORCHINDUCTOR_CACHE_DIR` or the
     cache folder of the Hub's client, and other processes load it in milliseconds. The tensors are those of the moment:
     replacing one afterwards has no effect. Without a C++ compiler, and with nothing on disk, the model is returned as
     it is, with a warning.
@@ -62,6 +62,7 @@ class _Compiled:
     """A model's `forward` that runs compiled graphs on token batches and gives everything else to the original."""
 
     def __init__(self, model: nn.Module, eager: Any, *, graphs: Graphs | None, compiler: bool) -> None:
+        self._model = model
         self.eager = eager
         self._graphs = graphs
         self._compiler = compiler
@@ -71,11 +72,13 @@ class _Compiled:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy of the model runs uncompiled: what was compiled holds this one's weights."""
-        return types.MethodType, (self._own.__func__, self._own.__self__)
+        return types.MethodType, (type(self._model).forward, self._model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inputs = dict(zip(TOKENS, args, strict=False)) | kwargs
-        if len(args) > 1 or torch.is_grad_enabled() or not is_token_batch(inputs) or inputs["input_ids"].shape[1] < 2:
+        if len(args) > 1 or torch.is_grad_enabled() or self._model.training:
+            return self.eager(*args, **kwargs)
+        if not is_token_batch(inputs) or inputs["input_ids"].shape[1] < 2:
             return self.eager(*args, **kwargs)
         inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
         names = tuple(sorted(inputs))

@@ -100,32 +100,33 @@ class Graphs:
 
     def _compile(self, names: Sequence[str], inputs: Tensor, folder: Path) -> bool:
         """Have another process compile into `folder`, which appears whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".", dir=self.folder) as unfinished:
-            made = Path(unfinished) / "graph"
-            made.mkdir()
-            request = {
-                "folder": str(made),
-                "names": list(names),
-                "shape": list(inputs.shape),
-                "threads": torch.get_num_threads(),
-                "tensors": [stand_in(tensor) for tensor in self._tensors],
-            }
-            done = subprocess.run(  # our own module, by our own interpreter
-                [sys.executable, "-m", "hfq.runtime.compiler"],
-                input=json.dumps(request).encode() + b"\n" + self._skeleton,
-                capture_output=True,
-                check=False,
-                env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(self.folder.parent)},
-            )
-            if done.returncode:
-                _log.info("The compiling process ended with %d: %s", done.returncode, done.stderr.decode()[-2000:])
-                return False
-            try:
-                made.rename(folder)
-            except OSError:
-                return folder.exists()  # another process was faster
-            return True
+        request = {
+            "names": list(names),
+            "shape": list(inputs.shape),
+            "threads": torch.get_num_threads(),
+            "tensors": [stand_in(tensor) for tensor in self._tensors],
+        }
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".", dir=self.folder) as unfinished:
+                made = Path(unfinished) / "graph"
+                made.mkdir()
+                self._run_compiler({**request, "folder": str(made)})
+                if not folder.exists():  # else another process was faster
+                    made.rename(folder)
+        except (OSError, subprocess.CalledProcessError) as error:
+            _log.warning("Not compiled ahead: %s", error)
+            return False
+        return True
+
+    def _run_compiler(self, request: dict[str, Any]) -> None:
+        subprocess.run(
+            [sys.executable, "-m", "hfq.runtime.compiler"],
+            input=json.dumps(request).encode() + b"\n" + self._skeleton,
+            capture_output=True,
+            check=True,
+            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(self.folder.parent)},
+        )
 
 
 class Graph:

@@ -44,7 +44,7 @@ def take_apart(model: nn.Module) -> tuple[bytes, list[Tensor]] | None:
 
 
 def put_together(skeleton: bytes, tensors: Sequence[Tensor]) -> nn.Module:
-    """The model again, its class's own forward in the place of one that was set on it, with `tensors` as its tensors.
+    """The model again, for inference, with `tensors` as its tensors. A forward that was set on it is left out.
 
     `skeleton` is a pickle: only what `take_apart` returned goes in here, not what was read from a file.
     """
@@ -77,6 +77,8 @@ class _Pickler(pickle.Pickler):
             return threading.local, ()
         if isinstance(value, nn.Module | SharedMatmul | PretrainedConfig):  # their own ways leave out packed weights
             state = {name: item for name, item in value.__dict__.items() if name not in _ORIGIN}
+            if "training" in state:
+                state["training"] = False
             if value is self.model:
                 state.pop("forward", None)
             if isinstance(value, Int8Linear) and value._packed is not None:
