@@ -1,15 +1,17 @@
-"""`hfq.compile`: same answers at every shape from two compilations, and an uncompiled model where nothing can be compiled."""
+"""`hfq.compile`: same answers at every shape from two compilations that are kept, and an uncompiled model where nothing
+can be compiled.
+"""
 
+import copy
 import inspect
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch._inductor.config as inductor
 from models import logits, quantized, relative_error, tiny, token_batches
 from torch._dynamo.utils import counters
-from transformers import AutoModel
+from transformers import AutoModel, BertForSequenceClassification
 
 import hfq
 from hfq.runtime import compiling
@@ -17,74 +19,133 @@ from hfq.runtime.fusion import fuse
 from hfq.tuning.candidates import Candidate
 
 BATCHES = token_batches(2)
+NO_COMPILER = "no-such-compiler"
 
 
 needs_compiler = pytest.mark.skipif(not compiling.has_compiler(), reason="no C++ compiler on this machine")
 
 
-def compiled(model: Any) -> Any:
-    return hfq.compile(model)
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where compiled graphs are kept, empty."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    counters.clear()
+    return tmp_path / "cache"
+
+
+def kept(cache: Path) -> list[Path]:
+    """Compiled graphs on disk."""
+    return sorted(cache.glob("*/*/graph.so"))
+
+
+def cut(batch: dict[str, torch.Tensor], *shapes: tuple[int, int]) -> list[dict[str, torch.Tensor]]:
+    return [{name: value[:rows, :length] for name, value in batch.items()} for rows, length in shapes]
 
 
 @needs_compiler
-@pytest.mark.parametrize("approach", ["static", "dynamic"])
-def test_every_shape_is_answered_as_before_from_two_compilations(approach: Any) -> None:
+def test_every_shape_is_answered_as_before_from_two_compilations_that_outlive_the_process(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     batch = token_batches(1, rows=40, length=64)[0]
-    shapes = [(16, 12), (1, 9), (5, 9), (40, 64), (1, 64), (2, 3)]  # the fourth runs in slices
-    inputs = [{name: value[:rows, :length] for name, value in batch.items()} for rows, length in shapes]
-    model = quantized(tiny(num_hidden_layers=1), Candidate(approach), BATCHES)
+    inputs = cut(batch, (16, 12), (1, 9), (5, 9), (40, 64), (1, 64), (2, 3))  # the fourth runs in slices
+    model = quantized(tiny(num_hidden_layers=1), Candidate("static"), BATCHES)
+    again = copy.deepcopy(model)
     fuse(model)
     before = [logits(model, [batch]) for batch in inputs]
-    torch._dynamo.reset()
-    counters.clear()
-    model = compiled(model)
+    model = hfq.compile(model)
     after = [logits(model, [batch]) for batch in inputs]
     for a, b in zip(after, before, strict=True):
         assert relative_error(a, b) < 0.02
-    assert counters["stats"]["unique_graphs"] == 2
+    assert len(kept(cache)) == 2
+    assert not counters["stats"]  # nothing was compiled in this process
+
+    monkeypatch.setenv("CXX", NO_COMPILER)
+    fuse(again)
+    again = hfq.compile(again)
+    assert all(torch.equal(logits(again, [batch]), a) for batch, a in zip(inputs, after, strict=True))
+    too_long = torch.ones(1, 600, dtype=torch.long)  # for the model's 512 positions
+    with pytest.raises((IndexError, RuntimeError)):
+        again(input_ids=too_long)
+
+    for path in kept(cache):
+        path.write_bytes(path.read_bytes()[:-1])
+    assert torch.equal(logits(hfq.compile(copy.deepcopy(again)), [inputs[0]]), before[0])  # uncompiled
 
 
 @needs_compiler
-def test_inputs_with_more_or_fewer_parts_are_told_apart() -> None:
-    model: Any = tiny(num_hidden_layers=1).bert
+def test_dynamic_layers_take_any_number_of_tokens_from_one_compilation(cache: Path) -> None:
+    inputs = cut(token_batches(1, rows=40, length=64)[0], (16, 12), (40, 64), (2, 3))
+    model = quantized(tiny(num_hidden_layers=1), Candidate("dynamic"), BATCHES)
+    fuse(model)
+    before = [logits(model, [batch]) for batch in inputs]
+    model = hfq.compile(model)
+    for batch, expected in zip(inputs, before, strict=True):
+        assert relative_error(logits(model, [batch]), expected) < 0.02
+    assert len(kept(cache)) == 1
+
+
+@needs_compiler
+def test_weights_are_no_part_of_what_is_compiled_and_inputs_are(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = BATCHES[0]["input_ids"][:2, :10]
     inputs = [{"input_ids": ids}, {"input_ids": ids, "token_type_ids": torch.ones_like(ids)}]
-    with torch.inference_mode():
-        expected = [model(**given).last_hidden_state for given in inputs]
-        model = compiled(model)
-        found = [model(**given).last_hidden_state for given in (*inputs, *inputs)]
-    for a, b in zip(found, expected * 2, strict=True):
-        assert relative_error(a, b) < 1e-3
+    for seed in (0, 1):
+        model: Any = tiny(num_hidden_layers=1, seed=seed).bert
+        with torch.inference_mode():
+            expected = [model(**given).last_hidden_state for given in inputs]
+            model = hfq.compile(model)
+            found = [model(**given).last_hidden_state for given in (*inputs, *inputs)]
+        for a, b in zip(found, expected * 2, strict=True):
+            assert relative_error(a, b) < 1e-3
+        assert len(kept(cache)) == 2
+        monkeypatch.setenv("CXX", NO_COMPILER)
+
+
+class OwnModel(BertForSequenceClassification):
+    """A class that is in no library."""
+
+    def forward(self, **inputs: Any) -> Any:
+        return super().forward(**inputs)
 
 
 @needs_compiler
-def test_what_is_unusual_runs_as_it_did() -> None:
+def test_a_class_of_the_users_own_is_compiled_in_each_process(cache: Path) -> None:
+    model: Any = OwnModel(tiny(num_hidden_layers=1).config).eval()
+    inputs = cut(BATCHES[0], (3, 7), (5, 9))
+    before = [logits(model, [batch]) for batch in inputs]
+    model = hfq.compile(model)
+    for batch, expected in zip(inputs, before, strict=True):
+        assert relative_error(logits(model, [batch]), expected) < 1e-3
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not kept(cache)
+
+
+@needs_compiler
+def test_what_is_unusual_runs_as_it_did(cache: Path) -> None:
     model: Any = tiny()
     ids = torch.randint(5, 200, (2, 9))
     labels = torch.zeros(2, dtype=torch.long)
     with torch.inference_mode():
         before = model(input_ids=ids, labels=labels).loss
     trained = model(input_ids=ids).logits
-    model = compiled(model)
-    counters.clear()
+    model = hfq.compile(model)
     with torch.inference_mode():
         assert torch.equal(model(input_ids=ids, labels=labels).loss, before)
     assert torch.equal(model(input_ids=ids).logits, trained)  # with gradients
-    assert not counters["stats"]
+    assert not kept(cache)
     assert "attention_mask" in inspect.signature(model.forward).parameters
 
 
-def test_without_a_compiler_the_model_is_returned_with_a_warning(tmp_path: Path) -> None:
+def test_without_a_compiler_the_model_is_returned_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny()
-    no_compiler = inductor.patch({"cpp.cxx": (str(tmp_path / "no-such-compiler"),)})
-    with no_compiler, pytest.warns(UserWarning, match=r"C\+\+ compiler"):
+    monkeypatch.setenv("CXX", NO_COMPILER)
+    with pytest.warns(UserWarning, match=r"C\+\+ compiler"):
         assert hfq.compile(model) is model
     assert torch.equal(logits(model, BATCHES), logits(tiny(), BATCHES))
 
 
 @needs_compiler
 def test_compiled_model_can_still_be_saved(tmp_path: Path) -> None:
-    model = compiled(tiny().bert)
+    model = hfq.compile(tiny().bert)
     model.save_pretrained(tmp_path)
     again = AutoModel.from_pretrained(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))

@@ -1,11 +1,14 @@
-"""`hfq.compile`: torch.compile between the matmuls, which oneDNN runs either way.
+"""`hfq.compile`: the work between the matmuls, which oneDNN runs either way, as compiled code.
 
 It is compiled for any batch and length at once, so a server that sees every shape compiles once for single inputs and
-once for batches, not once a request.
+once for batches, not once a request; and once for a machine, as what is compiled is kept on disk (`hfq.runtime.graphs`).
+What cannot be compiled ahead, such as a model with a class of the user's own, torch.compile compiles in each process.
 """
 
 import functools
 import os
+import shutil
+import sys
 import types
 import warnings
 from collections.abc import Iterator
@@ -17,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .fusion import finish_fusing
+from .graphs import Graphs
 from .modules import pack_all
 from .slicing import TOKENS, SlicedForward, is_token_batch
 
@@ -26,59 +30,94 @@ Model = TypeVar("Model", bound=nn.Module)
 def compile(model: Model) -> Model:
     """Compile `model`, in place, for encoder inputs of any shape; what is unusual about other inputs runs as before.
 
-    The first single input and the first batch are compiled when they come, which takes 10 to 40 seconds each; the C++
-    that results is kept on disk, in `TORCHINDUCTOR_CACHE_DIR` or the cache folder of the Hub's client. Weights and
-    scales become constants (freezing), so changing them afterwards has no effect. Without a C++ compiler the model is
-    returned as it is, with a warning.
+    The first single input and the first batch that this machine sees are compiled when they come, by a process of its
+    own, which takes a minute or two for BERT-base. What results is kept on disk, in `TORCHINDUCTOR_CACHE_DIR` or the
+    cache folder of the Hub's client, and other processes load it in milliseconds. The tensors are those of the moment:
+    replacing one afterwards has no effect. Without a C++ compiler, and with nothing on disk, the model is returned as
+    it is, with a warning.
 
     Example:
         >>> model = hfq.compile(hfq.load("me/bert-mrpc-int8"))
     """
-    _keep_on_disk()
-    if not has_compiler():
+    finish_fusing(model)
+    forward = model.forward
+    if isinstance(forward.forward if isinstance(forward, SlicedForward) else forward, _Compiled):
+        return model
+    pack_all(model)  # what is packed while it is traced would be packed again each time
+    graphs = Graphs.of(model, cache_folder())
+    compiler = has_compiler()
+    if not compiler and not (graphs and graphs.folder.exists()):
         warnings.warn(
             "hfq.compile needs a C++ compiler (g++ or clang++, or its path in CXX) and found none: "
             "the model runs uncompiled, with the same answers.",
             stacklevel=2,
         )
         return model
-    finish_fusing(model)
-    pack_all(model)  # what is packed while it is traced would be packed again each time
-    forward = model.forward
     if isinstance(forward, SlicedForward):
-        if not isinstance(forward.forward, _Compiled):
-            forward.forward = _Compiled(model, forward.forward)
-    elif not isinstance(forward, _Compiled):
-        model.forward = _Compiled(model, forward)
+        forward.forward = _Compiled(model, forward.forward, graphs=graphs, compiler=compiler)
+    else:
+        model.forward = _Compiled(model, forward, graphs=graphs, compiler=compiler)
     return model
 
 
 class _Compiled:
-    """A model's `forward` that compiles token batches and gives everything else to the original."""
+    """A model's `forward` that runs compiled graphs on token batches and gives everything else to the original."""
 
-    def __init__(self, model: nn.Module, eager: Any) -> None:
+    def __init__(self, model: nn.Module, eager: Any, *, graphs: Graphs | None, compiler: bool) -> None:
+        self._model = model
         self.eager = eager
+        self._graphs = graphs
+        self._compiler = compiler
+        self._in_process: _InProcess | None = None
         self._own = types.MethodType(type(model).forward, model)
-        # Guards on modules would be checked at each call, for a tenth of the time that a single input takes.
-        guards: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-        self._compiled = torch.compile(self._unstacked, options=guards)
         functools.update_wrapper(self, self._own)  # transformers reads its signature
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the model runs uncompiled: what was compiled holds this one's weights."""
+        return types.MethodType, (type(self._model).forward, self._model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inputs = dict(zip(TOKENS, args, strict=False)) | kwargs
-        if len(args) > 1 or torch.is_grad_enabled() or not is_token_batch(inputs) or inputs["input_ids"].shape[1] < 2:
+        if len(args) > 1 or torch.is_grad_enabled() or self._model.training:
+            return self.eager(*args, **kwargs)
+        if not is_token_batch(inputs) or inputs["input_ids"].shape[1] < 2:
             return self.eager(*args, **kwargs)
         inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
         names = tuple(sorted(inputs))
+        # One tensor, int64 [names, batch, length], so that all have the same dynamic shape.
+        with torch.inference_mode(False):  # torch.compile would take a tensor made in it for another kind
+            stacked = torch.stack([inputs[name].long() for name in names])
+        graph = self._graphs.find(names, stacked) if self._graphs else None
+        if graph is None and self._graphs and self._graphs.may_make(names, stacked):
+            self.eager(*args, **kwargs)  # an input that the model refuses ends here, uncompiled
+            graph = self._graphs.make(names, stacked, compiler=self._compiler)
+        if graph is not None:
+            return graph(stacked)
+        if not self._compiler:
+            return self.eager(*args, **kwargs)
+        if self._in_process is None:
+            self._in_process = _InProcess(self._own)
+        return self._in_process(names, stacked)
+
+
+class _InProcess:
+    """torch.compile of a forward, with what it sees as constants (freezing)."""
+
+    def __init__(self, forward: Any) -> None:
+        _keep_on_disk()
+        self._own = forward
+        # Guards on modules would be checked at each call, for a tenth of the time that a single input takes.
+        guards: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+        self._compiled = torch.compile(self._unstacked, options=guards)
+
+    def __call__(self, names: tuple[str, ...], stacked: Tensor) -> Any:
         # Frozen weights are ordinary tensors, and inference mode would hand the compiler something else.
         with torch.inference_mode(False), torch.no_grad(), _settings():
-            stacked = torch.stack([inputs[name].long() for name in names])
             for dimension in (1, 2) if stacked.shape[1] > 1 else (2,):
                 torch._dynamo.maybe_mark_dynamic(stacked, dimension)
             return self._compiled(names, stacked)
 
     def _unstacked(self, names: tuple[str, ...], inputs: Tensor) -> Any:
-        """The model on `inputs`, int64 `[names, batch, length]`: one tensor, so that all have the same dynamic shape."""
         return self._own(**dict(zip(names, inputs.unbind(), strict=True)))
 
 
@@ -91,24 +130,29 @@ def _settings() -> Iterator[None]:
         yield
 
 
-def _keep_on_disk() -> None:
-    """Have inductor keep what it compiles in the Hub client's cache, unless the user named a folder.
-
-    Its own default, which it writes into the environment when it is imported, is a temporary folder.
-    """
+def cache_folder() -> Path:
+    """Where compiled code is kept: the folder that the user named for inductor's, or one in the Hub client's cache."""
     from huggingface_hub import constants
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(constants.HF_HOME) / "hfq" / "compiled")
+    named = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if named and "torch._inductor" in sys.modules:  # which writes its own default, a temporary folder, there
+        from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+        named = None if named == default_cache_dir() else named
+    return Path(named or Path(constants.HF_HOME) / "hfq" / "compiled")
+
+
+def _keep_on_disk() -> None:
+    """Have inductor keep what it compiles in this process there too."""
+    folder = str(cache_folder())
+    import torch._inductor.config  # noqa: F401 - sets the variable
+
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
 
 
 def has_compiler() -> bool:
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
+    """Whether there is the C++ compiler that inductor would call. Asking inductor takes a second and 70 MiB."""
+    return shutil.which(os.environ.get("CXX") or _COMPILERS.get(sys.platform, "g++")) is not None
 
-    try:
-        get_cpp_compiler()
-    except (InvalidCxxCompiler, RuntimeError, OSError):
-        return False
-    return True
+
+_COMPILERS = {"darwin": "clang++", "win32": "cl"}

@@ -1,0 +1,144 @@
+"""A process that compiles one graph and ends: `python -m hfq.runtime.compiler`, started by `hfq.runtime.graphs`.
+
+Standard input: a line of JSON, then the model's skeleton. It never sees a weight: tensors that nobody writes to stand in.
+"""
+
+import hashlib
+import json
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from . import attention
+from .graphs import FACTS, LIBRARY, REFUSED
+from .skeleton import put_together
+
+
+def main() -> None:
+    """Compile what standard input asks for, or write why it cannot be compiled."""
+    request = json.loads(sys.stdin.buffer.readline())
+    skeleton = sys.stdin.buffer.read()
+    folder = Path(request["folder"])
+    torch.set_num_threads(request["threads"])
+    attention.register()
+    model = _Rebuilt(skeleton, request["names"])
+    try:
+        compile_graph(model, folder, shape=request["shape"], tensors=[_empty(**found) for found in request["tensors"]])
+    except Exception:  # what cannot be traced as one graph ends in any error of torch's; nobody tries again
+        (folder / REFUSED).write_text(traceback.format_exc(), encoding="utf-8")
+
+
+class _Rebuilt(nn.Module):
+    """The model as a function of its inputs and its tensors: put together anew while it is traced."""
+
+    def __init__(self, skeleton: bytes, names: list[str]) -> None:
+        super().__init__()
+        self.skeleton = skeleton
+        self.names = names
+
+    def forward(self, inputs: Tensor, tensors: list[Tensor]) -> Any:
+        model = put_together(self.skeleton, tensors)
+        return model(**dict(zip(self.names, inputs.unbind(), strict=True)))
+
+
+def compile_graph(model: nn.Module, folder: Path, *, shape: list[int], tensors: list[Tensor]) -> None:
+    """Write a shared library of `model`'s forward into `folder`, with what is to be known of it.
+
+    `shape`: of inputs, `[names, batch, length]`; it is compiled for any length, and for any batch that is not 1.
+
+    Raises:
+        Exception: it cannot be traced as one graph, or calls what only Python computes.
+    """
+    from torch._inductor import aot_compile
+
+    inputs = torch.ones(shape, dtype=torch.int64)
+    dynamic = {axis: torch.export.Dim.DYNAMIC for axis in (1, 2) if shape[axis] > 1}
+    with torch.no_grad():
+        program = torch.export.export(
+            model, (inputs, tensors), dynamic_shapes=(dynamic, [None] * len(tensors)), strict=False
+        )
+        _, outputs = program.call_spec
+        conditions = [guard.replace("L['inputs'].size()", "shape") for guard in program._guards_code]
+        if any(re.search("[A-Za-z]", condition.replace("shape", "")) for condition in conditions):
+            raise NotImplementedError(f"It depends on more than the shape of its inputs: {conditions}")
+        _keep_packed_weights_as_arguments()
+        aot_compile(
+            program.module(check_guards=False),
+            (inputs, tensors),
+            options={
+                "aot_inductor.output_path": str(folder / LIBRARY),
+                "aot_inductor.enable_line_tables": False,
+                "aot_inductor.enable_frame_pointer": False,
+                "aot_inductor.precompile_headers": False,  # which takes longer than it saves, and openssl
+            },
+        )
+    _keep_library_only(folder)
+    digest = hashlib.sha256((folder / LIBRARY).read_bytes()).hexdigest()
+    facts = {"conditions": conditions, "outputs": pytree.treespec_dumps(outputs), "sha256": digest}
+    (folder / FACTS).write_text(json.dumps(facts), encoding="utf-8")
+
+
+def _keep_packed_weights_as_arguments() -> None:
+    """Have inductor call oneDNN's matmul with any weight: its own lowering insists on a constant, to look into it."""
+    if not torch.backends.mkldnn.is_available():
+        return
+    from torch._inductor import lowering, mkldnn_ir
+    from torch._inductor.fx_passes.mkldnn_fusion import _mkldnn_fusion_init
+    from torch._inductor.ir import TensorBox
+    from torch._inductor.virtualized import V
+
+    def rows(x: Any) -> Any:
+        return lowering.view(x, [-1, x.get_size()[-1]])
+
+    def lower(operator: Any, node: Any, *, others: int) -> None:
+        def call(x: Any, scale: float, zero_point: int, *arguments: Any) -> Any:
+            weight, weight_scale, weight_zero_point, *further = arguments
+            further[:others] = map(rows, further[:others])
+            codes = (
+                V.graph.add_tensor_constant(torch.tensor(scale, dtype=torch.float32)),
+                V.graph.add_tensor_constant(torch.tensor(zero_point, dtype=torch.int32)),
+            )
+            y = TensorBox.create(node.create(rows(x), *codes, weight, weight_scale, weight_zero_point, *further))
+            return lowering.view(y, [*x.get_size()[:-1], y.get_size()[-1]])
+
+        register: Callable[..., Any] = lowering.register_lowering(operator, type_promotion_kind=None)
+        register(call)
+
+    _mkldnn_fusion_init()  # it registers its own when it is first used, which is to be before ours
+    matmul = torch.ops.onednn.qlinear_pointwise
+    lower(matmul.default, mkldnn_ir.QLinearPointwisePT2E, others=0)
+    lower(matmul.binary, mkldnn_ir.QLinearPointwiseBinaryPT2E, others=1)
+
+
+def _keep_library_only(folder: Path) -> None:
+    """Delete what the library was made from.
+
+    Raises:
+        NotImplementedError: it calls operations that torch has no C function for.
+    """
+    by_name = any(
+        "aoti_torch_proxy_executor_call_function(" in path.read_text(encoding="utf-8")
+        for path in folder.glob("*.wrapper.cpp")
+    )
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir():
+            path.rmdir()
+        elif path.name != LIBRARY:
+            path.unlink()
+    if by_name:
+        raise NotImplementedError("It calls an operation that has no C function")
+
+
+def _empty(size: list[int], stride: list[int], dtype: str) -> Tensor:
+    return torch.empty_strided(size, stride, dtype=getattr(torch, dtype))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""Compiled graphs on disk: machine code of one model's forward, for any length, that takes the weights as arguments.
+
+Loading one takes milliseconds and none of the compiler's memory. It is compiled by a process of its own
+(`hfq.runtime.compiler`), which is given the model without its weights (`hfq.runtime.skeleton`).
+"""
+
+import ctypes
+import hashlib
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import weakref
+from collections.abc import Sequence
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .. import __version__
+from .skeleton import stand_in, take_apart
+
+LIBRARY = "graph.so"
+FACTS = "graph.json"
+REFUSED = "refused.txt"
+MOST = 4  # graphs for one kind of input; each is right where its conditions hold, which lengths and batches may decide
+_COMPILING = threading.Lock()
+_log = logging.getLogger(__name__)
+
+
+class Graphs:
+    """The graphs of one model, which are loaded, or compiled and kept, when an input first asks for them."""
+
+    def __init__(self, folder: Path, *, skeleton: bytes, tensors: list[Tensor]) -> None:
+        self.folder = folder
+        self._skeleton = skeleton
+        self._tensors = tensors
+        self._loaded: dict[tuple[Any, ...], list[Graph]] = {}
+        self._refused: set[tuple[Any, ...]] = set()
+
+    @classmethod
+    def of(cls, model: nn.Module, root: Path) -> "Graphs | None":
+        """None where the model cannot be compiled by another process."""
+        parts = take_apart(model)
+        if parts is None or any(tensor.device.type != "cpu" for tensor in parts[1]):
+            return None
+        skeleton, tensors = parts
+        key = hashlib.sha256(json.dumps([_code(), _machine(), *map(stand_in, tensors)]).encode() + skeleton)
+        return cls(root / key.hexdigest()[:32], skeleton=skeleton, tensors=tensors)
+
+    def find(self, names: Sequence[str], inputs: Tensor) -> "Graph | None":
+        """A loaded graph for `inputs`, int64 `[names, batch, length]`."""
+        for graph in self._loaded.get(_kind(names, inputs), ()):
+            if graph.fits(inputs):
+                return graph
+        return None
+
+    def may_make(self, names: Sequence[str], inputs: Tensor) -> bool:
+        """Whether nothing was found yet that keeps such inputs from having a graph."""
+        return _kind(names, inputs) not in self._refused
+
+    def make(self, names: Sequence[str], inputs: Tensor, *, compiler: bool) -> "Graph | None":
+        """Load or compile a graph for `inputs`. None if it cannot be, or if there is no `compiler`."""
+        kind = _kind(names, inputs)
+        with _COMPILING:
+            graph = self.find(names, inputs)
+            while graph is None and kind not in self._refused:
+                loaded = self._loaded.setdefault(kind, [])
+                folder = self.folder / "-".join(map(str, (*kind, len(loaded))))
+                found = self._load(folder)
+                if found is None and compiler and len(loaded) < MOST and self._compile(names, inputs, folder):
+                    found = self._load(folder)
+                if found is None:
+                    self._refused.add(kind)
+                else:
+                    loaded.append(found)
+                    graph = self.find(names, inputs)
+            return graph
+
+    def _load(self, folder: Path) -> "Graph | None":
+        """The graph in `folder`; None if there is none."""
+        if (folder / REFUSED).exists():
+            _log.info("Not compiled ahead: %s", (folder / REFUSED).read_text(encoding="utf-8"))
+        elif folder.exists():
+            try:
+                return Graph(folder, self._tensors)
+            except (OSError, ValueError, KeyError, RuntimeError) as error:
+                _log.warning("%s is damaged and is not used: %s", folder, error)
+                shutil.rmtree(folder, ignore_errors=True)
+        return None
+
+    def _compile(self, names: Sequence[str], inputs: Tensor, folder: Path) -> bool:
+        """Have another process compile into `folder`, which appears whole or not at all."""
+        request = {
+            "names": list(names),
+            "shape": list(inputs.shape),
+            "threads": torch.get_num_threads(),
+            "tensors": [stand_in(tensor) for tensor in self._tensors],
+        }
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".", dir=self.folder) as unfinished:
+                made = Path(unfinished) / "graph"
+                made.mkdir()
+                self._run_compiler({**request, "folder": str(made)})
+                if not folder.exists():  # else another process was faster
+                    made.rename(folder)
+        except (OSError, subprocess.CalledProcessError) as error:
+            _log.warning("Not compiled ahead: %s", error)
+            return False
+        return True
+
+    def _run_compiler(self, request: dict[str, Any]) -> None:
+        subprocess.run(
+            [sys.executable, "-m", "hfq.runtime.compiler"],
+            input=json.dumps(request).encode() + b"\n" + self._skeleton,
+            capture_output=True,
+            check=True,
+            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(self.folder.parent)},
+        )
+
+
+class Graph:
+    """One loaded graph. Several threads may call it at once, and no other thread waits while it computes.
+
+    Raises:
+        ValueError, KeyError, OSError, RuntimeError: what is in the folder is not what was put there.
+    """
+
+    def __init__(self, folder: Path, tensors: list[Tensor]) -> None:
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        if facts["sha256"] != hashlib.sha256((folder / LIBRARY).read_bytes()).hexdigest():
+            raise ValueError(f"{LIBRARY} is not the file that was compiled")
+        self._tensors = tensors
+        self._outputs = pytree.treespec_loads(facts["outputs"])
+        condition = " and ".join(f"({guard})" for guard in facts["conditions"]) or "True"
+        # Arithmetic on the shape that the compiler wrote down; the library beside it is machine code of the same origin.
+        self._condition = compile(condition, str(folder / FACTS), "eval")
+        # Not torch's own runner: that one holds the interpreter's lock while it computes.
+        self._library = ctypes.CDLL(str(folder / LIBRARY))
+        self._container = _Pointer()
+        threads = ctypes.c_size_t(os.cpu_count() or 1)
+        self._check(
+            self._library.AOTInductorModelContainerCreateWithDevice(
+                ctypes.byref(self._container), threads, b"cpu", None
+            )
+        )
+        weakref.finalize(self, self._library.AOTInductorModelContainerDelete, self._container).atexit = False
+
+    def fits(self, inputs: Tensor) -> bool:
+        """Whether the conditions hold under which it was compiled."""
+        return bool(eval(self._condition, {"__builtins__": {}}, {"shape": inputs.shape}))  # noqa: S307  # nosec B307
+
+    def __call__(self, inputs: Tensor) -> Any:
+        """What the model answers to `inputs`, int64 `[names, batch, length]`."""
+        capsules = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors([inputs, *self._tensors])
+        given = (_Pointer * len(capsules))(*map(_capsule_pointer, capsules, repeat(None)))  # it frees them
+        count = self._outputs.num_leaves
+        answers = (_Pointer * count)()
+        self._check(
+            self._library.AOTInductorModelContainerRun(
+                self._container, given, _Size(len(given)), answers, _Size(count), None, None
+            )
+        )
+        leaves = [
+            torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr(_capsule(pointer, None, None)) for pointer in answers
+        ]
+        return pytree.tree_unflatten(leaves, self._outputs)
+
+    def _check(self, status: int) -> None:
+        if status:
+            message = ctypes.c_char_p()
+            self._library.AOTInductorGetLastError(ctypes.byref(message))
+            raise RuntimeError(f"A compiled graph failed: {(message.value or b'').decode(errors='replace')}")
+
+
+_Pointer, _Size = ctypes.c_void_p, ctypes.c_size_t
+_capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_capsule_pointer.restype, _capsule_pointer.argtypes = _Pointer, [ctypes.py_object, ctypes.c_char_p]
+_capsule = ctypes.pythonapi.PyCapsule_New
+_capsule.restype, _capsule.argtypes = ctypes.py_object, [_Pointer, ctypes.c_char_p, _Pointer]
+
+
+def _kind(names: Sequence[str], inputs: Tensor) -> tuple[Any, ...]:
+    """What has a graph of its own: which inputs there are, one or a batch, and for how many threads."""
+    return "+".join(names), "single" if inputs.shape[1] == 1 else "batch", torch.get_num_threads()
+
+
+def _code() -> list[str]:
+    """Whose code a graph was compiled from and by. hfq's own by content, as it changes between versions here."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    settings = [f"{name}={value}" for name, value in sorted(os.environ.items()) if _is_setting(name)]
+    torch_version = f"{torch.__version__} {torch.version.git_version}"
+    return [torch_version, transformers.__version__, __version__, digest.hexdigest(), *settings]
+
+
+def _is_setting(name: str) -> bool:
+    return name.startswith(("TORCHINDUCTOR_", "AOT_INDUCTOR_")) and not name.endswith("_CACHE_DIR")
+
+
+def _machine() -> list[str]:
+    """What machine code is made for."""
+    found = [platform.machine(), platform.system(), torch.backends.cpu.get_cpu_capability()]
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.exists() else [platform.processor()]
+    return [*found, next((line for line in lines if line.startswith(("flags", "Features"))), lines[0])]
