@@ -4,8 +4,10 @@ Linux and glibc only; elsewhere nothing is done, and nothing but speed and memor
 """
 
 import ctypes
+import gc
 import os
 import platform
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -44,6 +46,17 @@ def return_freed_memory() -> None:
     """Give back what glibc kept: after a stage that needed much, where the next is long enough to pay for new pages."""
     if os.environ.get("HFQ_KEEP_MEMORY") != "0" and platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def free_unused() -> None:
+    """Free what only refers to itself, as a fused model does, and give its memory back.
+
+    In a thread of its own: an interruption is raised in the main one, and would be lost in somebody's finalizer.
+    """
+    collecting = threading.Thread(target=gc.collect)
+    collecting.start()
+    collecting.join()
+    return_freed_memory()
 
 
 def checkpoint_files() -> list[range]:

@@ -1,6 +1,5 @@
 """Calibrate a model, rank the candidates, and run the trials. Where batches and scores come from is the caller's."""
 
-import gc
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from ..quantization.layers import find_quantizable, linear
 from ..quantization.scheme import Plan
 from ..report import Trial
 from ..runtime.fusion import fuse
-from ..runtime.memory import return_freed_memory
+from ..runtime.memory import free_unused, return_freed_memory
 from ..runtime.modules import memory_mib, state_mib
 from ..ui import Reporter
 from .acceptance import Goal
@@ -100,8 +99,7 @@ def score_plan(
     model: nn.Module, plan: Plan, folds: Sequence[Fold], evaluate: Callable[[nn.Module, Plan], Score]
 ) -> Score:
     """What `evaluate` finds of the int8 model that a plan makes of `model`."""
-    gc.collect()  # the model before this one, which refers to itself once it is fused
-    return_freed_memory()
+    free_unused()  # the model before this one
     quantized = quantize_model(model, plan, folds)
     fuse(quantized)  # evaluate what will be loaded
     score = evaluate(quantized, plan)
@@ -158,8 +156,7 @@ def layer_errors(space: Space, candidate: Candidate) -> dict[str, float]:
 
     Of a layer that `candidate` keeps in float it is the error that was avoided. Costs one pass of the float model.
     """
-    gc.collect()
-    return_freed_memory()
+    free_unused()
     plan = space.plan(replace(candidate, float_layers=()))
     folded = space.folded(candidate.alpha)
     twins = {
