@@ -256,6 +256,19 @@ def test_nothing_is_written_that_nobody_asked_to_share(
     assert not folder.exists()
 
 
+def test_process_with_another_number_of_threads_has_files_of_its_own(exported: Exported, folder: Path) -> None:
+    hfq.load(exported.folder)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        model = hfq.load(exported.folder)
+    finally:
+        torch.set_num_threads(threads)
+    assert len(contents(folder)) == 2 * WEIGHTS
+    assert len(mapped(folder)) >= WEIGHTS
+    assert torch.equal(logits(model, BATCHES), exported.answers)
+
+
 def test_candidates_of_a_search_are_not_written(folder: Path) -> None:
     model = tiny()
     space = make_space(model, BATCHES)
