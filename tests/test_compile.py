@@ -4,6 +4,7 @@ can be compiled.
 
 import copy
 import inspect
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,11 @@ def test_every_shape_is_answered_as_before_from_two_compilations_that_outlive_th
         assert relative_error(a, b) < 0.02
     assert len(kept(cache)) == 2
     assert not counters["stats"]  # nothing was compiled in this process
+    with torch.inference_mode():
+        answer = model(**inputs[1]).logits
+    gone = weakref.ref(answer)
+    del answer
+    assert gone() is None, "an answer is freed with its last user"
 
     monkeypatch.setenv("CXX", NO_COMPILER)
     fuse(again)

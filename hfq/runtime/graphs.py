@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .. import __version__
+from .native import machine, take_tensors
 from .skeleton import stand_in, take_apart
 
 LIBRARY = "graph.so"
@@ -54,7 +54,7 @@ class Graphs:
         if parts is None or any(tensor.device.type != "cpu" for tensor in parts[1]):
             return None
         skeleton, tensors = parts
-        key = hashlib.sha256(json.dumps([_code(), _machine(), *map(stand_in, tensors)]).encode() + skeleton)
+        key = hashlib.sha256(json.dumps([_code(), machine(), *map(stand_in, tensors)]).encode() + skeleton)
         return cls(root / key.hexdigest()[:32], skeleton=skeleton, tensors=tensors)
 
     def find(self, names: Sequence[str], inputs: Tensor) -> "Graph | None":
@@ -171,10 +171,7 @@ class Graph:
                 self._container, given, _Size(len(given)), answers, _Size(count), None, None
             )
         )
-        leaves = [
-            torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr(_capsule(pointer, None, None)) for pointer in answers
-        ]
-        return pytree.tree_unflatten(leaves, self._outputs)
+        return pytree.tree_unflatten(take_tensors(list(answers)), self._outputs)
 
     def _check(self, status: int) -> None:
         if status:
@@ -186,8 +183,6 @@ class Graph:
 _Pointer, _Size = ctypes.c_void_p, ctypes.c_size_t
 _capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
 _capsule_pointer.restype, _capsule_pointer.argtypes = _Pointer, [ctypes.py_object, ctypes.c_char_p]
-_capsule = ctypes.pythonapi.PyCapsule_New
-_capsule.restype, _capsule.argtypes = ctypes.py_object, [_Pointer, ctypes.c_char_p, _Pointer]
 
 
 def _kind(names: Sequence[str], inputs: Tensor) -> tuple[Any, ...]:
@@ -207,11 +202,3 @@ def _code() -> list[str]:
 
 def _is_setting(name: str) -> bool:
     return name.startswith(("TORCHINDUCTOR_", "AOT_INDUCTOR_")) and not name.endswith("_CACHE_DIR")
-
-
-def _machine() -> list[str]:
-    """What machine code is made for."""
-    found = [platform.machine(), platform.system(), torch.backends.cpu.get_cpu_capability()]
-    cpu = Path("/proc/cpuinfo")
-    lines = cpu.read_text().splitlines() if cpu.exists() else [platform.processor()]
-    return [*found, next((line for line in lines if line.startswith(("flags", "Features"))), lines[0])]

@@ -35,7 +35,8 @@ def load(
     """Load an int8 checkpoint, by Hub id or folder, ready to serve. Further arguments go to `from_pretrained`.
 
     Layers are fused and weights in the layout of this CPU's kernels when it returns; `from_pretrained` leaves that to
-    the first forward.
+    the first forward. With `HFQ_SHARE=1` in the environment, processes of one user on one host share packed weights,
+    by files in the cache folder of the Hub's client, whichever of the two loads them.
 
     Args:
         model: for a module that is not transformers': one of the class that was quantized, in float and with any

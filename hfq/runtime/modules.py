@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from . import sharing
 from .kernels import (
     Kernel,
     PortableKernel,
@@ -201,7 +202,8 @@ class _Packed:
         self.bias = None
         if any(module.bias is not None for module in modules):
             self.bias = torch.cat([_bias(module) for module in modules])
-        self.weight = self.kernel.pack(torch.cat([codes for codes, _ in rows]), self.scale)
+        from_file = all(module._in_file_at is not None for module in modules)
+        self.weight = sharing.pack(self.kernel, [codes for codes, _ in rows], self.scale, from_file=from_file)
         self.as_stored = first.as_stored  # a function, not a method: what a module owns is not to own the module
         self.dtype = first.weight_scale.dtype  # of answers to codes, which have no float dtype to keep
         if self.activation == "static":

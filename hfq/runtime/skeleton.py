@@ -40,7 +40,8 @@ def take_apart(model: nn.Module) -> tuple[bytes, list[Tensor]] | None:
     except (pickle.PicklingError, TypeError, AttributeError, RecursionError) as error:
         _log.info("Not compiled ahead: %s", error)
         return None
-    return file.getvalue(), [tensor.detach() for tensor in pickler.tensors]
+    # Not a packed weight: where processes share it, this very object keeps the file mapped (`hfq.runtime.sharing`).
+    return file.getvalue(), [tensor if tensor.is_mkldnn else tensor.detach() for tensor in pickler.tensors]
 
 
 def put_together(skeleton: bytes, tensors: Sequence[Tensor]) -> nn.Module:
