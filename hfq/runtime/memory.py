@@ -35,17 +35,18 @@ def keep_freed_memory() -> bool:
 
     Returns: whether the allocator was changed (glibc on Linux only).
     """
-    if os.environ.get("HFQ_KEEP_MEMORY") == "0" or platform.libc_ver()[0] != "glibc":
+    libc = _glibc()
+    if os.environ.get("HFQ_KEEP_MEMORY") == "0" or libc is None:
         return False
-    libc = ctypes.CDLL(None)
     m_trim_threshold, m_mmap_threshold = -1, -3
     return bool(libc.mallopt(m_mmap_threshold, 1 << 30) and libc.mallopt(m_trim_threshold, (1 << 31) - 1))
 
 
 def return_freed_memory() -> None:
     """Give back what glibc kept: after a stage that needed much, where the next is long enough to pay for new pages."""
-    if os.environ.get("HFQ_KEEP_MEMORY") != "0" and platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
+    libc = _glibc()
+    if os.environ.get("HFQ_KEEP_MEMORY") != "0" and libc is not None:
+        libc.malloc_trim(0)
 
 
 def free_unused() -> None:
@@ -104,6 +105,12 @@ def weights_left_in_file(*models: nn.Module, from_rows: int = FEW_ROWS) -> Itera
         for module in owners.values():
             for weight in module.parameters(recurse=False):
                 drop_file_pages(weight)
+
+
+@lru_cache(maxsize=1)
+def _glibc() -> ctypes.CDLL | None:
+    """The C library, if it is glibc. Asking which it is reads the interpreter's file."""
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 
 
 def _drop_weights(from_rows: int, module: nn.Module, _: object, output: Any) -> None:
