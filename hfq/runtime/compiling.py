@@ -33,7 +33,8 @@ def compile(model: Model) -> Model:
     The first single input and the first batch that this machine sees are compiled when they come, by a process of its
     own, which takes a minute or two for BERT-base. What results is kept on disk, in `TORCHINDUCTOR_CACHE_DIR` or the
     cache folder of the Hub's client, and other processes load it in milliseconds. The tensors are those of the moment:
-    replacing one afterwards has no effect. Without a C++ compiler, and with nothing on disk, the model is returned as
+    replacing one afterwards has no effect. Classes are compiled as their packages have them: what a program changed in
+    them while it runs is not seen. Without a C++ compiler, and with nothing on disk, the model is returned as
     it is, with a warning.
 
     Example:
