@@ -119,7 +119,6 @@ def describe_runtime() -> dict[str, Any]:
     import torch
 
     from .measurement import hardware
-    from .runtime.attention import multiplies_bfloat16
     from .runtime.compiling import has_compiler
     from .runtime.fusion import wanted_fusions
 
@@ -131,9 +130,18 @@ def describe_runtime() -> dict[str, Any]:
         "onednn_isa_limit": os.environ.get("ONEDNN_MAX_CPU_ISA"),
         "hfq_isa": os.environ.get("HFQ_ISA", "native"),
         "fusions": list(wanted_fusions()),
-        "bfloat16_attention": multiplies_bfloat16() and "attention" in wanted_fusions(),
+        "bfloat16_attention": _where_bfloat16(wanted_fusions()),
         "compiler": has_compiler(),
     }
+
+
+def _where_bfloat16(fusions: Sequence[str]) -> str:
+    """Where attention multiplies bfloat16 numbers."""
+    from .runtime.attention import can_compile, multiplies_bfloat16
+
+    if "attention" in fusions and multiplies_bfloat16():
+        return "yes"
+    return "where compiled" if "compiled-attention" in fusions and can_compile() else "no"
 
 
 def show_facts(found: Mapping[str, Any]) -> None:

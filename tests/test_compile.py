@@ -4,6 +4,7 @@ can be compiled.
 
 import copy
 import inspect
+import warnings
 import weakref
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from transformers import AutoModel, BertForSequenceClassification
 
 import hfq
 from hfq.runtime import compiling
+from hfq.runtime.attention import can_compile
 from hfq.runtime.fusion import fuse
+from hfq.runtime.kernels import select_kernel
 from hfq.tuning.candidates import Candidate
 
 BATCHES = token_batches(2)
@@ -73,11 +76,24 @@ def test_every_shape_is_answered_as_before_from_two_compilations_that_outlive_th
     with pytest.raises((IndexError, RuntimeError)):
         again(input_ids=too_long)
 
+    if select_kernel().name == "onednn" and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        other = quantized(tiny(num_hidden_layers=1, seed=1), Candidate("static"), BATCHES)
+        fuse(other)
+        before = [logits(other, [batch]) for batch in inputs]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # as where nothing is kept for it
+            other = hfq.compile(other)
+        for batch, expected in zip(inputs, before, strict=True):
+            assert relative_error(logits(other, [batch]), expected) < 0.02
+
     for path in kept(cache):
         content = path.read_bytes()
         path.unlink()  # what is loaded stays mapped
         path.write_bytes(content[:-1])
-    assert torch.equal(logits(hfq.compile(copy.deepcopy(again)), [inputs[0]]), before[0])  # uncompiled
+    damaged = copy.deepcopy(again)
+    fuse(damaged)
+    uncompiled = logits(damaged, [inputs[0]])
+    assert torch.equal(logits(hfq.compile(damaged), [inputs[0]]), uncompiled)
 
 
 @needs_compiler
@@ -93,9 +109,22 @@ def test_dynamic_layers_take_any_number_of_tokens_from_one_compilation(cache: Pa
 
 
 @needs_compiler
+def test_matmuls_can_be_left_to_the_kernel(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HFQ_FUSIONS", "activation,residual,requantization,shared-matmul")
+    inputs = cut(BATCHES[0], (16, 12), (2, 3))
+    model = quantized(tiny(num_hidden_layers=1), Candidate("static"), BATCHES)
+    fuse(model)
+    before = [logits(model, [batch]) for batch in inputs]
+    model = hfq.compile(model)
+    for batch, expected in zip(inputs, before, strict=True):
+        assert relative_error(logits(model, [batch]), expected) < 0.02
+    assert len(kept(cache)) == 1
+
+
+@needs_compiler
 def test_weights_are_no_part_of_what_is_compiled_and_inputs_are(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ids = BATCHES[0]["input_ids"][:2, :10]
-    inputs = [{"input_ids": ids}, {"input_ids": ids, "token_type_ids": torch.ones_like(ids)}]
+    batch = token_batches(1, rows=3, length=150)[0]  # padded, and not a multiple of any block
+    inputs = [{**batch}, {**batch, "token_type_ids": torch.ones_like(batch["input_ids"])}]
     for seed in (0, 1):
         model: Any = tiny(num_hidden_layers=1, seed=seed).bert
         with torch.inference_mode():
@@ -103,7 +132,7 @@ def test_weights_are_no_part_of_what_is_compiled_and_inputs_are(cache: Path, mon
             model = hfq.compile(model)
             found = [model(**given).last_hidden_state for given in (*inputs, *inputs)]
         for a, b in zip(found, expected * 2, strict=True):
-            assert relative_error(a, b) < 1e-3
+            assert relative_error(a, b) < (1e-2 if can_compile() else 1e-3)  # attention multiplies bfloat16 numbers
         assert len(kept(cache)) == 2
         monkeypatch.setenv("CXX", NO_COMPILER)
 

@@ -30,9 +30,20 @@ def multiplies_in_tiles() -> bool:
     return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
-def register() -> None:
-    """Put the attention under `NAME` where transformers looks it up. It takes the same masks as "sdpa"."""
-    AttentionInterface.register(NAME, functools.partial(bfloat16_attention, tiles=multiplies_in_tiles()))
+def can_compile() -> bool:
+    """Whether `hfq.runtime.attention_template` runs here."""
+    return multiplies_bfloat16() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def register(*, compiled: bool = False) -> None:
+    """Put the attention under `NAME` where transformers looks it up. It takes the same masks as "sdpa".
+
+    `compiled`: torch's own, which `hfq.runtime.attention_template` stands in for.
+    """
+    tiles = multiplies_in_tiles()
+    AttentionInterface.register(
+        NAME, sdpa_attention_forward if compiled else functools.partial(bfloat16_attention, tiles=tiles)
+    )
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 

@@ -8,7 +8,6 @@ import json
 import re
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,11 @@ def main() -> None:
     skeleton = sys.stdin.buffer.read()
     folder = Path(request["folder"])
     torch.set_num_threads(request["threads"])
-    attention.register()
+    attention.register(compiled=request["attention"])
     model = _Rebuilt(skeleton, request["names"])
     try:
-        compile_graph(model, folder, shape=request["shape"], tensors=[_empty(**found) for found in request["tensors"]])
+        tensors = [_empty(**found) for found in request["tensors"]]
+        compile_graph(model, folder, shape=request["shape"], tensors=tensors, with_attention=request["attention"])
     except Exception:  # what cannot be traced as one graph ends in any error of torch's; nobody tries again
         (folder / REFUSED).write_text(traceback.format_exc(), encoding="utf-8")
 
@@ -48,15 +48,20 @@ class _Rebuilt(nn.Module):
         return model(**dict(zip(self.names, inputs.unbind(), strict=True)))
 
 
-def compile_graph(model: nn.Module, folder: Path, *, shape: list[int], tensors: list[Tensor]) -> None:
+def compile_graph(
+    model: nn.Module, folder: Path, *, shape: list[int], tensors: list[Tensor], with_attention: bool
+) -> None:
     """Write a shared library of `model`'s forward into `folder`, with what is to be known of it.
 
     `shape`: of inputs, `[names, batch, length]`; it is compiled for any length, and for any batch that is not 1.
+    `with_attention`: compile that too, in place of calls of torch's.
 
     Raises:
         Exception: it cannot be traced as one graph, or calls what only Python computes.
     """
     from torch._inductor import aot_compile
+
+    from . import attention_template, lowerings
 
     inputs = torch.ones(shape, dtype=torch.int64)
     dynamic = {axis: torch.export.Dim.DYNAMIC for axis in (1, 2) if shape[axis] > 1}
@@ -68,7 +73,9 @@ def compile_graph(model: nn.Module, folder: Path, *, shape: list[int], tensors: 
         conditions = [guard.replace("L['inputs'].size()", "shape") for guard in program._guards_code]
         if any(re.search("[A-Za-z]", condition.replace("shape", "")) for condition in conditions):
             raise NotImplementedError(f"It depends on more than the shape of its inputs: {conditions}")
-        _keep_packed_weights_as_arguments()
+        lowerings.register()
+        if with_attention:
+            attention_template.register()
         aot_compile(
             program.module(check_guards=False),
             (inputs, tensors),
@@ -76,6 +83,7 @@ def compile_graph(model: nn.Module, folder: Path, *, shape: list[int], tensors: 
                 "aot_inductor.output_path": str(folder / LIBRARY),
                 "aot_inductor.enable_line_tables": False,
                 "aot_inductor.enable_frame_pointer": False,
+                "cpp.enable_floating_point_contract_flag": "fast",
                 "aot_inductor.precompile_headers": False,  # which takes longer than it saves, and openssl
             },
         )
@@ -83,38 +91,6 @@ def compile_graph(model: nn.Module, folder: Path, *, shape: list[int], tensors: 
     digest = hashlib.sha256((folder / LIBRARY).read_bytes()).hexdigest()
     facts = {"conditions": conditions, "outputs": pytree.treespec_dumps(outputs), "sha256": digest}
     (folder / FACTS).write_text(json.dumps(facts), encoding="utf-8")
-
-
-def _keep_packed_weights_as_arguments() -> None:
-    """Have inductor call oneDNN's matmul with any weight: its own lowering insists on a constant, to look into it."""
-    if not torch.backends.mkldnn.is_available():
-        return
-    from torch._inductor import lowering, mkldnn_ir
-    from torch._inductor.fx_passes.mkldnn_fusion import _mkldnn_fusion_init
-    from torch._inductor.ir import TensorBox
-    from torch._inductor.virtualized import V
-
-    def rows(x: Any) -> Any:
-        return lowering.view(x, [-1, x.get_size()[-1]])
-
-    def lower(operator: Any, node: Any, *, others: int) -> None:
-        def call(x: Any, scale: float, zero_point: int, *arguments: Any) -> Any:
-            weight, weight_scale, weight_zero_point, *further = arguments
-            further[:others] = map(rows, further[:others])
-            codes = (
-                V.graph.add_tensor_constant(torch.tensor(scale, dtype=torch.float32)),
-                V.graph.add_tensor_constant(torch.tensor(zero_point, dtype=torch.int32)),
-            )
-            y = TensorBox.create(node.create(rows(x), *codes, weight, weight_scale, weight_zero_point, *further))
-            return lowering.view(y, [*x.get_size()[:-1], y.get_size()[-1]])
-
-        register: Callable[..., Any] = lowering.register_lowering(operator, type_promotion_kind=None)
-        register(call)
-
-    _mkldnn_fusion_init()  # it registers its own when it is first used, which is to be before ours
-    matmul = torch.ops.onednn.qlinear_pointwise
-    lower(matmul.default, mkldnn_ir.QLinearPointwisePT2E, others=0)
-    lower(matmul.binary, mkldnn_ir.QLinearPointwiseBinaryPT2E, others=1)
 
 
 def _keep_library_only(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""`hfq.compile`: the work between the matmuls, which oneDNN runs either way, as compiled code.
+"""`hfq.compile`: the work between the matmuls as compiled code, and with AVX-512 the matmuls too.
 
 It is compiled for any batch and length at once, so a server that sees every shape compiles once for single inputs and
 once for batches, not once a request; and once for a machine, as what is compiled is kept on disk (`hfq.runtime.graphs`).
@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .fusion import finish_fusing
+from .fusion import finish_fusing, wanted_fusions
 from .graphs import Graphs
 from .modules import pack_all
 from .slicing import TOKENS, SlicedForward, is_token_batch
@@ -45,7 +45,7 @@ def compile(model: Model) -> Model:
     if isinstance(forward.forward if isinstance(forward, SlicedForward) else forward, _Compiled):
         return model
     pack_all(model)  # what is packed while it is traced would be packed again each time
-    graphs = Graphs.of(model, cache_folder())
+    graphs = Graphs.of(model, cache_folder(), fusions=wanted_fusions())
     compiler = has_compiler()
     if not compiler and not (graphs and graphs.folder.exists()):
         warnings.warn(

@@ -58,14 +58,19 @@ def finish_fusing(model: nn.Module) -> None:
 def wanted_fusions() -> tuple[str, ...]:
     """Names from `HFQ_FUSIONS`: comma-separated, or one of the sets "exact", "all" and "none".
 
-    The default is "all" on a CPU with AMX and "exact" elsewhere. bfloat16 attention moves the answers of a float model
-    a fortieth as far as int8 does (MiniLM, logits) where scores stay in float32, as they do with AMX. Elsewhere it rounds scores to 8
-    bits for its speed: who wants that asks for it, and measures with it.
+    The default is "exact", and attention with products of bfloat16 where that keeps scores in float32: compiled on CPUs
+    that multiply bfloat16, uncompiled too on those with AMX. It moves the answers of a float model a fortieth as far as
+    int8 does (MiniLM, logits). Uncompiled and without AMX it rounds scores to 8 bits for its speed: who wants that asks
+    for it, and measures with it.
 
     Raises:
         UsageError: there is no fusion of that name.
     """
-    setting = os.environ.get("HFQ_FUSIONS") or ("all" if attention.multiplies_in_tiles() else "exact")
+    setting = os.environ.get("HFQ_FUSIONS")
+    if not setting:
+        compiled = attention.can_compile()
+        uncompiled = attention.multiplies_in_tiles()
+        return (*EXACT, *(("compiled-attention",) if compiled else ()), *(("attention",) if uncompiled else ()))
     if setting in FUSION_SETS:
         return FUSION_SETS[setting]
     names = tuple(name.strip() for name in setting.split(","))
@@ -181,8 +186,12 @@ FLOW_FUSIONS: dict[str, Fusion] = {
     "requantization": _requantization,
     "shared-matmul": _shared_matmuls,
 }
-EXACT = ("activation", "residual", *FLOW_FUSIONS, "slices")  # up to requantization error
-FUSION_SETS: dict[str, tuple[str, ...]] = {"exact": EXACT, "all": (*EXACT, "attention"), "none": ()}
+EXACT = ("activation", "residual", *FLOW_FUSIONS, "slices", "compiled-matmul")  # up to requantization error
+FUSION_SETS: dict[str, tuple[str, ...]] = {
+    "exact": EXACT,
+    "all": (*EXACT, "compiled-attention", "attention"),
+    "none": (),
+}
 
 
 def _same_forms(before: Flow, after: Flow | None) -> bool:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .. import __version__
+from .attention import can_compile
 from .native import machine, take_tensors
 from .skeleton import stand_in, take_apart
 
@@ -40,22 +41,25 @@ _log = logging.getLogger(__name__)
 class Graphs:
     """The graphs of one model, which are loaded, or compiled and kept, when an input first asks for them."""
 
-    def __init__(self, folder: Path, *, skeleton: bytes, tensors: list[Tensor]) -> None:
+    def __init__(self, folder: Path, *, skeleton: bytes, tensors: list[Tensor], attention: bool) -> None:
         self.folder = folder
+        self._attention = attention
         self._skeleton = skeleton
         self._tensors = tensors
         self._loaded: dict[tuple[Any, ...], list[Graph]] = {}
         self._refused: set[tuple[Any, ...]] = set()
 
     @classmethod
-    def of(cls, model: nn.Module, root: Path) -> "Graphs | None":
-        """None where the model cannot be compiled by another process."""
-        parts = take_apart(model)
+    def of(cls, model: nn.Module, root: Path, *, fusions: Sequence[str]) -> "Graphs | None":
+        """None where the model cannot be compiled by another process. `fusions`: those that are wanted."""
+        parts = take_apart(model, blocks="compiled-matmul" in fusions)
         if parts is None or any(tensor.device.type != "cpu" for tensor in parts[1]):
             return None
         skeleton, tensors = parts
-        key = hashlib.sha256(json.dumps([_code(), machine(), *map(stand_in, tensors)]).encode() + skeleton)
-        return cls(root / key.hexdigest()[:32], skeleton=skeleton, tensors=tensors)
+        attention = "compiled-attention" in fusions and can_compile()
+        facts = json.dumps([_code(), machine(), attention, *map(stand_in, tensors)])
+        key = hashlib.sha256(facts.encode() + skeleton)
+        return cls(root / key.hexdigest()[:32], skeleton=skeleton, tensors=tensors, attention=attention)
 
     def find(self, names: Sequence[str], inputs: Tensor) -> "Graph | None":
         """A loaded graph for `inputs`, int64 `[names, batch, length]`."""
@@ -104,6 +108,7 @@ class Graphs:
             "names": list(names),
             "shape": list(inputs.shape),
             "threads": torch.get_num_threads(),
+            "attention": self._attention,
             "tensors": [stand_in(tensor) for tensor in self._tensors],
         }
         try:

@@ -122,7 +122,7 @@ class Int8Linear(PackedModule):
         self.post_op: PostOp | None = None
         self._reader: tuple[Int8Linear] | None = None  # in a tuple: it is another module's child, not ours
         self._group: SharedMatmul | None = None
-        self._packed: Any = None  # _Packed or _Slice
+        self._packed: Any = None  # PackedLinear or _Slice
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """float `[.., in]` to the same dtype, `[.., out]`. uint8 is taken as the codes of this layer's input scale.
@@ -161,8 +161,8 @@ class Int8Linear(PackedModule):
                 self._group.pack()
             return self._packed
 
-    def make_packed(self) -> "_Packed":
-        return _Packed([self], select_kernel())
+    def make_packed(self) -> "PackedLinear":
+        return PackedLinear([self], select_kernel())
 
     def unpack(self) -> None:
         super().unpack()
@@ -185,7 +185,7 @@ class Int8Linear(PackedModule):
         )
 
 
-class _Packed:
+class PackedLinear:
     """Weights in their kernel's layout, with the scales as the kernel wants them.
 
     Of one layer, or of several that read the same input with the same scale: their rows, one after the other.
@@ -259,7 +259,7 @@ class SharedMatmul:
 
     def __init__(self, modules: Sequence[Int8Linear]) -> None:
         self.modules = tuple(modules)
-        self._packed: _Packed | None = None
+        self._packed: PackedLinear | None = None
         self._last = threading.local()
         for module in modules:
             module.unpack()
@@ -273,7 +273,7 @@ class SharedMatmul:
 
     def pack(self) -> None:
         """Pack the rows of all layers as one weight."""
-        self._packed = _Packed(self.modules, select_kernel())
+        self._packed = PackedLinear(self.modules, select_kernel())
         for module, start in zip(self.modules, self.starts, strict=True):
             if module._packed is None:
                 module.hand_over(_Slice(self, start, start + module.out_features))

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from .modules import Int8Linear, SharedMatmul
+from .blocked import BlockedMatmul, in_blocks
+from .modules import Int8Linear, PackedLinear, SharedMatmul
 
 # The versions of these are known, so the name of a class stands for its code.
 _PACKAGES = {"torch", "transformers", "hfq", *sys.stdlib_module_names} - {"__main__"}
@@ -27,14 +28,15 @@ _log = logging.getLogger(__name__)
 _ORIGIN = ("_name_or_path", "name_or_path", "_commit_hash", "_in_file_at", "hf_quantizer", "quantization_config")
 
 
-def take_apart(model: nn.Module) -> tuple[bytes, list[Tensor]] | None:
+def take_apart(model: nn.Module, *, blocks: bool = False) -> tuple[bytes, list[Tensor]] | None:
     """The bytes, and the tensors in the order in which `put_together` wants them.
 
+    `blocks`: let matmuls be compiled where they can be, in place of calls of oneDNN (`hfq.runtime.blocked`).
     None if the model is made of something whose code may be another one tomorrow, such as a class of the user's own,
     or of what cannot be copied into another process.
     """
     file = io.BytesIO()
-    pickler = _Pickler(file, model)
+    pickler = _Pickler(file, model, blocks=blocks)
     try:
         pickler.dump(model)
     except (pickle.PicklingError, TypeError, AttributeError, RecursionError) as error:
@@ -53,9 +55,10 @@ def put_together(skeleton: bytes, tensors: Sequence[Tensor]) -> nn.Module:
 
 
 class _Pickler(pickle.Pickler):
-    def __init__(self, file: io.BytesIO, model: nn.Module) -> None:
+    def __init__(self, file: io.BytesIO, model: nn.Module, *, blocks: bool) -> None:
         super().__init__(file, protocol=5)
         self.model = model
+        self.blocks = blocks
         self.tensors: list[Tensor] = []
         self._position: dict[int, int] = {}
 
@@ -74,6 +77,8 @@ class _Pickler(pickle.Pickler):
             if (value.__module__ or "").partition(".")[0] not in _PACKAGES:
                 raise pickle.PicklingError(f"{value!r} is not of a package whose version is known")
             return NotImplemented
+        if self.blocks and isinstance(value, PackedLinear) and (matmul := in_blocks(value)):
+            return _new, (BlockedMatmul,), matmul.__dict__, None, None, _set_state
         if isinstance(value, threading.local):
             return threading.local, ()
         if isinstance(value, nn.Module | SharedMatmul | PretrainedConfig):  # their own ways leave out packed weights
@@ -98,6 +103,10 @@ class _Unpickler(pickle.Unpickler):
             return self.tensors[pid]
         kind, items = pid
         return kind(items)
+
+
+def _new(kind: type) -> Any:
+    return object.__new__(kind)
 
 
 def _set_state(value: Any, state: dict[str, Any]) -> None:

@@ -1,0 +1,126 @@
+"""Int8 matmuls as inductor compiles them, with what comes before and after, from the bytes that oneDNN packed.
+
+A call of oneDNN costs as much as the product of a few tokens, and its GELU a tenth of a large batch. On CPUs with
+AVX-512, oneDNN's layout of a weight is the one that inductor's own matmul reads, so both run from one copy in memory.
+"""
+
+import ctypes
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .kernels import OneDnnKernel, PostOp, apply_post_op, token_scale
+from .modules import PackedLinear
+
+BLOCK = 64  # output channels side by side in memory
+GROUP = 4  # input channels of each that one instruction multiplies
+
+
+def in_blocks(packed: PackedLinear) -> "BlockedMatmul | None":
+    """`packed` for a compiler; None where oneDNN is to multiply, or has laid the weight out in another way."""
+    if not isinstance(packed.kernel, OneDnnKernel) or packed.activation == "weight-only":
+        return None
+    shape = len(packed.scale), packed.in_features
+    if any(features % BLOCK for features in shape) or not _packs_in_blocks(*shape, threads=torch.get_num_threads()):
+        return None
+    return BlockedMatmul(packed)
+
+
+class BlockedMatmul:
+    """What a `PackedLinear` computes, in operations that inductor fuses into the matmul. It is only ever traced.
+
+    Everything that differs between two checkpoints is in tensors, so that one compiled graph serves both, and layers of
+    the same shape share their code. `weight`: int8 `[out / 64, in, 64]`, over the memory of `packed.weight`; `scale`, `offset`: float32 `[out]`; `input_codes`, `output_codes`: float32 `[2]`, the inverse of a
+    scale and a zero point.
+    """
+
+    def __init__(self, packed: PackedLinear) -> None:
+        out_features, in_features = len(packed.scale), packed.in_features
+        self.dtype = packed.dtype
+        self.weight = _bytes_of(packed.weight, out_features * in_features).view(-1, in_features, BLOCK)
+        self.scale, self.bias, self.input_codes = packed.scale, packed.bias, None
+        scale, zero_point, bias = 1.0, 128, None
+        if packed.activation == "static":
+            scale, zero_point, bias = packed.input_scale, packed.zero_point, packed.bias
+            self.scale, self.bias, self.input_codes = packed.scale * scale, None, _codes(scale, zero_point)
+        zeros = packed.kernel.static(
+            torch.zeros(1, in_features, dtype=torch.uint8), packed.weight, packed.scale, bias,
+            input_scale=scale, zero_point=zero_point, post_op=None, output=None,
+        )  # fmt: skip
+        self.offset = zeros.view(-1).contiguous()
+        self.output_codes = None if packed.output is None else _codes(*packed.output)
+
+    def __call__(self, x: Tensor, post_op: PostOp | None, residual: Tensor | None = None) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        if x.dtype == torch.uint8:
+            y = self._matmul(rows)
+        elif self.input_codes is not None:
+            y = self._matmul(_quantize(rows.float(), self.input_codes[0], self.input_codes[1]))
+        else:
+            rows = rows.float()
+            row_scale = token_scale(rows)
+            y = self._matmul(_quantize(rows, 1 / row_scale, 128)) * row_scale
+            y = y if self.bias is None else y + self.bias
+        y = y.view(*x.shape[:-1], len(self.scale))
+        rounded = self.output_codes is not None
+        y = _gelu(y) if post_op == "gelu" and rounded else apply_post_op(y, post_op)
+        if residual is not None:
+            y = y + residual
+        if self.output_codes is not None:
+            return _quantize(y, self.output_codes[0], self.output_codes[1])
+        return y.to(self.dtype if x.dtype == torch.uint8 else x.dtype)
+
+    def _matmul(self, codes: Tensor) -> Tensor:
+        y: Tensor = torch.ops.hfq.int8_linear(codes, self.weight, self.scale, self.offset)
+        return y
+
+
+@lru_cache(maxsize=256)
+def _packs_in_blocks(out_features: int, in_features: int, *, threads: int) -> bool:
+    """Whether oneDNN lays out a weight of this shape in the one way that inductor's matmul reads. It depends on the CPU."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    weight = torch.randint(-128, 128, (out_features, in_features), dtype=torch.int8)
+    packed = OneDnnKernel().pack(weight, torch.ones(out_features))
+    if torch.ops.mkldnn._nbytes(packed) < weight.numel():
+        return False
+    expected = weight.view(out_features // BLOCK, BLOCK, in_features // GROUP, GROUP).transpose(1, 2)
+    return torch.equal(_bytes_of(packed, weight.numel()), expected.reshape(-1))
+
+
+def _bytes_of(packed: Tensor, count: int) -> Tensor:
+    """int8 `[count]` over the memory of `packed`, which it keeps."""
+    memory: Any = (ctypes.c_char * count).from_address(torch.ops.mkldnn.data_ptr(packed))
+    memory.owner = packed
+    return torch.frombuffer(memory, dtype=torch.int8)
+
+
+def _codes(scale: float, zero_point: int) -> Tensor:
+    return torch.tensor([1 / scale, zero_point])
+
+
+def _quantize(x: Tensor, inverse_scale: Tensor, zero_point: Tensor | int) -> Tensor:
+    # Clamped as integers: compiled code for floats would look for NaN twice.
+    return ((x * inverse_scale).round() + zero_point).to(torch.int32).clamp(0, 255).to(torch.uint8)
+
+
+def _gelu(x: Tensor) -> Tensor:
+    """GELU to 1e-5 (6e-5 at 12), far below a step of the codes that it becomes, at half the cost of the exact one.
+
+    It is `x (1/2 + u p(u^2))`, `u` being `x` within the bounds and `p` the minimax polynomial, by Lawson's iteration.
+    """
+    u = x.clamp(-_GELU_BOUND, _GELU_BOUND)
+    t = u * u * (2 / _GELU_BOUND**2) - 1
+    p = torch.full_like(t, _GELU[-1])
+    for coefficient in reversed(_GELU[:-1]):
+        p = p * t + coefficient
+    return x * (u * p + 0.5)
+
+
+_GELU_BOUND = 4.5254836
+_GELU = (
+    0.15603560209274292, -0.07681861519813538, 0.05454104021191597, -0.04038061574101448, 0.028872495517134666,
+    -0.018420806154608727, 0.01033354178071022, -0.006917506456375122, 0.004899309482425451, -0.0016600486123934388,
+)  # fmt: skip

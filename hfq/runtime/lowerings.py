@@ -1,0 +1,138 @@
+"""How inductor compiles int8 matmuls, in the process that compiles (`hfq.runtime.compiler`): nothing here multiplies."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._inductor import ir, lowering, mkldnn_ir
+from torch._inductor.codegen import cpp_micro_gemm
+from torch._inductor.codegen.common import KernelTemplate
+from torch._inductor.codegen.cpp_gemm_template import CppGemmTemplate
+from torch._inductor.codegen.cpp_utils import GemmBlocking
+from torch._inductor.cpu_vec_isa import VecAVX512VNNI
+from torch._inductor.fx_passes.mkldnn_fusion import _mkldnn_fusion_init
+from torch._inductor.utils import parallel_num_threads
+from torch._inductor.virtualized import V, ops
+
+from .blocked import BLOCK, GROUP
+
+FEW_ROWS = 32  # up to here, calling oneDNN's kernel for each block of a weight costs more than it saves
+
+
+@torch.library.custom_op("hfq::int8_linear", mutates_args=())
+def int8_linear(codes: Tensor, weight: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """uint8 `[rows, in]` times int8 `[out / 64, in, 64]`, times `scale` and plus `offset`, to float32 `[rows, out]`."""
+    raise NotImplementedError("It is compiled, never run")
+
+
+@int8_linear.register_fake
+def _shape(codes: Tensor, weight: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    return codes.new_empty(codes.shape[0], scale.shape[0], dtype=torch.float32)
+
+
+def register() -> None:
+    """Have inductor compile `hfq::int8_linear`, and call oneDNN's matmul with weights that are no constants."""
+    _register_blocked_matmul()
+    if torch.backends.mkldnn.is_available():
+        _register_onednn_matmul()
+
+
+def _register_blocked_matmul() -> None:
+    """By inductor's template for int8 matmuls, which what follows the matmul is fused into.
+
+    The template is made for constant weights, which it would lay out itself.
+    """
+
+    cpp_micro_gemm.micro_gemm_configs.clear()  # no other matmul is compiled here
+    sizes = (FEW_ROWS, BLOCK, GROUP)
+    configs = cpp_micro_gemm.generate_gemm_config(
+        VecAVX512VNNI, [sizes], torch.uint8, torch.int8, torch.int32, torch.int32
+    )
+    cpp_micro_gemm.register_micro_gemm(*configs)(MicroKernel)
+
+    def lower(codes: Any, weight: Any, scale: Any, offset: Any) -> Any:
+        for tensor in (codes, weight, scale, offset):
+            tensor.realize()
+        codes = ir.ExternKernel.require_contiguous(codes)
+
+        def scaled(products: Any) -> Any:
+            loaders = [tensor.make_loader() for tensor in (products, scale, offset)]
+
+            def at(index: Any) -> Any:
+                product, by, plus = (
+                    loader(i) for loader, i in zip(loaders, (index, index[-1:], index[-1:]), strict=True)
+                )
+                return ops.add(ops.mul(ops.to_dtype(product, torch.float32), by), plus)
+
+            shape = {"device": products.get_device(), "dtype": torch.float32, "ranges": products.get_size()}
+            return ir.Pointwise(inner_fn=at, **shape)
+
+        template = CppGemmTemplate(
+            # It expects a bias, then scales and zero points, which only `scaled` reads.
+            input_nodes=[codes, weight, offset, scale, scale, scale, scale],
+            has_bias=True,
+            layout=ir.FixedLayout(codes.get_device(), torch.float32, [codes.get_size()[0], scale.get_size()[0]]),
+            num_threads=parallel_num_threads(),
+            register_blocking=GemmBlocking(*sizes),
+            epilogue_creator=scaled,
+        )
+        return template.generate().output_node()
+
+    register: Callable[..., Any] = lowering.register_lowering(
+        torch.ops.hfq.int8_linear.default, type_promotion_kind=None
+    )
+    register(lower)
+
+
+class MicroKernel(cpp_micro_gemm.CppMicroGemmAVX512VNNI):
+    """What multiplies rows by a block of a weight: inductor's kernel for a few, oneDNN's, which uses AMX, for more."""
+
+    def codegen_define(self, kernel: Any) -> str:
+        name, blocking = self.name, self.register_blocking
+        self.name, self.register_blocking = f"{name}_few", GemmBlocking(6, BLOCK, GROUP)
+        few: str = super().codegen_define(kernel)
+        self.name, self.register_blocking = name, blocking
+        any_number = KernelTemplate._template_from_string(_MICRO_KERNEL)
+        return few + any_number.render(declaration=self.get_kernel_declaration(), name=name, few_rows=FEW_ROWS)
+
+    def codegen_finalize(self, kernel: Any) -> str:
+        return "at::native::cpublas::brgemm_release();"
+
+
+_MICRO_KERNEL = """
+#include <ATen/native/CPUBlas.h>
+{{declaration}} {
+    if (M <= {{few_rows}}) {
+        {{name}}_few<accum, prefetch>(A, B, C, M, N, K, lda, ldb, ldc);
+    } else {
+        at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, accum, A, B, C);
+    }
+}
+"""
+
+
+def _register_onednn_matmul() -> None:
+    """Have inductor call oneDNN's matmul with any weight: its own lowering insists on a constant, to look into it."""
+
+    def rows(x: Any) -> Any:
+        return lowering.view(x, [-1, x.get_size()[-1]])
+
+    def lower(operator: Any, node: Any, *, others: int) -> None:
+        def call(x: Any, scale: float, zero_point: int, *arguments: Any) -> Any:
+            weight, weight_scale, weight_zero_point, *further = arguments
+            further[:others] = map(rows, further[:others])
+            codes = (
+                V.graph.add_tensor_constant(torch.tensor(scale, dtype=torch.float32)),
+                V.graph.add_tensor_constant(torch.tensor(zero_point, dtype=torch.int32)),
+            )
+            y = ir.TensorBox.create(node.create(rows(x), *codes, weight, weight_scale, weight_zero_point, *further))
+            return lowering.view(y, [*x.get_size()[:-1], y.get_size()[-1]])
+
+        register: Callable[..., Any] = lowering.register_lowering(operator, type_promotion_kind=None)
+        register(call)
+
+    _mkldnn_fusion_init()  # it registers its own when it is first used, which is to be before ours
+    matmul = torch.ops.onednn.qlinear_pointwise
+    lower(matmul.default, mkldnn_ir.QLinearPointwisePT2E, others=0)
+    lower(matmul.binary, mkldnn_ir.QLinearPointwiseBinaryPT2E, others=1)
