@@ -122,11 +122,7 @@ extern "C" {{definition}}
     while (B * H * parts < 4 * threads && parts * ROWS < L) parts *= 2;
     const int64_t part = ((L + parts - 1) / parts + LANES - 1) / LANES * LANES;
 
-    auto narrow = [](__m512 x) {
-        __m256i y;
-        asm("vcvtneps2bf16 %1, %0" : "=v"(y) : "v"(x));  // the intrinsic needs a flag that inductor does not give
-        return y;
-    };
+    auto narrow = [](__m512 x) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)); };
     auto row = [&](const float* from, bool real) {
         return real ? narrow(_mm512_loadu_ps(from)) : _mm256_setzero_si256();
     };

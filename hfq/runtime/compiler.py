@@ -84,6 +84,7 @@ def compile_graph(
                 "aot_inductor.enable_line_tables": False,
                 "aot_inductor.enable_frame_pointer": False,
                 "cpp.enable_floating_point_contract_flag": "fast",
+                "cpp.use_two_step_variance_threshold": 0,  # whose steps each go over all rows, with a barrier between
                 "aot_inductor.precompile_headers": False,  # which takes longer than it saves, and openssl
             },
         )
