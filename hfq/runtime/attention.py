@@ -6,6 +6,7 @@ float32. With AVX-512 BF16 alone, two batched matmuls through oneDNN take two th
 """
 
 import functools
+import os
 from typing import Any
 
 import torch
@@ -31,8 +32,9 @@ def multiplies_in_tiles() -> bool:
 
 
 def can_compile() -> bool:
-    """Whether `hfq.runtime.attention_template` runs here."""
-    return multiplies_bfloat16() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    """Whether `hfq.runtime.attention_template` runs here: its products are oneDNN's, which may be told of another CPU."""
+    limited = any(os.environ.get(name) for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"))
+    return multiplies_bfloat16() and torch.backends.cpu.get_cpu_capability() == "AVX512" and not limited
 
 
 def register(*, compiled: bool = False) -> None:

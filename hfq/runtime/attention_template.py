@@ -199,9 +199,10 @@ extern "C" {{definition}}
                     Vector total(0.f);
                     for (int64_t s = 0; s < keys; s += LANES) {
                         Vector x = Vector::loadu(score + s) - shift;
-                        // exp_u20 is wrong for minus infinity
-                        x = _mm512_maskz_mov_ps(
+                        // exp_u20 is wrong for minus infinity, and NaN is to stay
+                        const __m512 e = _mm512_maskz_mov_ps(
                             _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.f), _CMP_GT_OQ), x.exp_u20());
+                        x = _mm512_mask_mov_ps(e, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), x);
                         total = total + x;
                         put(weights + i * keys + s, narrow(x));
                     }

@@ -23,9 +23,14 @@ def in_blocks(packed: PackedLinear) -> "BlockedMatmul | None":
     if not isinstance(packed.kernel, OneDnnKernel) or packed.activation == "weight-only":
         return None
     shape = len(packed.scale), packed.in_features
-    if any(features % BLOCK for features in shape) or not _packs_in_blocks(*shape, threads=torch.get_num_threads()):
+    if any(features % BLOCK for features in shape):
         return None
-    return BlockedMatmul(packed)
+    try:
+        # The layout depends on the number of threads there were when the weight was packed, so the weight is asked.
+        expected = _layout_in_blocks(*shape, threads=torch.get_num_threads())
+        return BlockedMatmul(packed) if expected is not None and _layout(packed.weight) == expected else None
+    except (AttributeError, RuntimeError):  # another torch, which does not say how a weight is laid out
+        return None
 
 
 class BlockedMatmul:
@@ -78,16 +83,22 @@ class BlockedMatmul:
 
 
 @lru_cache(maxsize=256)
-def _packs_in_blocks(out_features: int, in_features: int, *, threads: int) -> bool:
-    """Whether oneDNN lays out a weight of this shape in the one way that inductor's matmul reads. It depends on the CPU."""
+def _layout_in_blocks(out_features: int, in_features: int, *, threads: int) -> bytes | None:
+    """oneDNN's layout of a weight of this shape, if it is the one way that inductor's matmul reads. The CPU decides."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return False
-    weight = torch.randint(-128, 128, (out_features, in_features), dtype=torch.int8)
+        return None
+    shape = (out_features, in_features)
+    weight = torch.randint(-128, 128, shape, dtype=torch.int8, generator=torch.Generator().manual_seed(0))
     packed = OneDnnKernel().pack(weight, torch.ones(out_features))
     if torch.ops.mkldnn._nbytes(packed) < weight.numel():
-        return False
+        return None
     expected = weight.view(out_features // BLOCK, BLOCK, in_features // GROUP, GROUP).transpose(1, 2)
-    return torch.equal(_bytes_of(packed, weight.numel()), expected.reshape(-1))
+    return _layout(packed) if torch.equal(_bytes_of(packed, weight.numel()), expected.reshape(-1)) else None
+
+
+def _layout(packed: Tensor) -> bytes:
+    """oneDNN's description of a packed weight."""
+    return bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(packed).tolist())
 
 
 def _bytes_of(packed: Tensor, count: int) -> Tensor:
@@ -102,12 +113,14 @@ def _codes(scale: float, zero_point: int) -> Tensor:
 
 
 def _quantize(x: Tensor, inverse_scale: Tensor, zero_point: Tensor | int) -> Tensor:
-    # Clamped as integers: compiled code for floats would look for NaN twice.
-    return ((x * inverse_scale).round() + zero_point).to(torch.int32).clamp(0, 255).to(torch.uint8)
+    # Clamped as integers, but for what no integer holds: compiled code for floats would look for NaN at each bound.
+    return ((x * inverse_scale).clamp(max=1e9).round() + zero_point).to(torch.int32).clamp(0, 255).to(torch.uint8)
 
 
 def _gelu(x: Tensor) -> Tensor:
-    """GELU to 1e-5 (6e-5 at 12), far below a step of the codes that it becomes, at half the cost of the exact one.
+    """GELU to 1e-5 within the bounds and to 5e-6 of `|x|` beyond, at half the cost of the exact one.
+
+    That is far below a step of the codes it becomes: their range reaches as far as the largest `x`, in 255 steps.
 
     It is `x (1/2 + u p(u^2))`, `u` being `x` within the bounds and `p` the minimax polynomial, by Lawson's iteration.
     """

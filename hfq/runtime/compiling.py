@@ -79,7 +79,7 @@ class _Compiled:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inputs = dict(zip(TOKENS, args, strict=False)) | kwargs
-        if len(args) > 1 or torch.is_grad_enabled() or self._model.training:
+        if len(args) > 1 or torch.is_grad_enabled() or self._model.training or not torch.backends.mkldnn.enabled:
             return self.eager(*args, **kwargs)
         if not is_token_batch(inputs) or inputs["input_ids"].shape[1] < 2:
             return self.eager(*args, **kwargs)

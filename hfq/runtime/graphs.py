@@ -206,4 +206,4 @@ def _code() -> list[str]:
 
 
 def _is_setting(name: str) -> bool:
-    return name.startswith(("TORCHINDUCTOR_", "AOT_INDUCTOR_")) and not name.endswith("_CACHE_DIR")
+    return name.startswith(("TORCHINDUCTOR_", "AOT_INDUCTOR_", "ONEDNN_", "DNNL_")) and not name.endswith("_CACHE_DIR")

@@ -103,10 +103,13 @@ class MicroKernel(cpp_micro_gemm.CppMicroGemmAVX512VNNI):
 _MICRO_KERNEL = """
 #include <ATen/native/CPUBlas.h>
 {{declaration}} {
-    if (M <= {{few_rows}}) {
-        {{name}}_few<accum, prefetch>(A, B, C, M, N, K, lda, ldb, ldc);
-    } else {
-        at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, accum, A, B, C);
+    // In multiples: oneDNN makes and keeps a kernel for each number of rows.
+    const int64_t many = M > {{few_rows}} ? M / {{few_rows}} * {{few_rows}} : 0;
+    if (many > 0) {
+        at::native::cpublas::brgemm(many, N, K, lda, ldb, ldc, accum, A, B, C);
+    }
+    if (M > many) {
+        {{name}}_few<accum, prefetch>(A + many * lda, B, C + many * ldc, M - many, N, K, lda, ldb, ldc);
     }
 }
 """
