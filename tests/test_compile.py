@@ -18,8 +18,10 @@ from transformers import AutoModel, BertForSequenceClassification
 import hfq
 from hfq.runtime import compiling
 from hfq.runtime.attention import can_compile
+from hfq.runtime.blocked import in_blocks
 from hfq.runtime.fusion import fuse
 from hfq.runtime.kernels import select_kernel
+from hfq.runtime.modules import Int8Linear
 from hfq.tuning.candidates import Candidate
 
 BATCHES = token_batches(2)
@@ -186,3 +188,28 @@ def test_compiled_model_can_still_be_saved(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     again = AutoModel.from_pretrained(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.skipif(select_kernel().name != "onednn", reason="the portable kernel packs nothing")
+@pytest.mark.parametrize("threads", [1, 2, 4, 8, 16, 64])
+def test_a_weight_is_read_as_it_was_packed_whatever_the_threads(threads: int) -> None:
+    before = torch.get_num_threads()
+    layer = Int8Linear(64, 128, bias=False, activation="dynamic")
+    layer.weight.copy_(torch.randint(-127, 128, (128, 64)))
+    layer.weight_scale.fill_(1)
+    plain = layer.weight.clone()
+    torch.set_num_threads(threads)
+    try:
+        packed = layer.pack()
+    finally:
+        torch.set_num_threads(before)
+    state = torch.get_rng_state()
+    matmul = in_blocks(packed)
+    assert torch.equal(torch.get_rng_state(), state), "nobody else's random numbers are drawn"
+    if matmul is not None:  # else oneDNN multiplies
+        assert torch.equal(matmul.weight.view(2, 16, 64, 4).transpose(1, 2).reshape(128, 64), plain)
+
+
+def test_attention_is_not_compiled_where_onednn_is_told_of_another_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI")
+    assert not can_compile()
