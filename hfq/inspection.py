@@ -122,6 +122,7 @@ def describe_runtime() -> dict[str, Any]:
     from .runtime.compiling import has_compiler
     from .runtime.fusion import wanted_fusions
 
+    fusions = wanted_fusions()
     reported = torch.cpu.get_capabilities()
     wanted = ("avx2", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "dot", "i8mm", "bf16", "sve")
     return {
@@ -129,19 +130,19 @@ def describe_runtime() -> dict[str, Any]:
         "instructions": [name for name in wanted if reported.get(name)],
         "onednn_isa_limit": os.environ.get("ONEDNN_MAX_CPU_ISA"),
         "hfq_isa": os.environ.get("HFQ_ISA", "native"),
-        "fusions": list(wanted_fusions()),
-        "bfloat16_attention": _where_bfloat16(wanted_fusions()),
+        "fusions": list(fusions),
+        "bfloat16_attention": _where_bfloat16(fusions),
         "compiler": has_compiler(),
     }
 
 
 def _where_bfloat16(fusions: Sequence[str]) -> str:
     """Where attention multiplies bfloat16 numbers."""
-    from .runtime.attention import can_compile, multiplies_bfloat16
+    from .runtime.attention import is_compiled, multiplies_bfloat16
 
     if "attention" in fusions and multiplies_bfloat16():
         return "yes"
-    return "where compiled" if "compiled-attention" in fusions and can_compile() else "no"
+    return "where compiled" if is_compiled(fusions) else "no"
 
 
 def show_facts(found: Mapping[str, Any]) -> None:

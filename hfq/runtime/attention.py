@@ -7,6 +7,7 @@ float32. With AVX-512 BF16 alone, two batched matmuls through oneDNN take two th
 
 import functools
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,15 +38,18 @@ def can_compile() -> bool:
     return multiplies_bfloat16() and torch.backends.cpu.get_cpu_capability() == "AVX512" and not limited
 
 
+def is_compiled(fusions: Sequence[str]) -> bool:
+    """Whether `hfq.compile` compiles attention here, too, given the fusions that are wanted."""
+    return "compiled-attention" in fusions and can_compile()
+
+
 def register(*, compiled: bool = False) -> None:
     """Put the attention under `NAME` where transformers looks it up. It takes the same masks as "sdpa".
 
     `compiled`: torch's own, which `hfq.runtime.attention_template` stands in for.
     """
-    tiles = multiplies_in_tiles()
-    AttentionInterface.register(
-        NAME, sdpa_attention_forward if compiled else functools.partial(bfloat16_attention, tiles=tiles)
-    )
+    own = functools.partial(bfloat16_attention, tiles=multiplies_in_tiles())
+    AttentionInterface.register(NAME, sdpa_attention_forward if compiled else own)
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 

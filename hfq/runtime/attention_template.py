@@ -5,7 +5,6 @@ them where the matmul of query, key and value left them, and keeps scores, softm
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import sympy
@@ -15,6 +14,8 @@ from torch._inductor.codegen.cpp import CppScheduling
 from torch._inductor.codegen.cpp_template import CppTemplate
 from torch._inductor.utils import parallel_num_threads
 from torch._inductor.virtualized import V
+
+from .lowerings import replace_lowering
 
 LANES = 16  # float32 numbers of one AVX-512 register
 _OPERATION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -38,8 +39,7 @@ def register() -> None:
         return fused
 
     setattr(CppScheduling, "can_fuse_vertical", can_fuse_vertical)  # noqa: B010 - mypy would have it no other way
-    register_lowering: Callable[..., Any] = lowering.register_lowering(_OPERATION, type_promotion_kind=None)
-    register_lowering(lower)
+    replace_lowering(_OPERATION, lower)
 
 
 def _suits(query: Any, key: Any, value: Any, mask: Any) -> bool:
@@ -101,7 +101,7 @@ class AttentionTemplate(CppTemplate):
             keys=kernel.size(self.input_nodes[1], 2),
             scale=self.scale,
             threads=self.num_threads,
-            masked="mask" in tensors,
+            lanes=LANES,
         )
         return text
 
@@ -113,7 +113,7 @@ extern "C" {{definition}}
 {
     using Number = at::BFloat16;
     using Vector = at::vec::Vectorized<float>;
-    constexpr int64_t LANES = 16, ROWS = 64, D = {{sizes[3]}};
+    constexpr int64_t LANES = {{lanes}}, ROWS = 64, D = {{sizes[3]}};
     constexpr int threads = {{threads}};
     constexpr float scale = {{scale}}, never = -std::numeric_limits<float>::infinity();
     const int64_t B = {{sizes[0]}}, H = {{sizes[1]}}, L = {{sizes[2]}}, S = {{keys}};
@@ -179,7 +179,7 @@ extern "C" {{definition}}
                 at::native::cpublas::brgemm(M, keys, D, D, keys, keys, false, queries, paired_keys, scores);
                 for (int64_t i = 0; i < count; i++) {
                     float* score = scores + i * keys;
-{%- if masked %}
+{%- if "mask" in at %}
                     const float* mask_at = &{{at["mask"]}} + b * {{strides["mask"][0]}} + h * {{strides["mask"][1]}}
                         + (l + i) * {{strides["mask"][2]}};
 {%- endif %}
@@ -187,7 +187,7 @@ extern "C" {{definition}}
                     for (int64_t s = 0; s < keys; s += LANES) {
                         const __mmask16 real = s + LANES <= S ? 0xffff : s < S ? (1 << (S - s)) - 1 : 0;
                         __m512 x = _mm512_mul_ps(_mm512_loadu_ps(score + s), _mm512_set1_ps(scale));
-{%- if masked %}
+{%- if "mask" in at %}
                         x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(real, mask_at + s));
 {%- endif %}
                         x = _mm512_mask_blend_ps(real, _mm512_set1_ps(never), x);

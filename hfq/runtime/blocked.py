@@ -37,8 +37,8 @@ class BlockedMatmul:
     """What a `PackedLinear` computes, in operations that inductor fuses into the matmul. It is only ever traced.
 
     Everything that differs between two checkpoints is in tensors, so that one compiled graph serves both, and layers of
-    the same shape share their code. `weight`: int8 `[out / 64, in, 64]`, over the memory of `packed.weight`; `scale`, `offset`: float32 `[out]`; `input_codes`, `output_codes`: float32 `[2]`, the inverse of a
-    scale and a zero point.
+    the same shape share their code. `weight`: int8 `[out / 64, in, 64]`, over the memory of `packed.weight`; `scale`,
+    `offset`: float32 `[out]`; `input_codes`, `output_codes`: float32 `[2]`, the inverse of a scale and a zero point.
     """
 
     def __init__(self, packed: PackedLinear) -> None:

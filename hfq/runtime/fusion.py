@@ -68,9 +68,8 @@ def wanted_fusions() -> tuple[str, ...]:
     """
     setting = os.environ.get("HFQ_FUSIONS")
     if not setting:
-        compiled = attention.can_compile()
-        uncompiled = attention.multiplies_in_tiles()
-        return (*EXACT, *(("compiled-attention",) if compiled else ()), *(("attention",) if uncompiled else ()))
+        close = {"compiled-attention": attention.can_compile(), "attention": attention.multiplies_in_tiles()}
+        return (*EXACT, *(name for name, here in close.items() if here))
     if setting in FUSION_SETS:
         return FUSION_SETS[setting]
     names = tuple(name.strip() for name in setting.split(","))

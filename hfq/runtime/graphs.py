@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .. import __version__
-from .attention import can_compile
+from .attention import is_compiled
 from .native import machine, take_tensors
 from .skeleton import stand_in, take_apart
 
@@ -56,7 +56,7 @@ class Graphs:
         if parts is None or any(tensor.device.type != "cpu" for tensor in parts[1]):
             return None
         skeleton, tensors = parts
-        attention = "compiled-attention" in fusions and can_compile()
+        attention = is_compiled(fusions)
         facts = json.dumps([_code(), machine(), attention, *map(stand_in, tensors)])
         key = hashlib.sha256(facts.encode() + skeleton)
         return cls(root / key.hexdigest()[:32], skeleton=skeleton, tensors=tensors, attention=attention)

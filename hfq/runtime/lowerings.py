@@ -38,6 +38,12 @@ def register() -> None:
         _register_onednn_matmul()
 
 
+def replace_lowering(operator: Any, lower: Callable[..., Any]) -> None:
+    """Have inductor compile `operator` by `lower`, which is given arguments as they are."""
+    decorate: Callable[..., Any] = lowering.register_lowering(operator, type_promotion_kind=None)
+    decorate(lower)
+
+
 def _register_blocked_matmul() -> None:
     """By inductor's template for int8 matmuls, which what follows the matmul is fused into.
 
@@ -79,10 +85,7 @@ def _register_blocked_matmul() -> None:
         )
         return template.generate().output_node()
 
-    register: Callable[..., Any] = lowering.register_lowering(
-        torch.ops.hfq.int8_linear.default, type_promotion_kind=None
-    )
-    register(lower)
+    replace_lowering(torch.ops.hfq.int8_linear.default, lower)
 
 
 class MicroKernel(cpp_micro_gemm.CppMicroGemmAVX512VNNI):
@@ -132,8 +135,7 @@ def _register_onednn_matmul() -> None:
             y = ir.TensorBox.create(node.create(rows(x), *codes, weight, weight_scale, weight_zero_point, *further))
             return lowering.view(y, [*x.get_size()[:-1], y.get_size()[-1]])
 
-        register: Callable[..., Any] = lowering.register_lowering(operator, type_promotion_kind=None)
-        register(call)
+        replace_lowering(operator, call)
 
     _mkldnn_fusion_init()  # it registers its own when it is first used, which is to be before ours
     matmul = torch.ops.onednn.qlinear_pointwise
