@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .blocked import lay_out, lay_out_plainly
 from .fusion import finish_fusing, wanted_fusions
 from .graphs import Graphs
 from .modules import pack_all
@@ -45,7 +46,10 @@ def compile(model: Model) -> Model:
     if isinstance(forward.forward if isinstance(forward, SlicedForward) else forward, _Compiled):
         return model
     pack_all(model)  # what is packed while it is traced would be packed again each time
-    graphs = Graphs.of(model, cache_folder(), fusions=wanted_fusions())
+    fusions = wanted_fusions()
+    if "compiled-matmul" in fusions:
+        lay_out(model)
+    graphs = Graphs.of(model, cache_folder(), fusions=fusions)
     compiler = has_compiler()
     if not compiler and not (graphs and graphs.folder.exists()):
         warnings.warn(
@@ -53,6 +57,7 @@ def compile(model: Model) -> Model:
             "the model runs uncompiled, with the same answers.",
             stacklevel=2,
         )
+        lay_out_plainly(model)
         return model
     if isinstance(forward, SlicedForward):
         forward.forward = _Compiled(model, forward.forward, graphs=graphs, compiler=compiler)

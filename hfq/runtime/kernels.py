@@ -8,6 +8,7 @@ import os
 import platform
 import time
 import warnings
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, Protocol
 
@@ -27,6 +28,37 @@ _ONEDNN_POST_OPS: dict[PostOp | None, tuple[str, str]] = {
     "gelu": ("gelu", "none"),
     "gelu_tanh": ("gelu", "tanh"),
 }
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Weights int8 `[out, in]` as `[out / block, in, block]`, in memory `[out / block, in / group, block, group]`.
+
+    What one instruction multiplies, `group` input channels of each of several output channels, lies side by side.
+    """
+
+    block: int
+    group: int
+
+    def arrange(self, weight: Tensor) -> Tensor:
+        """int8 `[out, in]` in this layout."""
+        rows, columns = weight.shape
+        parts = weight.view(rows // self.block, self.block, columns // self.group, self.group)
+        return parts.transpose(1, 2).reshape(-1, columns, self.block)
+
+    def restore(self, blocks: Tensor) -> Tensor:
+        """What `arrange` was given."""
+        count, columns, _ = blocks.shape
+        parts = blocks.view(count, columns // self.group, self.block, self.group)
+        return parts.transpose(1, 2).reshape(count * self.block, columns)
+
+    def suits(self, out_features: int, in_features: int) -> bool:
+        """Whether a weight of this shape can be laid out so."""
+        return out_features % self.block == 0 and in_features % self.group == 0
+
+
+VNNI = Layout(block=64, group=4)  # oneDNN's, with AVX-512
+PANELS = Layout(block=16, group=2)  # for 16-bit multiply-adds, which any x86 of the last ten years has
 
 
 class Kernel(Protocol):
@@ -131,7 +163,10 @@ class OneDnnKernel:
 
 
 class PortableKernel:
-    """Exact on any CPU: int8 stays in memory, each call widens the codes to float32 and multiplies there."""
+    """Exact on any CPU: int8 stays in memory, each call widens the codes to float32 and multiplies there.
+
+    A weight may also be in `PANELS`, for compiled code (`hfq.runtime.blocked`); here it takes longer then.
+    """
 
     name = "portable"
 
@@ -139,7 +174,7 @@ class PortableKernel:
         return weight.clone()  # out of the mapped checkpoint file
 
     def unpack(self, packed: Tensor, scale: Tensor, in_features: int) -> Tensor:
-        return packed
+        return PANELS.restore(packed) if packed.dim() == 3 else packed
 
     def static(
         self,
@@ -168,9 +203,8 @@ class PortableKernel:
         y = self._matmul((x / row_scale).round_().clamp_(-128, 127), packed, scale, None).mul_(row_scale)
         return apply_post_op(y if bias is None else y.add_(bias), post_op)
 
-    @staticmethod
-    def _matmul(codes: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        y = F.linear(codes, packed.float()).mul_(scale)
+    def _matmul(self, codes: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        y = F.linear(codes, self.unpack(packed, scale, codes.shape[-1]).float()).mul_(scale)
         return y if bias is None else y.add_(bias)
 
 

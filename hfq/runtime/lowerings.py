@@ -6,23 +6,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._inductor import ir, lowering, mkldnn_ir
-from torch._inductor.codegen import cpp_micro_gemm
-from torch._inductor.codegen.common import KernelTemplate
+from torch._inductor.codegen.cpp import CppVecKernel
 from torch._inductor.codegen.cpp_gemm_template import CppGemmTemplate
-from torch._inductor.codegen.cpp_utils import GemmBlocking
-from torch._inductor.cpu_vec_isa import VecAVX512VNNI
+from torch._inductor.codegen.cpp_utils import GemmBlocking, cexpr_index
 from torch._inductor.fx_passes.mkldnn_fusion import _mkldnn_fusion_init
 from torch._inductor.utils import parallel_num_threads
 from torch._inductor.virtualized import V, ops
 
-from .blocked import BLOCK, GROUP
-
-FEW_ROWS = 32  # up to here, calling oneDNN's kernel for each block of a weight costs more than it saves
+from . import micro_kernels
+from .kernels import PANELS, VNNI, Layout
+from .micro_kernels import VnniMicroKernel, WideningMicroKernel
 
 
 @torch.library.custom_op("hfq::int8_linear", mutates_args=())
 def int8_linear(codes: Tensor, weight: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    """uint8 `[rows, in]` times int8 `[out / 64, in, 64]`, times `scale` and plus `offset`, to float32 `[rows, out]`."""
+    """uint8 `[rows, in]` times int8 `[blocks, in, block]`, times `scale` and plus `offset`, to float32 `[rows, out]`."""
     raise NotImplementedError("It is compiled, never run")
 
 
@@ -31,9 +29,12 @@ def _shape(codes: Tensor, weight: Tensor, scale: Tensor, offset: Tensor) -> Tens
     return codes.new_empty(codes.shape[0], scale.shape[0], dtype=torch.float32)
 
 
-def register() -> None:
-    """Have inductor compile `hfq::int8_linear`, and call oneDNN's matmul with weights that are no constants."""
-    _register_blocked_matmul()
+def register(layout: Layout) -> None:
+    """Have inductor compile `hfq::int8_linear`, and call oneDNN's matmul with weights that are no constants.
+
+    `layout`: in which all weights of the operation are.
+    """
+    _register_blocked_matmul(layout)
     if torch.backends.mkldnn.is_available():
         _register_onednn_matmul()
 
@@ -44,18 +45,17 @@ def replace_lowering(operator: Any, lower: Callable[..., Any]) -> None:
     decorate(lower)
 
 
-def _register_blocked_matmul() -> None:
+def _register_blocked_matmul(layout: Layout) -> None:
     """By inductor's template for int8 matmuls, which what follows the matmul is fused into.
 
     The template is made for constant weights, which it would lay out itself.
     """
 
-    cpp_micro_gemm.micro_gemm_configs.clear()  # no other matmul is compiled here
-    sizes = (FEW_ROWS, BLOCK, GROUP)
-    configs = cpp_micro_gemm.generate_gemm_config(
-        VecAVX512VNNI, [sizes], torch.uint8, torch.int8, torch.int32, torch.int32
-    )
-    cpp_micro_gemm.register_micro_gemm(*configs)(MicroKernel)
+    micro_kernel = VnniMicroKernel if layout == VNNI else WideningMicroKernel
+    sizes = GemmBlocking(micro_kernel.ROWS, layout.block, layout.group)
+    micro_kernels.register(micro_kernel, sizes)
+    if layout == PANELS:
+        _load_integers_at_once()
 
     def lower(codes: Any, weight: Any, scale: Any, offset: Any) -> Any:
         for tensor in (codes, weight, scale, offset):
@@ -80,7 +80,7 @@ def _register_blocked_matmul() -> None:
             has_bias=True,
             layout=ir.FixedLayout(codes.get_device(), torch.float32, [codes.get_size()[0], scale.get_size()[0]]),
             num_threads=parallel_num_threads(),
-            register_blocking=GemmBlocking(*sizes),
+            register_blocking=sizes,
             epilogue_creator=scaled,
         )
         return template.generate().output_node()
@@ -88,34 +88,21 @@ def _register_blocked_matmul() -> None:
     replace_lowering(torch.ops.hfq.int8_linear.default, lower)
 
 
-class MicroKernel(cpp_micro_gemm.CppMicroGemmAVX512VNNI):
-    """What multiplies rows by a block of a weight: inductor's kernel for a few, oneDNN's, which uses AMX, for more."""
+def _load_integers_at_once() -> None:
+    """Have AVX2 code load vectors of products directly.
 
-    def codegen_define(self, kernel: Any) -> str:
-        name, blocking = self.name, self.register_blocking
-        self.name, self.register_blocking = f"{name}_few", GemmBlocking(6, BLOCK, GROUP)
-        few: str = super().codegen_define(kernel)
-        self.name, self.register_blocking = name, blocking
-        any_number = KernelTemplate._template_from_string(_MICRO_KERNEL)
-        return few + any_number.render(declaration=self.get_kernel_declaration(), name=name, few_rows=FEW_ROWS)
+    torch's way of loading some 32-bit integers copies them first, even where it is a whole vector, and each load waits
+    until all that was written before is in the cache.
+    """
+    some = CppVecKernel._get_vec_load_line
 
-    def codegen_finalize(self, kernel: Any) -> str:
-        return "at::native::cpublas::brgemm_release();"
+    def line(self: Any, var: str, index: Any, dtype: torch.dtype, load_mask: Any = None) -> str:
+        text: str = some(self, var, index, dtype, load_mask)
+        if dtype == torch.int32 and load_mask is None and self.num_elems == self.vec_isa.nelements():
+            return f"{text.removesuffix(f', {cexpr_index(self.num_elems)})')})"
+        return text
 
-
-_MICRO_KERNEL = """
-#include <ATen/native/CPUBlas.h>
-{{declaration}} {
-    // In multiples: oneDNN makes and keeps a kernel for each number of rows.
-    const int64_t many = M > {{few_rows}} ? M / {{few_rows}} * {{few_rows}} : 0;
-    if (many > 0) {
-        at::native::cpublas::brgemm(many, N, K, lda, ldb, ldc, accum, A, B, C);
-    }
-    if (M > many) {
-        {{name}}_few<accum, prefetch>(A + many * lda, B, C + many * ldc, M - many, N, K, lda, ldb, ldc);
-    }
-}
-"""
+    setattr(CppVecKernel, "_get_vec_load_line", line)  # noqa: B010 - mypy would have it no other way
 
 
 def _register_onednn_matmul() -> None:

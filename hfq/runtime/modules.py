@@ -153,6 +153,12 @@ class Int8Linear(PackedModule):
         """The matmul that it shares with layers that read the same tensor."""
         return self._group
 
+    @property
+    def packed_linear(self) -> "PackedLinear | None":
+        """What it multiplies with, maybe together with others; None before it is packed."""
+        packed: PackedLinear | None = self._packed if self._group is None else self._group._packed
+        return packed
+
     def pack(self) -> Any:
         with PACKING:
             if self._group is None:
@@ -353,6 +359,12 @@ def pack_all(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, PackedModule):
             module.pack()
+
+
+def packed_linears(model: nn.Module) -> list["PackedLinear"]:
+    """What the packed layers of `model` multiply with, each once."""
+    found = (module.packed_linear for module in model.modules() if isinstance(module, Int8Linear))
+    return list({id(packed): packed for packed in found if packed is not None}.values())
 
 
 def unpack_all(model: nn.Module) -> None:
