@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .benchmark import Subject, Timing, logits_of, measure, timed_batches
 from .evaluation import Evaluation
 from .report import Comparison, Measurement
-from .runtime.kernels import select_kernel
+from .runtime.selection import select_kernel
 from .runtime.slicing import in_parts
 from .session import Session, load_model
 from .source import Checkpoint

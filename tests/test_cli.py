@@ -350,7 +350,7 @@ def test_bench_refuses_what_it_cannot_compare(flags: list[str], said: str, run: 
 def test_inspect_shows_the_runtime_and_its_limits(variables: dict[str, str], kernel: str | None, run: Run) -> None:
     done = hfq("inspect", "--runtime", "--json", cwd=run.cwd, env={**variables, "HFQ_FUSIONS": "activation"})
     found = json.loads(done.out)
-    assert found["kernel"] in ([kernel] if kernel else ["onednn", "portable"])
+    assert found["kernel"] in ([kernel] if kernel else ["onednn", "onednn-checked", "portable"])
     assert found["hfq_isa"] == variables["HFQ_ISA"]
     assert found["onednn_isa_limit"] == variables.get("ONEDNN_MAX_CPU_ISA")
     assert found["fusions"] == ["activation"]

@@ -22,7 +22,7 @@ from hfq.quantization.convert import int8_conv, int8_linear
 from hfq.quantization.layers import why_not
 from hfq.quantization.scheme import LayerScheme, Rows
 from hfq.runtime.conv import ConvActivation, Int8Conv, Int8Conv1D, runs_onednn
-from hfq.runtime.kernels import select_kernel
+from hfq.runtime.selection import select_kernel
 
 ACTIVATIONS: tuple[ConvActivation, ...] = ("static", "weight-only")
 SCHEMES = {"static": LayerScheme.static((-2.0, 3.0)), "dynamic": LayerScheme("dynamic")}

@@ -23,8 +23,8 @@ from transformers import AutoModelForSequenceClassification
 import hfq
 from hfq.export import export
 from hfq.quantization.convert import quantize_model
-from hfq.runtime.kernels import select_kernel
 from hfq.runtime.modules import pack_all, unpack_all
+from hfq.runtime.selection import select_kernel
 from hfq.runtime.skeleton import take_apart
 from hfq.source import pull
 from hfq.tuning.candidates import Candidate
@@ -32,7 +32,7 @@ from hfq.tuning.candidates import Candidate
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor"),
     pytest.mark.skipif(sys.platform != "linux", reason="files are mapped by way of /proc"),
-    pytest.mark.skipif(select_kernel().name != "onednn", reason="the portable kernel packs nothing"),
+    pytest.mark.skipif(select_kernel().name != "onednn", reason="kernels of CPUs without VNNI share nothing"),
 ]
 BATCHES = token_batches(2)
 WEIGHTS = 10  # what 13 layers are packed as: two, and three, that read the same input, as one

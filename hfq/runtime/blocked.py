@@ -13,37 +13,43 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checked import CheckedKernel
 from .kernels import PANELS, VNNI, Kernel, Layout, OneDnnKernel, PortableKernel, PostOp, apply_post_op, token_scale
 from .modules import PackedLinear, packed_linears
 
 
 def layout_of(kernel: Kernel) -> Layout:
     """In which compiled code reads the weights of `kernel`."""
-    return VNNI if isinstance(kernel, OneDnnKernel) else PANELS
+    return VNNI if kernel.name == OneDnnKernel.name else PANELS
 
 
-def lay_out(model: nn.Module) -> None:
-    """Have the portable kernel keep the weights of `model` as compiled code reads them."""
+def lay_out(model: nn.Module, *, panels: bool) -> None:
+    """Have kernels of CPUs without VNNI keep the weights of `model` as compiled code reads them.
+
+    `panels`: where its own matmuls multiply them; else they are plain, and multiplied as floats.
+    """
     for packed in packed_linears(model):
-        if _is_portable(packed) and packed.weight.dim() == 2:
-            packed.weight = PANELS.arrange(packed.weight)
+        if _is_without_vnni(packed):
+            weight = packed.kernel.unpack(packed.weight, packed.scale, packed.in_features)
+            packed.weight = PANELS.arrange(weight) if panels and _suits_panels(packed) else weight
 
 
-def lay_out_plainly(model: nn.Module) -> None:
+def lay_out_for_kernels(model: nn.Module) -> None:
     """Take back what `lay_out` did."""
     for packed in packed_linears(model):
-        if _is_portable(packed):
-            packed.weight = packed.kernel.unpack(packed.weight, packed.scale, packed.in_features)
+        if _is_without_vnni(packed):
+            weight = packed.kernel.unpack(packed.weight, packed.scale, packed.in_features)
+            packed.weight = packed.kernel.pack(weight, packed.scale)
 
 
 def in_blocks(packed: PackedLinear) -> "BlockedMatmul | None":
     """`packed` for a compiler; None where its kernel is to multiply, or has laid the weight out in another way."""
     if packed.activation == "weight-only":
         return None
-    if _is_portable(packed):
+    if _is_without_vnni(packed):
         return BlockedMatmul(packed, packed.weight) if packed.weight.dim() == 3 else None
     shape = len(packed.scale), packed.in_features
-    if not isinstance(packed.kernel, OneDnnKernel) or any(features % VNNI.block for features in shape):
+    if packed.kernel.name != OneDnnKernel.name or any(features % VNNI.block for features in shape):
         return None
     try:
         # The layout depends on the number of threads there were when the weight was packed, so the weight is asked.
@@ -119,14 +125,14 @@ def _layout_in_blocks(out_features: int, in_features: int, *, threads: int) -> b
     return _layout(packed) if torch.equal(_bytes_of(packed, weight.numel()), expected) else None
 
 
-def _is_portable(packed: PackedLinear) -> bool:
-    """Whether compiled code is to multiply the weight of a portable kernel: torch names AVX2 and AVX-512 on x86 only."""
-    return (
-        packed.activation != "weight-only"
-        and isinstance(packed.kernel, PortableKernel)
-        and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-        and PANELS.suits(len(packed.scale), packed.in_features)
-    )
+def _is_without_vnni(packed: PackedLinear) -> bool:
+    return packed.activation != "weight-only" and isinstance(packed.kernel, PortableKernel | CheckedKernel)
+
+
+def _suits_panels(packed: PackedLinear) -> bool:
+    """Whether compiled code can multiply it: torch names AVX2 and AVX-512 on x86 only."""
+    capable = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    return capable and PANELS.suits(len(packed.scale), packed.in_features)
 
 
 def _layout(packed: Tensor) -> bytes:

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from . import attention
 from .blocked import layout_of
 from .graphs import FACTS, LIBRARY, REFUSED
-from .kernels import select_kernel
+from .selection import select_kernel
 from .skeleton import put_together
 
 

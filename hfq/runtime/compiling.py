@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .blocked import lay_out, lay_out_plainly
+from .blocked import lay_out, lay_out_for_kernels
 from .fusion import finish_fusing, wanted_fusions
 from .graphs import Graphs
 from .modules import pack_all
@@ -47,8 +47,7 @@ def compile(model: Model) -> Model:
         return model
     pack_all(model)  # what is packed while it is traced would be packed again each time
     fusions = wanted_fusions()
-    if "compiled-matmul" in fusions:
-        lay_out(model)
+    lay_out(model, panels="compiled-matmul" in fusions)
     graphs = Graphs.of(model, cache_folder(), fusions=fusions)
     compiler = has_compiler()
     if not compiler and not (graphs and graphs.folder.exists()):
@@ -57,7 +56,7 @@ def compile(model: Model) -> Model:
             "the model runs uncompiled, with the same answers.",
             stacklevel=2,
         )
-        lay_out_plainly(model)
+        lay_out_for_kernels(model)
         return model
     if isinstance(forward, SlicedForward):
         forward.forward = _Compiled(model, forward.forward, graphs=graphs, compiler=compiler)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .kernels import quantize_uint8, select_kernel
+from .kernels import quantize_uint8
 from .modules import Activation, Int8Linear, PackedModule, frozen, input_codes
+from .selection import select_kernel
 
 ConvActivation = Literal["static", "weight-only"]
 Sizes = tuple[int, ...]

@@ -1,22 +1,14 @@
-"""Int8 matmul kernels behind one interface, chosen by what this CPU computes exactly.
+"""Int8 matmul kernels behind one interface. Which of them runs here, `hfq.runtime.selection` finds out.
 
 Not here: how scales are found (`hfq.quantization`) or where layers live (`hfq.runtime.modules`).
 """
 
-import math
-import os
-import platform
-import time
-import warnings
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-from ..errors import UsageError
 
 PostOp = Literal["relu", "gelu", "gelu_tanh"]
 SYMMETRIC_RANGE = 127.5  # compressed-tensors divides a token's absolute maximum by this: (127 + 128) / 2
@@ -111,7 +103,7 @@ class OneDnnKernel:
     def unpack(self, packed: Tensor, scale: Tensor, in_features: int) -> Tensor:
         # The packed layout is oneDNN's own business, so ask the matmul: identity times weight is exact in int32.
         identity = torch.eye(in_features, dtype=torch.uint8)
-        columns = _qlinear(identity, packed, torch.ones_like(scale), None, input_scale=1.0, zero_point=0)
+        columns = self._multiply(identity, packed, torch.ones_like(scale), None, input_scale=1.0, zero_point=0)
         return columns.t().to(torch.int8).contiguous()
 
     def static(
@@ -127,7 +119,7 @@ class OneDnnKernel:
         output: tuple[float, int] | None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        return _qlinear(
+        return self._multiply(
             codes,
             packed,
             scale,
@@ -152,14 +144,39 @@ class OneDnnKernel:
                 y[part] = self._rows(rows[part], packed, scale, bias, post_op)
         return y.view(*x.shape[:-1], len(scale))
 
-    @staticmethod
-    def _rows(rows: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, post_op: PostOp | None) -> Tensor:
+    def _rows(self, rows: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, post_op: PostOp | None) -> Tensor:
         rows = rows.float()
         row_scale = token_scale(rows)
         codes = quantize_uint8(rows / row_scale, 1.0, 128)
-        products = _qlinear(codes, packed, scale, None, input_scale=1.0, zero_point=128)
+        products = self._multiply(codes, packed, scale, None, input_scale=1.0, zero_point=128)
         y = products.mul_(row_scale) if bias is None else torch.addcmul(bias, products, row_scale, out=products)
         return apply_post_op(y, post_op)
+
+    def _multiply(
+        self,
+        codes: Tensor,
+        packed: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        *,
+        input_scale: float,
+        zero_point: int,
+        post_op: PostOp | None = None,
+        output: tuple[float, int] | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        name, algorithm = _ONEDNN_POST_OPS[post_op]
+        if residual is not None and residual.dtype == torch.float32 and residual.is_contiguous():
+            return torch.ops.onednn.qlinear_pointwise.binary(
+                codes, input_scale, zero_point, packed, scale, _NO_ZERO_POINTS, residual, bias,
+                1.0, 0, torch.float32, 1.0, 0, "add", 1.0, "none", [], "",
+            )  # fmt: skip
+        output_scale, output_zero_point = output or (1.0, 0)
+        y = torch.ops.onednn.qlinear_pointwise(
+            codes, input_scale, zero_point, packed, scale, _NO_ZERO_POINTS, bias,
+            output_scale, output_zero_point, torch.uint8 if output else torch.float32, name, [], algorithm,
+        )  # fmt: skip
+        return y if residual is None else y.add_(residual)
 
 
 class PortableKernel:
@@ -222,90 +239,6 @@ def token_scale(x: Tensor) -> Tensor:
     # amax and amin are vectorized; an infinity norm over the last dimension is not, and takes 10 to 20 times as long.
     largest = torch.maximum(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True).neg_())
     return largest.div_(SYMMETRIC_RANGE).clamp_(min=torch.finfo(torch.float32).tiny)
-
-
-@lru_cache(maxsize=1)
-def select_kernel() -> Kernel:
-    """The fastest kernel that is exact here.
-
-    Without VNNI, u8 x s8 multiply-adds saturate at 16 bits, and whether they do depends on the CPU, on
-    oneDNN's build and on `ONEDNN_MAX_CPU_ISA`. So the largest codes are multiplied once and the sum is
-    checked. On other CPUs than x86 oneDNN may be exact and slow: see `_onednn_is_fast`. `HFQ_ISA=portable` forces
-    the portable kernel.
-
-    Raises:
-        UsageError: `HFQ_ISA` holds something else.
-    """
-    wanted = os.environ.get("HFQ_ISA", "native")
-    if wanted not in ("native", "portable"):
-        raise UsageError(f"HFQ_ISA is {wanted!r}; expected 'native' (the default) or 'portable'.")
-    with warnings.catch_warnings():  # torch warns once that quantized tensors will go; quantize_uint8 knows
-        warnings.simplefilter("ignore", UserWarning)
-        quantize_uint8(torch.zeros(1), 1.0, 0)
-    if wanted == "native" and _onednn_is_exact() and _onednn_is_fast():
-        return OneDnnKernel()
-    return PortableKernel()
-
-
-def _onednn_is_exact() -> bool:
-    if not torch.backends.mkldnn.is_available():
-        return False
-    rows, columns, depth = 4, 16, 64
-    weight = torch.full((columns, depth), 127, dtype=torch.int8)
-    scale = torch.ones(columns)
-    kernel = OneDnnKernel()
-    try:
-        codes = quantize_uint8(torch.full((rows, depth), 255.0), 1.0, 0)
-        y = _qlinear(codes, kernel.pack(weight, scale), scale, None, input_scale=1.0, zero_point=0)
-    except (RuntimeError, AttributeError, NotImplementedError):
-        return False
-    return bool((y == 255 * 127 * depth).all())
-
-
-def _onednn_is_fast() -> bool:
-    """Whether oneDNN has code of its own for int8 on this CPU, as on any x86.
-
-    Where it has none, as on ARM, its reference multiplies number by number, and float products of the same codes are
-    faster. Neither the CPU nor oneDNN says so, and a later one may have such code, hence it is tried.
-    """
-    if platform.machine().lower() in ("x86_64", "amd64"):
-        return True
-    weight, scale = torch.ones(256, 256, dtype=torch.int8), torch.ones(256)
-    codes = torch.ones(64, 256, dtype=torch.uint8)
-    seconds: dict[str, float] = {}
-    for kernel in (OneDnnKernel(), PortableKernel()):
-        packed = kernel.pack(weight, scale)
-        for _ in range(3):  # the first sets up, and the fastest counts
-            start = time.perf_counter()
-            kernel.static(codes, packed, scale, None, input_scale=1.0, zero_point=0, post_op=None, output=None)
-            seconds[kernel.name] = min(seconds.get(kernel.name, math.inf), time.perf_counter() - start)
-    return seconds["onednn"] < seconds["portable"]
-
-
-def _qlinear(
-    codes: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    *,
-    input_scale: float,
-    zero_point: int,
-    post_op: PostOp | None = None,
-    output: tuple[float, int] | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
-    name, algorithm = _ONEDNN_POST_OPS[post_op]
-    if residual is not None and residual.dtype == torch.float32 and residual.is_contiguous():
-        return torch.ops.onednn.qlinear_pointwise.binary(
-            codes, input_scale, zero_point, packed, scale, _NO_ZERO_POINTS, residual, bias,
-            1.0, 0, torch.float32, 1.0, 0, "add", 1.0, "none", [], "",
-        )  # fmt: skip
-    output_scale, output_zero_point = output or (1.0, 0)
-    y = torch.ops.onednn.qlinear_pointwise(
-        codes, input_scale, zero_point, packed, scale, _NO_ZERO_POINTS, bias,
-        output_scale, output_zero_point, torch.uint8 if output else torch.float32, name, [], algorithm,
-    )  # fmt: skip
-    return y if residual is None else y.add_(residual)
 
 
 def quantize_uint8(x: Tensor, scale: float, zero_point: int) -> Tensor:

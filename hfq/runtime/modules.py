@@ -18,9 +18,9 @@ from .kernels import (
     PostOp,
     apply_post_op,
     quantize_uint8,
-    select_kernel,
 )
 from .memory import checkpoint_files, drop_file_pages, keep_freed_memory
+from .selection import select_kernel
 
 Activation = Literal["static", "dynamic", "weight-only"]
 PACKING = threading.RLock()  # a weight is packed once, even if the first two requests come at the same time

@@ -36,7 +36,7 @@ def pack(kernel: Kernel, weights: Sequence[Tensor], scale: Tensor, *, from_file:
         from_file: the weight is a checkpoint's, which other processes load too, and the user lets files be mapped. Those
             of candidates, of which a search makes many, stay in memory.
     """
-    if not (from_file and os.environ.get("HFQ_SHARE") == "1" and isinstance(kernel, OneDnnKernel)):
+    if not (from_file and os.environ.get("HFQ_SHARE") == "1" and kernel.name == OneDnnKernel.name):
         return kernel.pack(torch.cat(list(weights)), scale)
     packed = None
     try:
