@@ -329,6 +329,34 @@ def test_sums_beyond_16_bits_are_exact(kernel: str, approach: str, large: int, f
     assert torch.equal(layer.state_dict()["weight"], weight)
 
 
+@pytest.mark.parametrize("in_features", [64, 66, 68, 257, 258, 260, 510, 514, 516, 770, 1026])
+def test_sums_are_exact_whichever_neighbours_are_added_first(kernel: str, in_features: int) -> None:
+    layer = make("static", (in_features, 48), bias=False)
+    weight = torch.zeros(48, in_features, dtype=torch.int8)
+    weight[0, ::4] = weight[0, 1::4] = 127
+    weight[1, 1:-1:4] = weight[1, 2::4] = 127
+    layer.load_state_dict({**layer.state_dict(), "weight": weight})
+    x = torch.full((64, in_features), 3.0)
+    assert torch.allclose(layer(x).double(), reference(layer, x), rtol=1e-5)
+
+
+@pytest.mark.parametrize("approach", SCHEMES)
+def test_a_residual_may_be_broadcast(kernel: str, approach: str) -> None:
+    layer, x = make(approach, EVEN), normal(2, 50, 64)
+    for residual in (normal(2, 50, 48), normal(1, 50, 48), normal(48)):
+        assert torch.allclose(layer(x, residual=residual), layer(x) + residual, atol=1e-5)
+
+
+@pytest.mark.parametrize("approach", SCHEMES)
+def test_a_layer_can_be_compiled_and_exported_by_others(kernel: str, approach: str) -> None:
+    layer, x = make(approach, EVEN), normal(80, 64) * 3
+    expected = layer(x)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    exported = torch.export.export(layer, (x,), strict=False).module()
+    assert torch.allclose(compiled(x), expected, atol=1e-5)
+    assert torch.allclose(exported(x), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("isa", ["AVX2", "SSE41"])
 def test_cpu_without_vnni_gets_another_kernel_and_the_same_answers(isa: str, tmp_path: Path) -> None:
     layers = [make(approach, EVEN) for approach in SCHEMES]

@@ -14,13 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from .checked import CheckedKernel
-from .kernels import PANELS, VNNI, Kernel, Layout, OneDnnKernel, PortableKernel, PostOp, apply_post_op, token_scale
+from .kernels import PANELS, VNNI, OneDnnKernel, PortableKernel, PostOp, apply_post_op, token_scale
 from .modules import PackedLinear, packed_linears
-
-
-def layout_of(kernel: Kernel) -> Layout:
-    """In which compiled code reads the weights of `kernel`."""
-    return VNNI if kernel.name == OneDnnKernel.name else PANELS
+from .selection import select_kernel
 
 
 def lay_out(model: nn.Module, *, panels: bool) -> None:
@@ -32,6 +28,7 @@ def lay_out(model: nn.Module, *, panels: bool) -> None:
         if _is_without_vnni(packed):
             weight = packed.kernel.unpack(packed.weight, packed.scale, packed.in_features)
             packed.weight = PANELS.arrange(weight) if panels and _suits_panels(packed) else weight
+            packed.kernel = PortableKernel()  # in this order: who is in a forward meanwhile may see one change alone
 
 
 def lay_out_for_kernels(model: nn.Module) -> None:
@@ -39,7 +36,10 @@ def lay_out_for_kernels(model: nn.Module) -> None:
     for packed in packed_linears(model):
         if _is_without_vnni(packed):
             weight = packed.kernel.unpack(packed.weight, packed.scale, packed.in_features)
+            packed.kernel = select_kernel()
             packed.weight = packed.kernel.pack(weight, packed.scale)
+            if not packed.weight.is_mkldnn:
+                packed.kernel = PortableKernel()
 
 
 def in_blocks(packed: PackedLinear) -> "BlockedMatmul | None":

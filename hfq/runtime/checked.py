@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .kernels import OneDnnKernel, PortableKernel, PostOp
 
+GROUP = 4  # input channels; where there are some left over, oneDNN may start its pairs anywhere
 MOST = 2**15 - 1  # that two products may add up to
 LARGEST_CODE = 255
 WORTHWHILE = 4  # if more than one in so many output channels would be computed anew, all are, in floats
@@ -28,13 +29,12 @@ class CheckedKernel(OneDnnKernel):
         self._portable = PortableKernel()
 
     def pack(self, weight: Tensor, scale: Tensor) -> Tensor:
-        """A plain weight comes back where oneDNN lays it out in a way that cannot be read, and runs as a portable one."""
-        plain = self._portable.pack(weight, scale)
-        if weight.shape[1] % 2:
-            return plain
+        """A plain weight, which is the portable kernel's, where oneDNN's cannot be read, or adds in another way."""
+        if not weight.numel() or weight.shape[1] % GROUP:
+            return self._portable.pack(weight, scale)
         packed = super().pack(weight, scale)
         if torch.ops.mkldnn._nbytes(packed) != weight.numel() or not torch.equal(_columns(packed), weight.t()):
-            return plain
+            return self._portable.pack(weight, scale)
         setattr(packed, _PAIRS, _Pairs.of(weight))  # the two live and die together
         return packed
 
@@ -62,11 +62,14 @@ class CheckedKernel(OneDnnKernel):
             "post_op": post_op,
             "output": output,
         }
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            # What is computed anew depends on the codes, which a graph does not. It sees no memory either.
+            packed = OneDnnKernel().unpack(packed, scale, codes.shape[-1])
         if not packed.is_mkldnn:
             return self._portable.static(codes, packed, scale, bias, residual=residual, **how)
         columns = _columns(packed)
         rows = codes.reshape(-1, len(columns))
-        in_floats = torch.jit.is_tracing() or len(rows) < FEW_ROWS  # a trace would mend what the example needs, always
+        in_floats = len(rows) < FEW_ROWS
         if not in_floats:
             pairs: _Pairs = getattr(packed, _PAIRS)
             wrong = pairs.may_saturate(rows)
@@ -124,7 +127,7 @@ def saturates_in_pairs() -> bool:
     """
     kernel = OneDnnKernel()
     generator = torch.Generator().manual_seed(0)
-    for rows, depth, channels in ((1, 64, 48), (5, 128, 33), (67, 770, 64)):
+    for rows, depth, channels in ((1, 64, 48), (5, 260, 33), (67, 516, 64), (9, 1540, 16)):
         codes = torch.randint(0, 256, (rows, depth), dtype=torch.uint8, generator=generator)
         weight = torch.randint(-128, 128, (channels, depth), dtype=torch.int8, generator=generator)
         scale = torch.ones(channels)

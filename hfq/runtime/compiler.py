@@ -16,9 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from . import attention
-from .blocked import layout_of
 from .graphs import FACTS, LIBRARY, REFUSED
-from .selection import select_kernel
 from .skeleton import put_together
 
 
@@ -75,7 +73,7 @@ def compile_graph(
         conditions = [guard.replace("L['inputs'].size()", "shape") for guard in program._guards_code]
         if any(re.search("[A-Za-z]", condition.replace("shape", "")) for condition in conditions):
             raise NotImplementedError(f"It depends on more than the shape of its inputs: {conditions}")
-        lowerings.register(layout_of(select_kernel()))
+        lowerings.register()
         if with_attention:
             attention_template.register()
         aot_compile(

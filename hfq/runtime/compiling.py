@@ -94,8 +94,9 @@ class _Compiled:
             stacked = torch.stack([inputs[name].long() for name in names])
         graph = self._graphs.find(names, stacked) if self._graphs else None
         if graph is None and self._graphs and self._graphs.may_make(names, stacked):
-            self.eager(*args, **kwargs)  # an input that the model refuses ends here, uncompiled
-            graph = self._graphs.make(names, stacked, compiler=self._compiler)
+            # An input that the model refuses ends in the check.
+            check = functools.partial(self.eager, *args, **kwargs) if self._compiler else None
+            graph = self._graphs.make(names, stacked, before_compiling=check)
         if graph is not None:
             return graph(stacked)
         if not self._compiler:

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -72,8 +72,14 @@ class Graphs:
         """Whether nothing was found yet that keeps such inputs from having a graph."""
         return _kind(names, inputs) not in self._refused
 
-    def make(self, names: Sequence[str], inputs: Tensor, *, compiler: bool) -> "Graph | None":
-        """Load or compile a graph for `inputs`. None if it cannot be, or if there is no `compiler`."""
+    def make(
+        self, names: Sequence[str], inputs: Tensor, *, before_compiling: Callable[[], object] | None
+    ) -> "Graph | None":
+        """Load or compile a graph for `inputs`. None if it cannot be.
+
+        Args:
+            before_compiling: raises if `inputs` are not worth it. None: nothing can be compiled.
+        """
         kind = _kind(names, inputs)
         with _COMPILING:
             graph = self.find(names, inputs)
@@ -81,8 +87,10 @@ class Graphs:
                 loaded = self._loaded.setdefault(kind, [])
                 folder = self.folder / "-".join(map(str, (*kind, len(loaded))))
                 found = self._load(folder)
-                if found is None and compiler and len(loaded) < MOST and self._compile(names, inputs, folder):
-                    found = self._load(folder)
+                if found is None and before_compiling and len(loaded) < MOST and not folder.exists():
+                    before_compiling()
+                    if self._compile(names, inputs, folder):
+                        found = self._load(folder)
                 if found is None:
                     self._refused.add(kind)
                 else:

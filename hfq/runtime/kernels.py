@@ -166,7 +166,12 @@ class OneDnnKernel:
         residual: Tensor | None = None,
     ) -> Tensor:
         name, algorithm = _ONEDNN_POST_OPS[post_op]
-        if residual is not None and residual.dtype == torch.float32 and residual.is_contiguous():
+        shape = (*codes.shape[:-1], len(scale))
+        if (
+            residual is not None
+            and (residual.dtype, residual.shape) == (torch.float32, shape)
+            and residual.is_contiguous()
+        ):
             return torch.ops.onednn.qlinear_pointwise.binary(
                 codes, input_scale, zero_point, packed, scale, _NO_ZERO_POINTS, residual, bias,
                 1.0, 0, torch.float32, 1.0, 0, "add", 1.0, "none", [], "",

@@ -8,14 +8,13 @@ from torch import Tensor
 from torch._inductor import ir, lowering, mkldnn_ir
 from torch._inductor.codegen.cpp import CppVecKernel
 from torch._inductor.codegen.cpp_gemm_template import CppGemmTemplate
-from torch._inductor.codegen.cpp_utils import GemmBlocking, cexpr_index
+from torch._inductor.codegen.cpp_utils import cexpr_index
 from torch._inductor.fx_passes.mkldnn_fusion import _mkldnn_fusion_init
 from torch._inductor.utils import parallel_num_threads
 from torch._inductor.virtualized import V, ops
 
 from . import micro_kernels
-from .kernels import PANELS, VNNI, Layout
-from .micro_kernels import VnniMicroKernel, WideningMicroKernel
+from .kernels import PANELS, VNNI
 
 
 @torch.library.custom_op("hfq::int8_linear", mutates_args=())
@@ -29,12 +28,10 @@ def _shape(codes: Tensor, weight: Tensor, scale: Tensor, offset: Tensor) -> Tens
     return codes.new_empty(codes.shape[0], scale.shape[0], dtype=torch.float32)
 
 
-def register(layout: Layout) -> None:
-    """Have inductor compile `hfq::int8_linear`, and call oneDNN's matmul with weights that are no constants.
-
-    `layout`: in which all weights of the operation are.
-    """
-    _register_blocked_matmul(layout)
+def register() -> None:
+    """Have inductor compile `hfq::int8_linear`, and call oneDNN's matmul with weights that are no constants."""
+    _load_integers_at_once()
+    _register_blocked_matmul()
     if torch.backends.mkldnn.is_available():
         _register_onednn_matmul()
 
@@ -45,22 +42,17 @@ def replace_lowering(operator: Any, lower: Callable[..., Any]) -> None:
     decorate(lower)
 
 
-def _register_blocked_matmul(layout: Layout) -> None:
+def _register_blocked_matmul() -> None:
     """By inductor's template for int8 matmuls, which what follows the matmul is fused into.
 
     The template is made for constant weights, which it would lay out itself.
     """
 
-    micro_kernel = VnniMicroKernel if layout == VNNI else WideningMicroKernel
-    sizes = GemmBlocking(micro_kernel.ROWS, layout.block, layout.group)
-    micro_kernels.register(micro_kernel, sizes)
-    if layout == PANELS:
-        _load_integers_at_once()
-
     def lower(codes: Any, weight: Any, scale: Any, offset: Any) -> Any:
         for tensor in (codes, weight, scale, offset):
             tensor.realize()
         codes = ir.ExternKernel.require_contiguous(codes)
+        sizes = micro_kernels.register(VNNI if weight.get_size()[-1] == VNNI.block else PANELS)
 
         def scaled(products: Any) -> Any:
             loaders = [tensor.make_loader() for tensor in (products, scale, offset)]

@@ -6,15 +6,23 @@ import torch
 from torch._inductor.codegen import cpp_micro_gemm
 from torch._inductor.codegen.common import KernelTemplate
 from torch._inductor.codegen.cpp_utils import GemmBlocking
-from torch._inductor.cpu_vec_isa import pick_vec_isa
+from torch._inductor.cpu_vec_isa import VecAVX512VNNI, pick_vec_isa
+
+from .kernels import VNNI, Layout
 
 
-def register(kind: type[cpp_micro_gemm.CppMicroGemm], sizes: GemmBlocking) -> None:
-    """Have inductor's template call `kind`, and nothing else: no other matmul is compiled in this process."""
-    cpp_micro_gemm.micro_gemm_configs.clear()
+def register(layout: Layout) -> GemmBlocking:
+    """Have inductor's template call what multiplies weights of `layout`, and nothing else; its block sizes.
+
+    The layout is the weight's, not this process's choice: it may be told of another CPU than the one that laid it out.
+    """
+    kind = VnniMicroKernel if layout == VNNI else WideningMicroKernel
+    isa = VecAVX512VNNI if layout == VNNI else type(pick_vec_isa())
+    sizes = GemmBlocking(kind.ROWS, layout.block, layout.group)
     types = (torch.uint8, torch.int8, torch.int32, torch.int32)
-    configs = cpp_micro_gemm.generate_gemm_config(type(pick_vec_isa()), [tuple(sizes)], *types)
-    cpp_micro_gemm.register_micro_gemm(*configs)(kind)
+    cpp_micro_gemm.micro_gemm_configs.clear()
+    cpp_micro_gemm.register_micro_gemm(*cpp_micro_gemm.generate_gemm_config(isa, [tuple(sizes)], *types))(kind)
+    return sizes
 
 
 class VnniMicroKernel(cpp_micro_gemm.CppMicroGemmAVX512VNNI):

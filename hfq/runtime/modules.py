@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import sharing
+from .checked import CheckedKernel
 from .kernels import (
     Kernel,
     PortableKernel,
@@ -210,6 +211,8 @@ class PackedLinear:
             self.bias = torch.cat([_bias(module) for module in modules])
         from_file = all(module._in_file_at is not None for module in modules)
         self.weight = sharing.pack(self.kernel, [codes for codes, _ in rows], self.scale, from_file=from_file)
+        if isinstance(self.kernel, CheckedKernel) and not self.weight.is_mkldnn:
+            self.kernel = PortableKernel()
         self.as_stored = first.as_stored  # a function, not a method: what a module owns is not to own the module
         self.dtype = first.weight_scale.dtype  # of answers to codes, which have no float dtype to keep
         if self.activation == "static":
