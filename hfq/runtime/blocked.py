@@ -6,9 +6,7 @@ On x86 without VNNI, where oneDNN is not exact and the portable kernel multiplie
 codes as 16-bit integers: exact, and one and a half times as fast.
 """
 
-import ctypes
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from .checked import CheckedKernel
 from .kernels import PANELS, VNNI, OneDnnKernel, PortableKernel, PostOp, apply_post_op, token_scale
 from .modules import PackedLinear, packed_linears
+from .native import bytes_of
 from .selection import select_kernel
 
 
@@ -56,7 +55,7 @@ def in_blocks(packed: PackedLinear) -> "BlockedMatmul | None":
         expected = _layout_in_blocks(*shape, threads=torch.get_num_threads())
         if expected is None or _layout(packed.weight) != expected:
             return None
-        memory = _bytes_of(packed.weight, len(packed.scale) * packed.in_features)
+        memory = bytes_of(packed.weight, len(packed.scale) * packed.in_features)
         return BlockedMatmul(packed, memory.view(-1, packed.in_features, VNNI.block))
     except (AttributeError, RuntimeError):  # another torch, which does not say how a weight is laid out
         return None
@@ -122,7 +121,7 @@ def _layout_in_blocks(out_features: int, in_features: int, *, threads: int) -> b
     if torch.ops.mkldnn._nbytes(packed) < weight.numel():
         return None
     expected = VNNI.arrange(weight).view(-1)
-    return _layout(packed) if torch.equal(_bytes_of(packed, weight.numel()), expected) else None
+    return _layout(packed) if torch.equal(bytes_of(packed, weight.numel()), expected) else None
 
 
 def _is_without_vnni(packed: PackedLinear) -> bool:
@@ -138,13 +137,6 @@ def _suits_panels(packed: PackedLinear) -> bool:
 def _layout(packed: Tensor) -> bytes:
     """oneDNN's description of a packed weight."""
     return bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(packed).tolist())
-
-
-def _bytes_of(packed: Tensor, count: int) -> Tensor:
-    """int8 `[count]` over the memory of `packed`, which it keeps."""
-    memory: Any = (ctypes.c_char * count).from_address(torch.ops.mkldnn.data_ptr(packed))
-    memory.owner = packed
-    return torch.frombuffer(memory, dtype=torch.int8)
 
 
 def _codes(scale: float, zero_point: int) -> Tensor:

@@ -4,7 +4,6 @@ The instruction that multiplies there adds the products of two neighbouring inpu
 weights are large, of the same sign, and both codes are large as well does that saturate: seldom, in few output channels.
 """
 
-import ctypes
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .kernels import OneDnnKernel, PortableKernel, PostOp
+from .native import bytes_of
 
 GROUP = 4  # input channels; where there are some left over, oneDNN may start its pairs anywhere
 MOST = 2**15 - 1  # that two products may add up to
@@ -43,7 +43,7 @@ class CheckedKernel(OneDnnKernel):
             return _columns(packed).t().contiguous()
         return self._portable.unpack(packed, scale, in_features)
 
-    def _multiply(
+    def static(
         self,
         codes: Tensor,
         packed: Tensor,
@@ -52,8 +52,8 @@ class CheckedKernel(OneDnnKernel):
         *,
         input_scale: float,
         zero_point: int,
-        post_op: PostOp | None = None,
-        output: tuple[float, int] | None = None,
+        post_op: PostOp | None,
+        output: tuple[float, int] | None,
         residual: Tensor | None = None,
     ) -> Tensor:
         how: dict[str, Any] = {
@@ -76,7 +76,7 @@ class CheckedKernel(OneDnnKernel):
             in_floats = len(wrong) * WORTHWHILE > len(scale)
         if in_floats:
             return self._portable.static(codes, columns.t(), scale, bias, residual=residual, **how)
-        y = super()._multiply(codes, packed, scale, bias, residual=residual, **how)
+        y = super().static(codes, packed, scale, bias, residual=residual, **how)
         if len(wrong):
             anew = self._portable.static(
                 codes,
@@ -148,7 +148,4 @@ _PAIRS = "_hfq_pairs"
 
 def _columns(packed: Tensor) -> Tensor:
     """int8 `[in, out]` over the memory of a weight that oneDNN keeps so."""
-    in_features, out_features = packed.shape
-    memory: Any = (ctypes.c_char * (out_features * in_features)).from_address(torch.ops.mkldnn.data_ptr(packed))
-    memory.owner = packed
-    return torch.frombuffer(memory, dtype=torch.int8).view(in_features, out_features)
+    return bytes_of(packed, packed.shape.numel()).view(packed.shape)

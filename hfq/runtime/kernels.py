@@ -103,7 +103,9 @@ class OneDnnKernel:
     def unpack(self, packed: Tensor, scale: Tensor, in_features: int) -> Tensor:
         # The packed layout is oneDNN's own business, so ask the matmul: identity times weight is exact in int32.
         identity = torch.eye(in_features, dtype=torch.uint8)
-        columns = self._multiply(identity, packed, torch.ones_like(scale), None, input_scale=1.0, zero_point=0)
+        columns = self.static(
+            identity, packed, torch.ones_like(scale), None, input_scale=1.0, zero_point=0, post_op=None, output=None
+        )
         return columns.t().to(torch.int8).contiguous()
 
     def static(
@@ -117,52 +119,6 @@ class OneDnnKernel:
         zero_point: int,
         post_op: PostOp | None,
         output: tuple[float, int] | None,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        return self._multiply(
-            codes,
-            packed,
-            scale,
-            bias,
-            input_scale=input_scale,
-            zero_point=zero_point,
-            post_op=post_op,
-            output=output,
-            residual=residual,
-        )
-
-    def dynamic(
-        self, x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, *, post_op: PostOp | None
-    ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        if torch.compiler.is_compiling() or len(rows) <= DYNAMIC_ROWS:  # compiled for any number: no loop over them
-            y = self._rows(rows, packed, scale, bias, post_op)
-        else:
-            y = torch.empty(len(rows), len(scale))
-            for start in range(0, len(rows), DYNAMIC_ROWS):
-                part = slice(start, start + DYNAMIC_ROWS)
-                y[part] = self._rows(rows[part], packed, scale, bias, post_op)
-        return y.view(*x.shape[:-1], len(scale))
-
-    def _rows(self, rows: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, post_op: PostOp | None) -> Tensor:
-        rows = rows.float()
-        row_scale = token_scale(rows)
-        codes = quantize_uint8(rows / row_scale, 1.0, 128)
-        products = self._multiply(codes, packed, scale, None, input_scale=1.0, zero_point=128)
-        y = products.mul_(row_scale) if bias is None else torch.addcmul(bias, products, row_scale, out=products)
-        return apply_post_op(y, post_op)
-
-    def _multiply(
-        self,
-        codes: Tensor,
-        packed: Tensor,
-        scale: Tensor,
-        bias: Tensor | None,
-        *,
-        input_scale: float,
-        zero_point: int,
-        post_op: PostOp | None = None,
-        output: tuple[float, int] | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
         name, algorithm = _ONEDNN_POST_OPS[post_op]
@@ -182,6 +138,27 @@ class OneDnnKernel:
             output_scale, output_zero_point, torch.uint8 if output else torch.float32, name, [], algorithm,
         )  # fmt: skip
         return y if residual is None else y.add_(residual)
+
+    def dynamic(
+        self, x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, *, post_op: PostOp | None
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        if torch.compiler.is_compiling() or len(rows) <= DYNAMIC_ROWS:  # compiled for any number: no loop over them
+            y = self._rows(rows, packed, scale, bias, post_op)
+        else:
+            y = torch.empty(len(rows), len(scale))
+            for start in range(0, len(rows), DYNAMIC_ROWS):
+                part = slice(start, start + DYNAMIC_ROWS)
+                y[part] = self._rows(rows[part], packed, scale, bias, post_op)
+        return y.view(*x.shape[:-1], len(scale))
+
+    def _rows(self, rows: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, post_op: PostOp | None) -> Tensor:
+        rows = rows.float()
+        row_scale = token_scale(rows)
+        codes = quantize_uint8(rows / row_scale, 1.0, 128)
+        products = self.static(codes, packed, scale, None, input_scale=1.0, zero_point=128, post_op=None, output=None)
+        y = products.mul_(row_scale) if bias is None else torch.addcmul(bias, products, row_scale, out=products)
+        return apply_post_op(y, post_op)
 
 
 class PortableKernel:

@@ -4,6 +4,7 @@ import ctypes
 import platform
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,13 @@ def take_tensors(handles: Sequence[int | None]) -> list[Tensor]:
     Torch's function of the same name for one handle does not free it, and its tensor would stay for ever.
     """
     return torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs([_capsule(handle, None, None) for handle in handles])
+
+
+def bytes_of(packed: Tensor, count: int) -> Tensor:
+    """int8 `[count]` over the memory of `packed`, which it keeps."""
+    memory: Any = (ctypes.c_char * count).from_address(torch.ops.mkldnn.data_ptr(packed))
+    memory.owner = packed
+    return torch.frombuffer(memory, dtype=torch.int8)
 
 
 def packed_tensor(address: int, *, shape: Sequence[int], descriptor: bytes) -> Tensor:

@@ -18,10 +18,10 @@ from .kernels import Kernel, OneDnnKernel, PortableKernel, quantize_uint8
 def select_kernel() -> Kernel:
     """The fastest kernel that is exact here.
 
-    Without VNNI, u8 x s8 multiply-adds saturate at 16 bits, and whether they do depends on the CPU, on
-    oneDNN's build and on `ONEDNN_MAX_CPU_ISA`. So the largest codes are multiplied once and the sum is
-    checked; if it saturates as `CheckedKernel` knows to mend, that one runs. On other CPUs than x86 oneDNN may be exact and slow: see `_onednn_is_fast`. `HFQ_ISA=portable` forces
-    the portable kernel.
+    Without VNNI, u8 x s8 multiply-adds saturate at 16 bits, and whether they do depends on the CPU, on oneDNN's build
+    and on `ONEDNN_MAX_CPU_ISA`. So the largest codes are multiplied once and the sum is checked; if it saturates as
+    `CheckedKernel` knows to mend, that one runs. On other CPUs than x86 oneDNN may be exact and slow: see
+    `_onednn_is_fast`. `HFQ_ISA=portable` forces the portable kernel.
 
     Raises:
         UsageError: `HFQ_ISA` holds something else.
