@@ -35,7 +35,12 @@ def multiplies_in_tiles() -> bool:
 def can_compile() -> bool:
     """Whether `hfq.runtime.attention_template` runs here: its products are oneDNN's, which may be told of another CPU."""
     limited = any(os.environ.get(name) for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"))
-    return multiplies_bfloat16() and torch.backends.cpu.get_cpu_capability() == "AVX512" and not limited
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") and not limited
+
+
+def compiles_to_bfloat16() -> bool:
+    """Whether attention that is compiled multiplies bfloat16 numbers; else float32."""
+    return multiplies_bfloat16() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def is_compiled(fusions: Sequence[str]) -> bool:

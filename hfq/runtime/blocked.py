@@ -90,11 +90,11 @@ class BlockedMatmul:
         if x.dtype == torch.uint8:
             y = self._matmul(rows)
         elif self.input_codes is not None:
-            y = self._matmul(_quantize(rows.float(), self.input_codes[0], self.input_codes[1]))
+            y = self._matmul(torch.ops.hfq.quantize(rows.float(), self.input_codes))
         else:
             rows = rows.float()
             row_scale = token_scale(rows)
-            y = self._matmul(_quantize(rows, 1 / row_scale, 128)) * row_scale
+            y = self._matmul(quantize(rows, 1 / row_scale, 128)) * row_scale
             y = y if self.bias is None else y + self.bias
         y = y.view(*x.shape[:-1], len(self.scale))
         rounded = self.output_codes is not None
@@ -102,12 +102,21 @@ class BlockedMatmul:
         if residual is not None:
             y = y + residual
         if self.output_codes is not None:
-            return _quantize(y, self.output_codes[0], self.output_codes[1])
+            return torch.ops.hfq.quantize(y, self.output_codes)
         return y.to(self.dtype if x.dtype == torch.uint8 else x.dtype)
 
     def _matmul(self, codes: Tensor) -> Tensor:
         y: Tensor = torch.ops.hfq.int8_linear(codes, self.weight, self.scale, self.offset)
         return y
+
+
+def quantize(x: Tensor, inverse_scale: Tensor, zero_point: Tensor | int) -> Tensor:
+    """float32 to uint8 codes, in operations that compiled code does fast."""
+    scaled = x * inverse_scale
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":
+        # Clamped as integers, but for what none holds: compiled code for floats would look for NaN at each bound.
+        return (scaled.clamp(max=1e9).round() + zero_point).to(torch.int32).clamp(0, 255).to(torch.uint8)
+    return (scaled.round() + zero_point).clamp(0, 255).to(torch.uint8)  # AVX2 narrows integers one by one
 
 
 @lru_cache(maxsize=256)
@@ -141,14 +150,6 @@ def _layout(packed: Tensor) -> bytes:
 
 def _codes(scale: float, zero_point: int) -> Tensor:
     return torch.tensor([1 / scale, zero_point])
-
-
-def _quantize(x: Tensor, inverse_scale: Tensor, zero_point: Tensor | int) -> Tensor:
-    scaled = x * inverse_scale
-    if torch.backends.cpu.get_cpu_capability() == "AVX512":
-        # Clamped as integers, but for what none holds: compiled code for floats would look for NaN at each bound.
-        return (scaled.clamp(max=1e9).round() + zero_point).to(torch.int32).clamp(0, 255).to(torch.uint8)
-    return (scaled.round() + zero_point).clamp(0, 255).to(torch.uint8)  # AVX2 narrows integers one by one
 
 
 def _gelu(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from . import attention
+from . import attention, operations  # noqa: F401 - operations are registered
 from .graphs import FACTS, LIBRARY, REFUSED
 from .skeleton import put_together
 
@@ -27,7 +27,7 @@ def main() -> None:
     folder = Path(request["folder"])
     torch.set_num_threads(request["threads"])
     attention.register(compiled=request["attention"])
-    model = _Rebuilt(skeleton, request["names"])
+    model = Rebuilt(skeleton, request["names"])
     try:
         tensors = [_empty(**found) for found in request["tensors"]]
         compile_graph(model, folder, shape=request["shape"], tensors=tensors, with_attention=request["attention"])
@@ -35,7 +35,7 @@ def main() -> None:
         (folder / REFUSED).write_text(traceback.format_exc(), encoding="utf-8")
 
 
-class _Rebuilt(nn.Module):
+class Rebuilt(nn.Module):
     """The model as a function of its inputs and its tensors: put together anew while it is traced."""
 
     def __init__(self, skeleton: bytes, names: list[str]) -> None:
@@ -61,23 +61,24 @@ def compile_graph(
     """
     from torch._inductor import aot_compile
 
-    from . import attention_template, lowerings  # here: torch's private names may be missing, and that is a refusal
+    # Here: torch's private names may be missing, and that is a refusal.
+    from . import attention_template, lowerings, norm_template, rewriting, templates
 
     inputs = torch.ones(shape, dtype=torch.int64)
-    dynamic = {axis: torch.export.Dim.DYNAMIC for axis in (1, 2) if shape[axis] > 1}
     with torch.no_grad():
-        program = torch.export.export(
-            model, (inputs, tensors), dynamic_shapes=(dynamic, [None] * len(tensors)), strict=False
-        )
+        program = trace(model, inputs, tensors)
         _, outputs = program.call_spec
         conditions = [guard.replace("L['inputs'].size()", "shape") for guard in program._guards_code]
         if any(re.search("[A-Za-z]", condition.replace("shape", "")) for condition in conditions):
             raise NotImplementedError(f"It depends on more than the shape of its inputs: {conditions}")
         lowerings.register()
-        if with_attention:
-            attention_template.register()
+        module = program.module(check_guards=False)
+        templates.keep_apart()
+        attention_template.register()
+        norm_template.register()
+        rewriting.rewrite(module, with_attention=with_attention)
         aot_compile(
-            program.module(check_guards=False),
+            module,
             (inputs, tensors),
             options={
                 "aot_inductor.output_path": str(folder / LIBRARY),
@@ -92,6 +93,14 @@ def compile_graph(
     digest = hashlib.sha256((folder / LIBRARY).read_bytes()).hexdigest()
     facts = {"conditions": conditions, "outputs": pytree.treespec_dumps(outputs), "sha256": digest}
     (folder / FACTS).write_text(json.dumps(facts), encoding="utf-8")
+
+
+def trace(model: nn.Module, inputs: Tensor, tensors: list[Tensor]) -> torch.export.ExportedProgram:
+    """`model`'s forward as one graph, for any length of `inputs`, and for any batch if theirs is not 1."""
+    dynamic = {axis: torch.export.Dim.DYNAMIC for axis in (1, 2) if inputs.shape[axis] > 1}
+    shapes = dynamic, [None] * len(tensors)
+    with torch.no_grad():
+        return torch.export.export(model, (inputs, tensors), dynamic_shapes=shapes, strict=False)
 
 
 def _keep_library_only(folder: Path) -> None:

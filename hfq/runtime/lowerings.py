@@ -4,8 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch._inductor import ir, lowering, mkldnn_ir
+from torch._inductor import decomposition, ir, lowering, mkldnn_ir
 from torch._inductor.codegen.cpp import CppVecKernel
 from torch._inductor.codegen.cpp_gemm_template import CppGemmTemplate
 from torch._inductor.codegen.cpp_utils import cexpr_index
@@ -14,22 +13,15 @@ from torch._inductor.utils import parallel_num_threads
 from torch._inductor.virtualized import V, ops
 
 from . import micro_kernels
+from .blocked import quantize
 from .kernels import PANELS, VNNI
 
-
-@torch.library.custom_op("hfq::int8_linear", mutates_args=())
-def int8_linear(codes: Tensor, weight: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    """uint8 `[rows, in]` times int8 `[blocks, in, block]`, times `scale` and plus `offset`, to float32 `[rows, out]`."""
-    raise NotImplementedError("It is compiled, never run")
-
-
-@int8_linear.register_fake
-def _shape(codes: Tensor, weight: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    return codes.new_empty(codes.shape[0], scale.shape[0], dtype=torch.float32)
+K_BLOCK = 1024  # codes of a row that are multiplied at a time: a further part adds to sums that were stored
 
 
 def register() -> None:
     """Have inductor compile `hfq::int8_linear`, and call oneDNN's matmul with weights that are no constants."""
+    decomposition.decompositions[torch.ops.hfq.quantize.default] = lambda x, codes: quantize(x, codes[0], codes[1])
     _load_integers_at_once()
     _register_blocked_matmul()
     if torch.backends.mkldnn.is_available():
@@ -66,7 +58,7 @@ def _register_blocked_matmul() -> None:
             shape = {"device": products.get_device(), "dtype": torch.float32, "ranges": products.get_size()}
             return ir.Pointwise(inner_fn=at, **shape)
 
-        template = CppGemmTemplate(
+        template = _Int8Matmul(
             # It expects a bias, then scales and zero points, which only `scaled` reads.
             input_nodes=[codes, weight, offset, scale, scale, scale, scale],
             has_bias=True,
@@ -78,6 +70,16 @@ def _register_blocked_matmul() -> None:
         return template.generate().output_node()
 
     replace_lowering(torch.ops.hfq.int8_linear.default, lower)
+
+
+class _Int8Matmul(CppGemmTemplate):
+    """Inductor's, with AVX-512 in parts of `K_BLOCK` instead of what the first cache holds."""
+
+    def get_options(self, *args: Any, **kwargs: Any) -> Any:
+        options = super().get_options(*args, **kwargs)
+        if self.register_blocking.block_n == VNNI.block:
+            options["L1_cache_size"] = K_BLOCK * VNNI.block * 5 // 4  # of which it uses four fifths
+        return options
 
 
 def _load_integers_at_once() -> None:

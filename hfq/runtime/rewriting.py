@@ -1,0 +1,185 @@
+"""What is changed in an exported graph before it is compiled: which operations together become one of ours.
+
+They are found by what computes them, in whatever model.
+"""
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from .attention import compiles_to_bfloat16
+
+LANES = 16  # float32 numbers, of which rows are multiples: one AVX-512 register, or two of AVX2
+Node = Any  # of torch.fx, where an argument of a node may be anything
+_aten = torch.ops.aten
+_ATTENTION, _LAYER_NORM = _aten.scaled_dot_product_attention.default, _aten.layer_norm.default
+_VIEWS = (
+    _aten.reshape.default, _aten.view.default, _aten.slice.Tensor, _aten.transpose.int, _aten.permute.default,
+    _aten.chunk.default, _aten.split.Tensor, operator.getitem,
+)  # fmt: skip
+_KEEP_ORDER = (_aten.reshape.default, _aten.view.default, _aten.contiguous.default)
+
+
+def rewrite(module: fx.GraphModule, *, with_attention: bool) -> None:
+    """Put `hfq::layer_norm` and, if wanted, `hfq::attention` where they compute the same and what they quantize."""
+    graph = module.graph
+    _simplify(graph)
+    for node in graph.find_nodes(op="call_function", target=_LAYER_NORM):
+        _replace_norm(graph, node)
+    for node in graph.find_nodes(op="call_function", target=_ATTENTION) if with_attention else ():
+        arguments = _arguments(node)
+        if arguments is not None:
+            _replace_attention(graph, node, *arguments)
+    if compiles_to_bfloat16():
+        for node in graph.find_nodes(op="call_function", target=torch.ops.hfq.attention.default):
+            for x in node.args[:3]:
+                _narrow(graph, x)
+    graph.eliminate_dead_code()
+    graph.lint()
+    module.recompile()
+
+
+def _simplify(graph: fx.Graph) -> None:
+    """Take out what does nothing and stands between the operations that are looked for."""
+    for node in list(graph.nodes):
+        if node.target is _aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+        elif (node.target is _aten.dropout.default and not node.args[2]) or (
+            node.target is _aten.to.dtype and node.args[0].meta["val"].dtype == node.args[1]
+        ):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def _replace_norm(graph: fx.Graph, node: Node) -> None:
+    """Have the norm `node` answer with the codes that its readers quantize its answers to."""
+    x, shape, *others = node.args
+    weight, bias, eps = (*others, *(None, None, 1e-5)[len(others) :])[:3]
+    found = x.meta["val"]
+    suits = found.dim() == 3 and found.dtype == torch.float32 and len(shape) == 1 and shape[0] % LANES == 0
+    suits &= all(y is None or y.meta["val"].dtype == torch.float32 for y in (weight, bias))
+    readers = list(_readers(node))
+    codes = next((y.args[1] for y in readers if _quantizes(y) and y.args[1].op == "placeholder"), None)
+    if not suits or codes is None:
+        return
+    residual = None
+    if x.target is _aten.add.Tensor and len(x.users) == 1 and not x.kwargs and _are_alike(*x.args, x):
+        x, residual = x.args
+    quantized = [y for y in readers if _quantizes(y) and y.args[1] is codes]
+    both = len(quantized) < len(readers)
+    with graph.inserting_before(node):
+        results = graph.call_function(torch.ops.hfq.layer_norm.default, (x, residual, weight, bias, codes, eps, both))
+        *numbers, coded = (graph.call_function(operator.getitem, (results, i)) for i in range(1 + both))
+    for y in quantized:
+        with graph.inserting_before(y):
+            _stand_in(y, graph.call_function(_aten.reshape.default, (coded, [-1, shape[0]])))
+        graph.erase_node(y)
+    if both:
+        _stand_in(node, numbers[0])
+
+
+def _stand_in(node: Node, other: Node) -> None:
+    """Have `other`, which computes the same, read in the place of `node`."""
+    other.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(other)
+
+
+def _quantizes(node: Node) -> bool:
+    return node.target is torch.ops.hfq.quantize.default and node.meta["val"].dim() == 2
+
+
+def _readers(node: Node) -> Iterator[Node]:
+    """What reads the numbers of `node`, in whatever shape."""
+    for user in node.users:
+        if user.target in _KEEP_ORDER and user.users:
+            yield from _readers(user)
+        else:
+            yield user
+
+
+def _are_alike(*nodes: Any) -> bool:
+    """Whether these are tensors of one shape and type."""
+    if not all(isinstance(node, fx.Node) for node in nodes):
+        return False
+    first, *others = (node.meta["val"] for node in nodes)
+    return all(other.dtype == first.dtype and _same(other.shape, first.shape) for other in others)
+
+
+def _arguments(node: Node) -> tuple[list[Any], float] | None:
+    """Query, key, value and mask, and the scale; None if torch is to compute it."""
+    query, key, value, *others = node.args
+    given = dict(zip(("attn_mask", "dropout_p", "is_causal"), others, strict=False)) | node.kwargs
+    mask, scale = given.get("attn_mask"), given.get("scale")
+    if any(given.get(name) for name in ("dropout_p", "is_causal", "enable_gqa")):
+        return None
+    q, k, v = (x.meta["val"] for x in (query, key, value))
+    size = q.shape[-1]
+    suits = (
+        q.dim() == 4
+        and all(x.dtype == torch.float32 for x in (q, k, v))
+        and (mask is None or mask.meta["val"].dtype in (torch.bool, torch.float32))
+        and isinstance(size, int)
+        and size % LANES == 0
+        and _same(q.shape[:2], k.shape[:2])
+        and _same(k.shape, v.shape)
+    )
+    return ([query, key, value, mask], size**-0.5 if scale is None else float(scale)) if suits else None
+
+
+def _replace_attention(graph: fx.Graph, node: Node, tensors: list[Any], scale: float) -> None:
+    dead = [node, *_until_quantized(node)]
+    last = dead[-1]
+    with graph.inserting_before(last):
+        codes = last.args[1] if len(dead) > 1 else None
+        found = graph.call_function(torch.ops.hfq.attention.default, (*tensors, codes, scale))
+        if codes is None:
+            found = graph.call_function(_aten.transpose.int, (found, 1, 2))
+        else:
+            found = graph.call_function(_aten.reshape.default, (found, [-1, last.meta["val"].shape[1]]))
+        _stand_in(last, found)
+    for unused in reversed(dead):
+        graph.erase_node(unused)
+
+
+def _narrow(graph: fx.Graph, x: Node) -> None:
+    """Have `x` computed as the bfloat16 that attention multiplies, if nothing else reads it."""
+    while x.target in _VIEWS:
+        x = x.args[0]
+    if x.op == "call_function" and x.args[1:] != (torch.bfloat16,) and _only_attention_reads(x):
+        with graph.inserting_after(x):
+            narrow = graph.call_function(_aten.to.dtype, (x, torch.bfloat16))
+        x.replace_all_uses_with(narrow, delete_user_cb=lambda user: user is not narrow)
+
+
+def _only_attention_reads(x: Node) -> bool:
+    def reads(user: Node) -> bool:
+        if user.target is torch.ops.hfq.attention.default:
+            return x in user.args[:3] and x not in user.args[3:]
+        return user.target in _VIEWS and _only_attention_reads(user)
+
+    return all(map(reads, x.users))
+
+
+def _until_quantized(node: Node) -> list[Node]:
+    """What only puts the answers `[batch, heads, length, size]` of `node` in rows of `heads * size`, and quantizes them."""
+    found: list[Node] = []
+    swapped = False
+    shape = node.meta["val"].shape
+    while len(node.users) == 1:
+        (node,) = node.users
+        found.append(node)
+        if node.target is torch.ops.hfq.quantize.default:
+            return found if swapped and node.meta["val"].dim() == 2 else []
+        if node.target is _aten.transpose.int and node.args[1:] == (1, 2) and not swapped:
+            swapped = True
+        elif node.target not in _KEEP_ORDER or not (swapped or _same(shape, node.meta["val"].shape)):
+            return []
+    return []
+
+
+def _same(shape: Any, other: Any) -> bool:
+    return len(shape) == len(other) and all(statically_known_true(a == b) for a, b in zip(shape, other, strict=True))

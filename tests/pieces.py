@@ -1,0 +1,70 @@
+"""What a compiled encoder is made of, as one model: `python tests/pieces.py FOLDER` compiles it as `hfq.compile` would."""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hfq.runtime.compiler import compile_graph
+
+HEADS, SIZE, FEATURES = 3, 32, 96
+SHAPE = [2, 5, 70]  # of the inputs, tokens and what of them is seen; compiled for any other batch and length
+NAN, HUGE = 0, 1  # tokens
+
+
+class Pieces(nn.Module):
+    """Answers, by name, what is computed from float32 `[batch, length, 3 * FEATURES]` that belong to the tokens."""
+
+    def forward(self, inputs: Tensor, tensors: list[Tensor]) -> dict[str, Tensor]:
+        table, weight, bias, codes, added = tensors
+        x = F.embedding(inputs[0], table)
+        seen = inputs[1].bool()[:, None, None, :]
+        length = x.shape[1]
+        qkv = [part.unflatten(-1, (HEADS, SIZE)).transpose(1, 2) for part in x.chunk(3, -1)]
+        mask = added[:, :length, :length].unsqueeze(0)
+        y, residual, other = x.chunk(3, -1)
+        normed = F.layer_norm(y + residual, (FEATURES,), weight, bias, 1e-12)
+        return {
+            "attention": attended(*qkv),
+            "attention with keys unseen": attended(*qkv, seen),
+            "attention with numbers added": attended(*qkv, mask, scale=0.5),
+            "attention as codes": codes_of(attended(*qkv, seen), codes),
+            "sum, normed": normed,
+            "sum, normed, as codes": codes_of(normed, codes),
+            "normed as codes": codes_of(F.layer_norm(other + 1e3, (FEATURES,)), codes),
+        }
+
+
+def attended(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """Attention in rows of all heads."""
+    return F.scaled_dot_product_attention(query, key, value, mask, scale=scale).transpose(1, 2).flatten(2)
+
+
+def codes_of(x: Tensor, codes: Tensor) -> Tensor:
+    """uint8 `[rows, features]` of `x`."""
+    rows = x.reshape(-1, x.shape[-1])
+    if torch.compiler.is_compiling():
+        found: Tensor = torch.ops.hfq.quantize(rows, codes)
+        return found
+    return ((rows * codes[0]).round() + codes[1]).clamp(0, 255).to(torch.uint8)
+
+
+def make_tensors() -> list[Tensor]:
+    """What the pieces read: numbers of 200 tokens, a norm's weight and bias, codes, and what is added to scores."""
+    generator = torch.Generator().manual_seed(0)
+    table, weight, bias, added = (
+        torch.randn(*shape, generator=generator)
+        for shape in ((200, 3 * FEATURES), (FEATURES,), (FEATURES,), (HEADS, 512, 512))
+    )
+    table[NAN] = float("nan")
+    table[HUGE] = 1e6
+    return [table, weight, bias, torch.tensor([40.0, 100.0]), added]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    compile_graph(Pieces(), Path(sys.argv[1]), shape=SHAPE, tensors=make_tensors(), with_attention=True)

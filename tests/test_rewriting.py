@@ -1,0 +1,127 @@
+"""Attention, layer norms and quantization as compiled code of our own: found in any model, equal to torch's."""
+
+import subprocess
+import sys
+from collections import Counter
+
+import pieces
+import pytest
+import torch
+from models import quantized, relative_error, tiny, token_batches
+from torch import Tensor
+
+from hfq.runtime import compiling
+from hfq.runtime.attention import can_compile, compiles_to_bfloat16
+from hfq.runtime.blocked import lay_out
+from hfq.runtime.fusion import fuse
+from hfq.runtime.graphs import Graph
+from hfq.runtime.modules import pack_all
+from hfq.runtime.selection import select_kernel
+from hfq.runtime.skeleton import take_apart
+from hfq.tuning.candidates import Candidate
+
+BATCHES = token_batches(2)
+
+needs_templates = pytest.mark.skipif(not can_compile(), reason="C++ of our own is for x86 with AVX2 or AVX-512")
+
+
+def multiplies_itself() -> bool:
+    """Whether compiled code multiplies int8 here, rather than oneDNN."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" or select_kernel().name != "onednn"
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Graph:
+    if not compiling.has_compiler():
+        pytest.skip("no C++ compiler on this machine")
+    folder = tmp_path_factory.mktemp("pieces")
+    done = subprocess.run([sys.executable, pieces.__file__, folder], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return Graph(folder, pieces.make_tensors())
+
+
+def answers(graph: Graph, tokens: Tensor, seen: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What compiled code answers, and what torch does."""
+    inputs = torch.stack([tokens, seen])
+    assert graph.fits(inputs)
+    with torch.inference_mode():
+        return graph(inputs), pieces.Pieces()(inputs, pieces.make_tensors())
+
+
+def tokens(batch: int, length: int) -> Tensor:
+    return torch.randint(2, 200, (batch, length), generator=torch.Generator().manual_seed(length))
+
+
+@needs_templates
+@pytest.mark.parametrize(("batch", "length"), [(2, 2), (3, 33), (4, 64), (2, 200)])
+def test_the_pieces_of_an_encoder_are_equal_to_torchs(compiled: Graph, batch: int, length: int) -> None:
+    seen = (torch.arange(length) < length - torch.arange(batch)[:, None] * length // batch).long()
+    seen[0, 0] = 0  # not only padding
+    found, expected = answers(compiled, tokens(batch, length), seen)
+    assert found.keys() == expected.keys()
+    for name, y in expected.items():
+        assert found[name].dtype == y.dtype and found[name].shape == y.shape
+        if y.dtype == torch.uint8:
+            difference = (found[name].int() - y.int()).abs()
+            rounded = 2 if "attention" in name and compiles_to_bfloat16() else 1
+            assert difference.max() <= rounded and difference.float().mean() < 0.2, name
+            assert y.float().std() > 0, "codes differ"
+        else:
+            within = 1e-2 if "attention" in name and compiles_to_bfloat16() else 1e-5
+            assert relative_error(found[name], y) < within, name
+
+
+@needs_templates
+def test_a_row_that_sees_no_key_is_answered_with_zeros(compiled: Graph) -> None:
+    seen = torch.ones(2, 20, dtype=torch.long)
+    seen[1] = 0
+    found, _ = answers(compiled, tokens(2, 20), seen)
+    assert not found["attention with keys unseen"][1].any()
+    assert found["attention with keys unseen"][0].all()
+
+
+@needs_templates
+def test_numbers_that_are_none_stay_so_and_stay_where_they_are(compiled: Graph) -> None:
+    ids = tokens(3, 40)
+    ids[1, 7] = pieces.NAN
+    found, expected = answers(compiled, ids, torch.ones_like(ids))
+    for name, y in expected.items():
+        assert torch.equal(found[name].isnan(), y.isnan()), name
+    assert found["attention"][1].isnan().all() and not found["attention"][::2].isnan().any()
+
+
+@needs_templates
+def test_codes_end_at_their_bounds(compiled: Graph) -> None:
+    ids = tokens(2, 40)
+    ids[0] = pieces.HUGE
+    found, expected = answers(compiled, ids, torch.ones_like(ids))
+    codes = found["attention as codes"].view(2, 40, -1)
+    assert (codes[0] == 255).all()
+    assert torch.equal(codes[0], expected["attention as codes"].view(2, 40, -1)[0])
+
+
+@pytest.mark.skipif(not can_compile() or not multiplies_itself(), reason="oneDNN multiplies int8 on this CPU")
+@pytest.mark.parametrize(
+    ("family", "attentions"),
+    [("Bert", 2), ("DistilBert", 2), ("Roberta", 2), ("Electra", 2), ("MPNet", 0)],  # the last has its own attention
+)
+def test_they_are_found_whatever_the_family(family: str, attentions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hfq.runtime.compiler import Rebuilt, trace
+    from hfq.runtime.rewriting import rewrite
+
+    monkeypatch.setenv("HFQ_FUSIONS", "exact")  # torch's attention, which is looked for, whatever the CPU
+    model = quantized(tiny(family), Candidate("static"), BATCHES)
+    fuse(model)
+    pack_all(model)
+    lay_out(model, panels=True)
+    parts = take_apart(model, blocks=True)
+    assert parts is not None
+    rebuilt = Rebuilt(parts[0], ["attention_mask", "input_ids"])
+    module = trace(rebuilt, torch.ones(2, 3, 11, dtype=torch.long), parts[1]).module(check_guards=False)
+    rewrite(module, with_attention=True)
+    counts = Counter(str(node.target) for node in module.graph.nodes)
+    assert counts["hfq.attention.default"] == attentions
+    assert counts["aten.scaled_dot_product_attention.default"] == 0
+    # Of two layers and the embeddings: all but the last are followed by an int8 layer's quantization.
+    assert counts["hfq.layer_norm.default"] >= 4
+    assert counts["hfq.quantize.default"] <= 6 - attentions  # what follows an attention is in it
