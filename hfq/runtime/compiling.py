@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .blocked import lay_out, lay_out_for_kernels
 from .fusion import finish_fusing, wanted_fusions
 from .graphs import Graphs
+from .memory import return_freed_memory
 from .modules import pack_all
 from .slicing import TOKENS, SlicedForward, is_token_batch
 
@@ -58,6 +59,7 @@ def compile(model: Model) -> Model:
         )
         lay_out_for_kernels(model)
         return model
+    return_freed_memory()  # what packing left: activations of compiled code mostly do not fit into it
     if isinstance(forward, SlicedForward):
         forward.forward = _Compiled(model, forward.forward, graphs=graphs, compiler=compiler)
     else:
