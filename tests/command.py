@@ -160,8 +160,8 @@ class Forkserver:
 
 @cache
 def forkserver() -> Forkserver:
-    """The one for all tests, started for the first that asks."""
-    server = Forkserver()
+    """The one for all tests, started for the first that asks. What it says of time and memory means nothing."""
+    server = Forkserver(fork_workers=True)
     atexit.register(server.close)
     return server
 

@@ -30,6 +30,7 @@ os.environ.update(
     HF_HUB_DISABLE_PROGRESS_BARS="1",
     HF_HUB_DISABLE_TELEMETRY="1",
     HFQ_HUB_PATIENCE="1",
+    TORCHINDUCTOR_VEC_ISA_OK="1",  # else it builds a library in each empty cache to see what the compiler knows
 )
 
 
