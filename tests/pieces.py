@@ -26,6 +26,8 @@ class Pieces(nn.Module):
         mask = added[:, :length, :length].unsqueeze(0)
         y, residual, other = x.chunk(3, -1)
         normed = F.layer_norm(y + residual, (FEATURES,), weight, bias, 1e-12)
+        doubled = F.layer_norm(y, (FEATURES,))
+        doubled.mul_(2)
         return {
             "attention": attended(*qkv),
             "attention with keys unseen": attended(*qkv, seen),
@@ -33,6 +35,7 @@ class Pieces(nn.Module):
             "attention as codes": codes_of(attended(*qkv, seen), codes),
             "sum, normed": normed,
             "sum, normed, as codes": codes_of(normed, codes),
+            "normed, doubled, as codes": codes_of(doubled, codes),
             "normed as codes": codes_of(F.layer_norm(other + 1e3, (FEATURES,)), codes),
         }
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .attention import compiles_to_bfloat16
@@ -28,11 +29,13 @@ def rewrite(module: fx.GraphModule, *, with_attention: bool) -> None:
     """Put `hfq::layer_norm` and, if wanted, `hfq::attention` where they compute the same and what they quantize."""
     graph = module.graph
     _simplify(graph)
+    changed = {_origin(node) for node in graph.nodes if _writes(node)}
     for node in graph.find_nodes(op="call_function", target=_LAYER_NORM):
-        _replace_norm(graph, node)
+        if node not in changed:
+            _replace_norm(graph, node, changed)
     for node in graph.find_nodes(op="call_function", target=_ATTENTION) if with_attention else ():
         arguments = _arguments(node)
-        if arguments is not None:
+        if arguments is not None and changed.isdisjoint(map(_origin, [node, *filter(None, arguments[0])])):
             _replace_attention(graph, node, *arguments)
     if compiles_to_bfloat16():
         for node in graph.find_nodes(op="call_function", target=torch.ops.hfq.attention.default):
@@ -49,14 +52,31 @@ def _simplify(graph: fx.Graph) -> None:
         if node.target is _aten._assert_tensor_metadata.default:
             graph.erase_node(node)
         elif (node.target is _aten.dropout.default and not node.args[2]) or (
-            node.target is _aten.to.dtype and node.args[0].meta["val"].dtype == node.args[1]
+            node.target is _aten.to.dtype and node.args[1:] == (node.args[0].meta["val"].dtype,) and not node.kwargs
         ):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
 
 
-def _replace_norm(graph: fx.Graph, node: Node) -> None:
-    """Have the norm `node` answer with the codes that its readers quantize its answers to."""
+def _writes(node: Node) -> bool:
+    """Whether it changes a tensor that it is given."""
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+
+
+def _origin(node: Node) -> Node:
+    """Where the memory of `node`'s answer comes from."""
+    while node.target is operator.getitem or (
+        isinstance(node.target, OpOverload) and any(y.alias_info for y in node.target._schema.returns)
+    ):
+        node = node.args[0]
+    return node
+
+
+def _replace_norm(graph: fx.Graph, node: Node, changed: set[Node]) -> None:
+    """Have the norm `node` answer with the codes that its readers quantize its answers to.
+
+    `changed`: what is written to after it was computed.
+    """
     x, shape, *others = node.args
     weight, bias, eps = (*others, *(None, None, 1e-5)[len(others) :])[:3]
     found = x.meta["val"]
@@ -64,10 +84,11 @@ def _replace_norm(graph: fx.Graph, node: Node) -> None:
     suits &= all(y is None or y.meta["val"].dtype == torch.float32 for y in (weight, bias))
     readers = list(_readers(node))
     codes = next((y.args[1] for y in readers if _quantizes(y) and y.args[1].op == "placeholder"), None)
-    if not suits or codes is None:
+    if not suits or codes is None or node.kwargs:
         return
     residual = None
-    if x.target is _aten.add.Tensor and len(x.users) == 1 and not x.kwargs and _are_alike(*x.args, x):
+    adds = x.target is _aten.add.Tensor and len(x.users) == 1 and not x.kwargs and _are_alike(*x.args, x)
+    if adds and changed.isdisjoint(map(_origin, x.args)):
         x, residual = x.args
     quantized = [y for y in readers if _quantizes(y) and y.args[1] is codes]
     both = len(quantized) < len(readers)
