@@ -377,7 +377,7 @@ def bench_command(
     from .bench.growth import grow
     from .bench.run import bench, chosen, pull_baseline
     from .bench.table import as_dict, markdown, write
-    from .measurement import hardware
+    from .hardware import hardware
     from .source import pull
     from .ui import Reporter
 

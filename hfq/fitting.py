@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from . import __version__
 from .config import PostTrainingQuantConfig
 from .errors import GoalNotMetError, HfqError
-from .measurement import hardware
+from .hardware import hardware
 from .quantization.convert import quantize_model
 from .quantization.inputs import LABELS, bind, bind_call, take
 from .quantized import quantized_like

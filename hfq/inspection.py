@@ -118,7 +118,7 @@ def describe_runtime() -> dict[str, Any]:
     """What int8 layers run with on this machine: CPU, instruction sets, kernel, fusions, threads."""
     import torch
 
-    from .measurement import hardware
+    from .hardware import hardware
     from .runtime.compiling import has_compiler
     from .runtime.fusion import wanted_fusions
 

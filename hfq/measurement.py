@@ -1,10 +1,6 @@
 """Last look before publishing: the exported folder, freshly loaded, beside the float checkpoint."""
 
-import os
-import platform
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +8,6 @@ from torch import Tensor, nn
 from .benchmark import Subject, Timing, logits_of, measure, timed_batches
 from .evaluation import Evaluation
 from .report import Comparison, Measurement
-from .runtime.selection import select_kernel
 from .runtime.slicing import in_parts
 from .session import Session, load_model
 from .source import Checkpoint
@@ -108,19 +103,6 @@ def compare(first: Evaluation, second: Evaluation, *, split: str, seed: int, see
     )
 
 
-def hardware() -> dict[str, Any]:
-    """What a timing depends on: the CPU, its cores and threads, memory, and the kernel that was chosen."""
-    return {
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
-        "isa": torch.backends.cpu.get_cpu_capability(),
-        "kernel": select_kernel().name,
-        "system": f"{platform.system()} {platform.machine()}",
-    }
-
-
 def _measurement(
     checkpoint: Checkpoint, evaluation: Evaluation, timing: Timing, holdout_accuracy: float | None
 ) -> Measurement:
@@ -133,13 +115,3 @@ def _measurement(
         examples_per_s=timing.examples_per_s,
         holdout_accuracy=holdout_accuracy,
     )
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or "unknown"
-    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    numbers = [facts[name] for name in ("CPU implementer", "CPU part") if name in facts]  # all that Linux says on ARM
-    return facts.get("model name") or " ".join([platform.machine(), *numbers]) or "unknown"

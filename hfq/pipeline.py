@@ -22,7 +22,8 @@ from .errors import GoalNotMetError, SourceError
 from .evaluation import Evaluation
 from .export import export
 from .files import write_text
-from .measurement import answers, compare_with_stock, hardware, measure_export
+from .hardware import hardware
+from .measurement import answers, compare_with_stock, measure_export
 from .output import EXPORT, TRIALS_FILE, Result, check_output, finish, work_folder
 from .quantization.convert import quantize_model
 from .quantization.graph import Fold

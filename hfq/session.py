@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .bounds import bounded
 from .data import Examples, TaskData, load_task_data
 from .errors import HfqError, SourceError, UsageError
-from .evaluation import Engine, Evaluation, evaluate
+from .evaluation import Engine, Evaluation
 from .recipe import Recipe
 from .runtime.memory import weights_left_in_file
 from .source import Checkpoint, pull
@@ -39,6 +39,8 @@ class Session:
 
     def evaluate(self, model: nn.Module, batches: list[Batch]) -> Evaluation:
         """The recipe's metric of `model` on `batches`, by the recipe's engine."""
+        from .validation import evaluate
+
         recipe = self.recipe
         engine = Engine(recipe.accelerator, recipe.devices, recipe.strategy)
         labels = len(self.data.label_names)

@@ -1,5 +1,6 @@
-"""Accuracy of a model on a split, through Lightning, so that its devices and strategies apply.
+"""Evaluating a model on a split, through Lightning, so that its devices and strategies apply.
 
+Importing Lightning and torchmetrics takes seconds: this module is imported when there is something to evaluate.
 Durations here are only a trial's own forward passes; published timings come from `hfq.benchmark`.
 """
 
@@ -9,7 +10,6 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,38 +21,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from .errors import HfqError, UsageError
+from .evaluation import Engine, Evaluation
 from .quantization.inputs import model_inputs
 
 Batch = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Engine:
-    """Lightning's `Trainer` arguments of the same names."""
-
-    accelerator: str = "cpu"
-    devices: int = 1
-    strategy: str = "auto"
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """`score`: the metric. `logits` float32 `[examples, labels]` and `labels` `[examples]`, in the data's order."""
-
-    score: float
-    logits: Tensor
-    labels: Tensor
-    duration_s: float
-
-    @property
-    def right(self) -> Tensor:
-        """bool `[examples]`: which answers are correct."""
-        return self.logits.argmax(1) == self.labels
-
-    @property
-    def accuracy(self) -> float:
-        """Share of correct answers, whatever the metric."""
-        return self.right.double().mean().item()
 
 
 def evaluate(model: nn.Module, batches: Iterable[Batch], *, metric: str, num_labels: int, engine: Engine) -> Evaluation:

@@ -15,7 +15,7 @@ from ..quantization.layers import find_quantizable, linear
 from ..quantization.scheme import Plan
 from ..report import Trial
 from ..runtime.fusion import fuse
-from ..runtime.memory import free_unused, return_freed_memory
+from ..runtime.memory import free_unused, only_new_garbage, return_freed_memory
 from ..runtime.modules import memory_mib, state_mib
 from ..ui import Reporter
 from .acceptance import Goal
@@ -45,6 +45,7 @@ class Found:
         return reasons | dict.fromkeys(kept, "sensitive: kept in float to meet the goal")
 
 
+@only_new_garbage()
 def find(
     model: nn.Module,
     batches: Sequence[Batch],
