@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 
 MEMORY = 1 << 30
 SECONDS = 60
+RUNS = 1 << 20  # in place of the exit code of a process that has not ended
 DEPENDS_ON_TIME = ("created", "baseline_pass_s", "duration_s", "examples_per_s", "load_s", "peak_memory_mb")
 HFQ = str(Path(sys.executable).with_name("hfq"))
 ROOT = Path(__file__).parent.parent
@@ -60,19 +61,32 @@ def environment(changes: Mapping[str, str | None] | None = None) -> dict[str, st
 
 
 class Running:
-    """The command while it runs, killed at the end of the `with` block if it has not ended."""
+    """The command while it runs, killed at the end of the `with` block if it has not ended.
+
+    `fresh`: as a user starts it; else it is forked from the server for all tests.
+    """
 
     def __init__(
-        self, *args: object, cwd: Path, env: Mapping[str, str | None] | None = None, seconds: float = 120
+        self,
+        *args: object,
+        cwd: Path,
+        env: Mapping[str, str | None] | None = None,
+        seconds: float = 120,
+        fresh: bool = False,
     ) -> None:
-        self.process = subprocess.Popen(
-            [HFQ, *map(str, args)],
-            cwd=cwd,
-            env=environment(env),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        self.process: subprocess.Popen[str] | Forked
+        if fresh:
+            self.process = subprocess.Popen(
+                [HFQ, *map(str, args)],
+                cwd=cwd,
+                env=environment(env),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+        else:
+            self.process = forkserver().start(*args, cwd=cwd, env=env)
         self.err = ""
         self._timer = threading.Timer(seconds, self.process.kill)
         self._timer.start()
@@ -86,9 +100,13 @@ class Running:
                 return line
         raise AssertionError(f"It ended without {text!r}: {self.err}")
 
+    def runs(self) -> bool:
+        """Whether it has not ended."""
+        return self.process.poll() is None
+
     def stop(self, number: signal.Signals) -> Done:
-        """Send a signal, and wait for the end."""
-        self.process.send_signal(number)
+        """Send a signal to it and what it started, and wait for the end."""
+        os.killpg(self.process.pid, number)
         return self.end()
 
     def end(self) -> Done:
@@ -104,6 +122,38 @@ class Running:
         self._timer.cancel()
         self.process.kill()
         self.process.communicate()
+
+
+class Forked:
+    """A process of a `Forkserver`, with those methods of `subprocess.Popen` that `Running` needs."""
+
+    def __init__(self, pid: int, folder: "tempfile.TemporaryDirectory[str]", ask: Callable[[object], int]) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        self.stderr = (Path(folder.name) / "err").open()  # waits until the other side is opened
+        self._folder = folder
+        self._ask = ask
+
+    def poll(self) -> int | None:
+        return self._wait("poll")
+
+    def kill(self) -> None:
+        if self.returncode is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def communicate(self) -> tuple[str, str]:
+        if self.stderr.closed:
+            return "", ""
+        with self.stderr, self._folder:
+            err = self.stderr.read()
+            self._wait("wait")
+            return (Path(self._folder.name) / "out").read_text(), err
+
+    def _wait(self, how: str) -> int | None:
+        if self.returncode is None:
+            code = self._ask({"do": how, "pid": self.pid})
+            self.returncode = None if code == RUNS else code
+        return self.returncode
 
 
 class Forkserver:
@@ -130,27 +180,42 @@ class Forkserver:
         env: Mapping[str, str | None] | None = None,
         kill_at: str | None = None,
         limited: bool = False,
+        command: str = "hfq",
     ) -> Done:
         """Like `hfq` above. Variables that a library reads when it is imported, as HF_ENDPOINT, cannot be changed.
 
-        `kill_at`: send SIGKILL once standard error holds this. `limited`: it may have `MEMORY` more than the process it is forked from, and `SECONDS` of CPU time; one that
-        takes more ends by an error or a signal.
+        `kill_at`: send SIGKILL once standard error holds this. `limited`: it may have `MEMORY` more than the process
+        it is forked from, and `SECONDS` of CPU time; one that takes more ends by an error or a signal. `command`: or
+        "optimum-cli".
         """
-        assert self._process.stdin and self._process.stdout
         with tempfile.TemporaryDirectory() as folder:
-            out, err = Path(folder) / "out", Path(folder) / "err"
-            request = {
-                "args": [str(arg) for arg in args],
-                "cwd": str(cwd),
-                "env": environment({**self._env, **(env or {})}),
-                "out": str(out),
-                "err": str(err),
-                "kill_at": kill_at,
-                "limited": limited,
-            }
-            print(json.dumps(request), file=self._process.stdin, flush=True)
-            code = int(self._process.stdout.readline())
-            return Done(code, out.read_text(), err.read_text())
+            request = self._request(args, folder, cwd, env)
+            code = self._ask({**request, "do": "run", "kill_at": kill_at, "limited": limited, "command": command})
+            return Done(code, (Path(folder) / "out").read_text(), (Path(folder) / "err").read_text())
+
+    def start(self, *args: object, cwd: Path, env: Mapping[str, str | None] | None = None) -> Forked:
+        """Start the command, in a session of its own, and do not wait for it."""
+        folder = tempfile.TemporaryDirectory()
+        os.mkfifo(Path(folder.name) / "err")
+        request = self._request(args, folder.name, cwd, env)
+        pid = self._ask({**request, "do": "start", "limited": False, "command": "hfq"})
+        return Forked(pid, folder, self._ask)
+
+    def _request(
+        self, args: tuple[object, ...], folder: str, cwd: Path, env: Mapping[str, str | None] | None
+    ) -> dict[str, Any]:
+        return {
+            "args": [str(arg) for arg in args],
+            "cwd": str(cwd),
+            "env": environment({**self._env, **(env or {})}),
+            "out": f"{folder}/out",
+            "err": f"{folder}/err",
+        }
+
+    def _ask(self, request: object) -> int:
+        assert self._process.stdin and self._process.stdout
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        return int(self._process.stdout.readline())
 
     def close(self) -> None:
         """End the process."""
@@ -211,10 +276,12 @@ def _serve() -> None:
     import datasets  # noqa: F401
     import matplotlib.backends.backend_agg
     import matplotlib.figure  # noqa: F401
+    from optimum.commands.optimum_cli import main as optimum_cli
     from optimum.exporters.tasks import TasksManager  # noqa: F401
     from transformers import AutoTokenizer, BertForSequenceClassification  # noqa: F401
 
-    import hfq.pipeline  # noqa: F401
+    import hfq.pipeline
+    import hfq.validation  # noqa: F401
 
     gc.freeze()  # or each fork would copy all that was imported, to look for garbage in it
     answers = os.dup(1)
@@ -222,13 +289,17 @@ def _serve() -> None:
         sys.executable = _fork_workers(Path(sys.argv[1]))
     for line in sys.stdin:
         request = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            _become(request)
-            main()
-            sys.exit(0)
-        status = _wait(child, request)
-        os.write(answers, b"%d\n" % os.waitstatus_to_exitcode(status))
+        if request["do"] in ("run", "start"):
+            child = os.fork()
+            if child == 0:
+                _become(request)
+                (main if request["command"] == "hfq" else optimum_cli)()
+                sys.exit(0)
+            answer = child if request["do"] == "start" else _wait(child, request["kill_at"], Path(request["err"]))
+        else:
+            ended, status = os.waitpid(request["pid"], os.WNOHANG if request["do"] == "poll" else 0)
+            answer = os.waitstatus_to_exitcode(status) if ended else RUNS
+        os.write(answers, b"%d\n" % answer)
 
 
 def _fork_workers(folder: Path) -> str:
@@ -276,22 +347,23 @@ connection.recv(1)  # until the other side ends, or this one is killed
 """
 
 
-def _wait(child: int, request: Mapping[str, Any]) -> int:
-    """The status of a child that has ended, by itself or because it was to be killed."""
-    while request["kill_at"]:
-        err = Path(request["err"])
-        if err.is_file() and request["kill_at"] in err.read_text():
+def _wait(child: int, kill_at: str | None, err: Path) -> int:
+    """The exit code of a child that has ended, by itself or because it was to be killed."""
+    while kill_at:
+        if err.is_file() and kill_at in err.read_text():
             os.kill(child, signal.SIGKILL)
             break
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
-            return status
+            return os.waitstatus_to_exitcode(status)
         time.sleep(0.005)
-    return os.waitpid(child, 0)[1]
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def _become(request: Mapping[str, Any]) -> None:
     """Give this process what the command is to find."""
+    if request["do"] == "start":
+        os.setsid()
     os.chdir(request["cwd"])
     if request["limited"]:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -302,7 +374,7 @@ def _become(request: Mapping[str, Any]) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, path in ((1, request["out"]), (2, request["err"])):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    sys.argv = ["hfq", *request["args"]]
+    sys.argv = [request["command"], *request["args"]]
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from command import CHECKPOINT, HFQ, Done, copy_checkpoint, environment, forkserver, hfq, write_slice
+from command import CHECKPOINT, HFQ, Done, Running, copy_checkpoint, forkserver, hfq, write_slice
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 
@@ -396,16 +396,13 @@ def test_a_full_disk_leaves_nothing_behind(cwd: Path, data: Path) -> None:
 
 
 def test_two_runs_do_not_share_an_output(tmp_path: Path, data: Path) -> None:
-    quantize = ["quantize", str(CHECKPOINT), "--dataset", str(data), "--output", "out"]
-    with subprocess.Popen([HFQ, *quantize], cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL) as first:
-        try:
-            while first.poll() is None and not (tmp_path / "out.hfq-work" / ".lock").exists():
-                time.sleep(0.01)
-            refused(forkserver().hfq(*quantize, cwd=tmp_path), "Another hfq is writing out", "Wait for it", code=2)
-            assert first.poll() is None
-            assert (tmp_path / "out.hfq-work").is_dir()
-        finally:
-            first.kill()
+    quantize = ["quantize", CHECKPOINT, "--dataset", data, "--output", "out"]
+    with Running(*quantize, cwd=tmp_path) as first:
+        while first.runs() and not (tmp_path / "out.hfq-work" / ".lock").exists():
+            time.sleep(0.01)
+        refused(forkserver().hfq(*quantize, cwd=tmp_path), "Another hfq is writing out", "Wait for it", code=2)
+        assert first.runs()
+        assert (tmp_path / "out.hfq-work").is_dir()
 
 
 # The Hub

@@ -18,11 +18,10 @@ import typer
 import yaml
 from command import (
     CHECKPOINT,
-    HFQ,
     ROOT,
     Done,
+    Running,
     copy_checkpoint,
-    environment,
     forkserver,
     hfq,
     write_outliers,
@@ -71,7 +70,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(workspace: Path) -> Run:
     """The one run that most tests look at. `./model`, `./data` and the recipe's folder are all relative."""
     flags = ["--dataset", "./data", "--output", "out", "--save-recipe", "recipes/mine.yaml", "--json"]
-    done = hfq("quantize", "./model", *flags, cwd=workspace)
+    done = forkserver().hfq("quantize", "./model", *flags, cwd=workspace)
     assert done.code == 0, done.err
     return Run(workspace, done, json.loads((workspace / "out" / "hfq.json").read_text()))
 
@@ -84,7 +83,7 @@ def interrupted(workspace: Path) -> Iterator["Interrupted"]:
 
 
 class Interrupted:
-    """A run that explores, in a terminal's process group, to be stopped after two trials."""
+    """A run that explores, to be stopped after two trials."""
 
     def __init__(self, cwd: Path) -> None:
         self.cwd = cwd
@@ -93,20 +92,10 @@ class Interrupted:
         self.log = cwd / "explored.hfq-work" / "trials.jsonl"
 
     def stop(self, number: signal.Signals) -> Done:
-        process = subprocess.Popen(
-            [HFQ, *self.arguments],
-            cwd=self.cwd,
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        while process.poll() is None and len(self.trials()) < 2:
-            time.sleep(0.005)
-        os.killpg(process.pid, number)
-        out, err = process.communicate(timeout=60)
-        return Done(process.returncode, out, err)
+        with Running(*self.arguments, cwd=self.cwd) as running:
+            while running.runs() and len(self.trials()) < 2:
+                time.sleep(0.005)
+            return running.stop(number)
 
     def trials(self) -> list[dict[str, Any]]:
         """Finished trials in the log on disk."""
@@ -457,6 +446,8 @@ def test_the_demo_runs_and_publishes_without_network_or_account(tmp_path: Path) 
     report = json.loads(done.out)
     assert report["met"]
     assert report["quantized"]["accuracy"] > report["majority_accuracy"] + 0.05
+    for measured in (report["baseline"], report["quantized"]):
+        assert all(measured[key] > 0 for key in ("duration_s", "memory_mb", "size_mb", "peak_memory_mb"))
     assert report["dataset"]["holdout_examples"] == 558
     assert re.search(r"http://127\.0\.0\.1:\d+/hfq-user/bert-mini-sms-spam-int8 at [0-9a-f]{40}", done.err)
     assert {file.name for file in tmp_path.iterdir()} == {"demo-int8"}

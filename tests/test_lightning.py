@@ -1,7 +1,6 @@
 """Lightning users: a module is quantized with its own data and its own validation, or when training ends."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torchmetrics
+from command import Done, forkserver
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from models import tiny
 from torch import Tensor, nn
@@ -236,20 +236,14 @@ def checkpoint(path: Path, module: LightningModule) -> Path:
     return path
 
 
-def quantize_command(source: Path, demo: Path, output: Path, home: Path) -> subprocess.CompletedProcess[str]:
-    command = ["hfq.cli", "quantize", str(source), "--dataset", str(demo / "data"), "--output", str(output)]
-    return subprocess.run(
-        [sys.executable, "-c", "from hfq.cli import main; main()", *command[1:]],
-        env={**os.environ, "HF_HOME": str(home)},
-        capture_output=True,
-        text=True,
-    )
+def quantize_command(source: Path, demo: Path, output: Path) -> Done:
+    return forkserver().hfq("quantize", source, "--dataset", demo / "data", "--output", output, cwd=source.parent)
 
 
 def test_lightning_checkpoint_is_quantized(tmp_path: Path, demo: Path) -> None:
     source = checkpoint(tmp_path / "best.ckpt", Wrapped(str(demo / "bert-mini-sms-spam")))
-    done = quantize_command(source, demo, tmp_path / "out", tmp_path / "home")
-    assert done.returncode == 0, done.stderr
+    done = quantize_command(source, demo, tmp_path / "out")
+    assert done.code == 0, done.err
     report = json.loads((tmp_path / "out" / "hfq.json").read_text())
     assert report["checkpoint"]["id"] == "best"
     assert report["baseline"]["accuracy"] > 0.95  # the weights are the trained ones
@@ -261,18 +255,18 @@ def test_checkpoint_that_could_run_code_is_refused(tmp_path: Path, demo: Path) -
     content = torch.load(source, weights_only=False)
     content["callbacks"] = {"mine": subprocess.Popen}
     torch.save(content, source)
-    done = quantize_command(source, demo, tmp_path / "out", tmp_path / "home")
-    assert done.returncode == 1
-    assert "reading that could run code" in done.stderr.splitlines()[-1]
+    done = quantize_command(source, demo, tmp_path / "out")
+    assert done.code == 1
+    assert "reading that could run code" in done.err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
 
 
 def test_checkpoint_of_unknown_origin_is_refused(tmp_path: Path, demo: Path) -> None:
     source = tmp_path / "best.ckpt"
     torch.save({"state_dict": {"model.weight": torch.ones(2, 2)}}, source)
-    done = quantize_command(source, demo, tmp_path / "out", tmp_path / "home")
-    assert done.returncode == 1
-    assert "does not say which model it was made from" in done.stderr.splitlines()[-1]
+    done = quantize_command(source, demo, tmp_path / "out")
+    assert done.code == 1
+    assert "does not say which model it was made from" in done.err.splitlines()[-1]
 
 
 def test_readme_shows_lightning_in_under_25_lines_that_run(tmp_path: Path, demo: Path) -> None:

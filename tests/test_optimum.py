@@ -34,7 +34,7 @@ class Run:
 
 
 def optimum_cli(*arguments: object, cwd: Path) -> Done:
-    return hfq("hfq", *arguments, cwd=cwd, command=OPTIMUM_CLI)
+    return forkserver().hfq("hfq", *arguments, cwd=cwd, command="optimum-cli")
 
 
 def without_figures(text: str) -> list[str]:
@@ -87,7 +87,7 @@ def test_help_errors_and_exit_codes_are_those_of_hfq(arguments: list[str], tmp_p
 
 
 def test_command_takes_flags_before_the_first_word(tmp_path: Path) -> None:
-    assert optimum_cli("--version", cwd=tmp_path) == Done(0, f"hfq {__version__}\n", "")
+    assert hfq("hfq", "--version", cwd=tmp_path, command=OPTIMUM_CLI) == Done(0, f"hfq {__version__}\n", "")
 
 
 def test_quantizer_resumes_after_a_missed_goal_and_stock_transformers_opens_the_result(

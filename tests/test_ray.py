@@ -80,7 +80,7 @@ def test_one_recipe_is_helped_by_other_workers_and_goes_on_wherever_it_was_left(
     recipe = {**FAST, "checkpoint": str(CHECKPOINT), "explore": True, "max_trials": 2, "output": "../out"}
     write_recipes(tmp_path, one=recipe)
     project, log = tmp_path / "pipelines", tmp_path / "out.hfq-work" / "trials.jsonl"
-    with Running("run", "one.yaml", *on(nodes), cwd=project, seconds=SECONDS) as running:
+    with Running("run", "one.yaml", *on(nodes), cwd=project, seconds=SECONDS, fresh=True) as running:
         owner = running.until("on ").split("process ")[1].strip()
         helper = running.until("evaluated on").split("process ")[1].strip(":\n")
         running.until("meets the goal")
@@ -89,7 +89,7 @@ def test_one_recipe_is_helped_by_other_workers_and_goes_on_wherever_it_was_left(
     trials = [row["trial"] for row in map(json.loads, log.read_text().splitlines()) if "trial" in row]
     assert len(trials) == 2
 
-    with Running("run", "one.yaml", "--resume", *on(nodes), cwd=project, seconds=SECONDS) as running:
+    with Running("run", "one.yaml", "--resume", *on(nodes), cwd=project, seconds=SECONDS, fresh=True) as running:
         worker = psutil.Process(int(running.until("on ").split("process ")[1]))
         running.until("▸ Checkpoint")
         done = running.stop(signal.SIGINT)
@@ -117,7 +117,9 @@ def test_recipes_whose_worker_or_node_is_killed_are_finished_by_others_and_publi
         gone={**recipe, "checkpoint": str(tmp_path / "gone"), "to": "ray-gone"},
         hard={**recipe, "to": "ray-hard"},
     )
-    with Running("run", "pipelines", "--push", "--json", *on(nodes), cwd=tmp_path, seconds=SECONDS) as running:
+    with Running(
+        "run", "pipelines", "--push", "--json", *on(nodes), cwd=tmp_path, seconds=SECONDS, fresh=True
+    ) as running:
         while len(workers := dict(re.findall(r"([ab])\.yaml │   on .*process (\d+)", running.err))) < 2:
             running.until("process")
         raylets = {name: psutil.Process(int(pid)).parent() for name, pid in workers.items()}
