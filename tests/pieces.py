@@ -28,6 +28,7 @@ class Pieces(nn.Module):
         normed = F.layer_norm(y + residual, (FEATURES,), weight, bias, 1e-12)
         doubled = F.layer_norm(y, (FEATURES,))
         doubled.mul_(2)
+        later = table.view(2, -1, 3 * FEATURES)[1:]  # starts in the middle of its memory
         return {
             "attention": attended(*qkv),
             "attention with keys unseen": attended(*qkv, seen),
@@ -36,6 +37,8 @@ class Pieces(nn.Module):
             "sum, normed": normed,
             "sum, normed, as codes": codes_of(normed, codes),
             "normed, doubled, as codes": codes_of(doubled, codes),
+            "normed in halves, as codes": codes_of(F.layer_norm(x, (3 * FEATURES,)).unflatten(-1, (6, -1)), codes),
+            "added to itself, normed, as codes": codes_of(F.layer_norm(later + later, (3 * FEATURES,)), codes),
             "normed as codes": codes_of(F.layer_norm(other + 1e3, (FEATURES,)), codes),
         }
 
@@ -48,7 +51,7 @@ def attended(
 
 
 def codes_of(x: Tensor, codes: Tensor) -> Tensor:
-    """uint8 `[rows, features]` of `x`."""
+    """uint8 `[rows, size of the last axis]` of `x`."""
     rows = x.reshape(-1, x.shape[-1])
     if torch.compiler.is_compiling():
         found: Tensor = torch.ops.hfq.quantize(rows, codes)

@@ -4,6 +4,7 @@ can be compiled.
 
 import copy
 import inspect
+import shutil
 import warnings
 import weakref
 from pathlib import Path
@@ -76,14 +77,19 @@ def test_every_shape_is_answered_as_before_from_two_compilations_that_outlive_th
 ) -> None:
     batch = token_batches(1, rows=40, length=64)[0]
     inputs = cut(batch, (16, 12), (1, 9), (5, 9), (40, 64), (1, 64), (2, 3))  # the fourth runs in slices
+    (none,) = cut(batch, (0, 9))
     model = quantized(tiny(num_hidden_layers=1), Candidate("static"), BATCHES)
     again = copy.deepcopy(model)
     fuse(model)
     before = [logits(model, [batch]) for batch in inputs]
     model = hfq.compile(model)
+    with pytest.raises(RuntimeError, match="0 elements"):  # transformers' own error
+        logits(model, [none])
     after = [logits(model, [batch]) for batch in inputs]
     for a, b in zip(after, before, strict=True):
         assert relative_error(a, b) < 0.02
+    with pytest.raises(RuntimeError, match="0 elements"):  # transformers' own error
+        logits(model, [none])
     assert len(kept(cache)) == 2
     assert not counters["stats"]  # nothing was compiled in this process
     with torch.inference_mode():
@@ -105,17 +111,29 @@ def test_every_shape_is_answered_as_before_from_two_compilations_that_outlive_th
             warnings.simplefilter("error")  # as where nothing is kept for it
             answers_as_before(with_large_weights(seed=1), inputs, within=0.1)
 
-    for path in kept(cache):
-        content = path.read_bytes()
-        path.unlink()  # what is loaded stays mapped
-        path.write_bytes(content[:-1])
-    assert torch.equal(logits(hfq.compile(copy.deepcopy(again)), [inputs[0]]), before[0])  # uncompiled
+    batch, single = kept(cache)
+    content = batch.read_bytes()
+    batch.unlink()  # what is loaded stays mapped
+    batch.write_bytes(content[:-1])
+    (single.parent / "graph.json").write_text("null")
+    again = hfq.compile(copy.deepcopy(again))
+    assert all(torch.equal(logits(again, [inputs[i]]), before[i]) for i in (0, 1))  # uncompiled
+    assert not kept(cache)
 
 
 @needs_compiler
-def test_dynamic_layers_take_any_number_of_tokens_from_one_compilation(cache: Path) -> None:
+def test_dynamic_layers_take_any_number_of_tokens_from_one_compilation(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inputs = cut(token_batches(1, rows=40, length=64)[0], (16, 12), (40, 64), (2, 3))
-    answers_as_before(quantized(tiny(num_hidden_layers=1), Candidate("dynamic"), BATCHES), inputs)
+    model = quantized(tiny(num_hidden_layers=1), Candidate("dynamic"), BATCHES)
+    with monkeypatch.context() as broken:
+        broken.setenv("CXX", shutil.which("false") or "")
+        broken.delenv("TORCHINDUCTOR_VEC_ISA_OK", raising=False)
+        with pytest.warns(UserWarning, match="runs uncompiled"):
+            answers_as_before(copy.deepcopy(model), inputs[:1])
+    assert not list(cache.glob("*/*/refused.txt")), "it is tried again"
+    answers_as_before(model, inputs)
     assert len(kept(cache)) == 1
 
 

@@ -3,8 +3,8 @@
 Standard input: a line of JSON, then the model's skeleton. It never sees a weight: tensors that nobody writes to stand in.
 """
 
-import hashlib
 import json
+import os
 import re
 import sys
 import traceback
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from . import attention, operations  # noqa: F401 - operations are registered
-from .graphs import FACTS, LIBRARY, REFUSED
+from .graphs import FACTS, LIBRARY, REFUSED, digest
 from .skeleton import put_together
 
 
@@ -28,11 +28,37 @@ def main() -> None:
     torch.set_num_threads(request["threads"])
     attention.register(compiled=request["attention"])
     model = Rebuilt(skeleton, request["names"])
+    _ask_compiler()
     try:
         tensors = [_empty(**found) for found in request["tensors"]]
         compile_graph(model, folder, shape=request["shape"], tensors=tensors, with_attention=request["attention"])
-    except Exception:  # what cannot be traced as one graph ends in any error of torch's; nobody tries again
+    except Exception as error:  # what cannot be traced as one graph ends in any error of torch's
+        if _may_pass(error):
+            raise
         (folder / REFUSED).write_text(traceback.format_exc(), encoding="utf-8")
+
+
+def _ask_compiler() -> None:
+    """See that there is one that works: else inductor takes the CPU for one without vectors, and the model for too much.
+
+    Raises:
+        OSError: it makes no code for this CPU.
+    """
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") and not pick_vec_isa():
+        raise OSError(f"{os.environ.get('CXX') or 'The C++ compiler'} does not compile for this CPU, or not at all.")
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether it is the machine's fault, so that another try may end in another way."""
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+    while error is not None:
+        if isinstance(error, CppCompileError | InvalidCxxCompiler | OSError | MemoryError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class Rebuilt(nn.Module):
@@ -90,8 +116,8 @@ def compile_graph(
             },
         )
     _keep_library_only(folder)
-    digest = hashlib.sha256((folder / LIBRARY).read_bytes()).hexdigest()
-    facts = {"conditions": conditions, "outputs": pytree.treespec_dumps(outputs), "sha256": digest}
+    written = pytree.treespec_dumps(outputs)
+    facts = {"conditions": conditions, "outputs": written, "sha256": digest(folder, conditions, written)}
     (folder / FACTS).write_text(json.dumps(facts), encoding="utf-8")
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .blocked import lay_out, lay_out_for_kernels
 from .fusion import finish_fusing, wanted_fusions
-from .graphs import Graphs
+from .graphs import CompilerError, Graphs
 from .memory import return_freed_memory
 from .modules import pack_all
 from .slicing import TOKENS, SlicedForward, is_token_batch
@@ -87,7 +87,8 @@ class _Compiled:
         inputs = dict(zip(TOKENS, args, strict=False)) | kwargs
         if len(args) > 1 or torch.is_grad_enabled() or self._model.training or not torch.backends.mkldnn.enabled:
             return self.eager(*args, **kwargs)
-        if not is_token_batch(inputs) or inputs["input_ids"].shape[1] < 2:
+        # A graph for any batch is not one for none: what it computes for a part of its rows, it may divide by.
+        if not is_token_batch(inputs) or inputs["input_ids"].shape[1] < 2 or not len(inputs["input_ids"]):
             return self.eager(*args, **kwargs)
         inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
         names = tuple(sorted(inputs))
@@ -98,14 +99,27 @@ class _Compiled:
         if graph is None and self._graphs and self._graphs.may_make(names, stacked):
             # An input that the model refuses ends in the check.
             check = functools.partial(self.eager, *args, **kwargs) if self._compiler else None
-            graph = self._graphs.make(names, stacked, before_compiling=check)
+            try:
+                graph = self._graphs.make(names, stacked, before_compiling=check)
+            except CompilerError as error:
+                self._give_up(error)
         if graph is not None:
             return graph(stacked)
         if not self._compiler:
             return self.eager(*args, **kwargs)
         if self._in_process is None:
             self._in_process = _InProcess(self._own)
-        return self._in_process(names, stacked)
+        try:
+            return self._in_process(names, stacked)
+        except Exception as error:  # any of torch's
+            answer = self.eager(*args, **kwargs)  # which says what is wrong with the inputs, if that is it
+            self._give_up(error)
+            return answer
+
+    def _give_up(self, error: Exception) -> None:
+        """Compile nothing further in this process."""
+        self._compiler = False
+        warnings.warn(f"hfq.compile failed: the model runs uncompiled, with the same answers. {error}", stacklevel=3)
 
 
 class _InProcess:

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .. import __version__
-from .attention import is_compiled
+from .attention import compiles_to_bfloat16, is_compiled
+from .modules import packed_linears
 from .native import machine, take_tensors
 from .skeleton import stand_in, take_apart
 
@@ -36,6 +37,10 @@ REFUSED = "refused.txt"
 MOST = 4  # graphs for one kind of input; each is right where its conditions hold, which lengths and batches may decide
 _COMPILING = threading.Lock()
 _log = logging.getLogger(__name__)
+
+
+class CompilerError(Exception):
+    """What compiles has failed, which says nothing about the model: a broken compiler, a full disk."""
 
 
 class Graphs:
@@ -56,7 +61,8 @@ class Graphs:
         if parts is None or any(tensor.device.type != "cpu" for tensor in parts[1]):
             return None
         skeleton, tensors = parts
-        attention = is_compiled(fusions)
+        # A float model keeps to float products.
+        attention = is_compiled(fusions) and not (compiles_to_bfloat16() and not packed_linears(model))
         facts = json.dumps([_code(), machine(), attention, *map(stand_in, tensors)])
         key = hashlib.sha256(facts.encode() + skeleton)
         return cls(root / key.hexdigest()[:32], skeleton=skeleton, tensors=tensors, attention=attention)
@@ -79,6 +85,9 @@ class Graphs:
 
         Args:
             before_compiling: raises if `inputs` are not worth it. None: nothing can be compiled.
+
+        Raises:
+            CompilerError: it may be another time.
         """
         kind = _kind(names, inputs)
         with _COMPILING:
@@ -89,8 +98,8 @@ class Graphs:
                 found = self._load(folder)
                 if found is None and before_compiling and len(loaded) < MOST and not folder.exists():
                     before_compiling()
-                    if self._compile(names, inputs, folder):
-                        found = self._load(folder)
+                    self._compile(names, inputs, folder)
+                    found = self._load(folder)
                 if found is None:
                     self._refused.add(kind)
                 else:
@@ -105,13 +114,19 @@ class Graphs:
         elif folder.exists():
             try:
                 return Graph(folder, self._tensors)
-            except (OSError, ValueError, KeyError, RuntimeError) as error:
-                _log.warning("%s is damaged and is not used: %s", folder, error)
+            except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+                _log.warning("%s is damaged and is deleted: %s", folder, error)
                 shutil.rmtree(folder, ignore_errors=True)
+            except (OSError, RuntimeError) as error:  # others, who may read it or have the memory, go on with it
+                _log.warning("%s is not used: %s", folder, error)
         return None
 
-    def _compile(self, names: Sequence[str], inputs: Tensor, folder: Path) -> bool:
-        """Have another process compile into `folder`, which appears whole or not at all."""
+    def _compile(self, names: Sequence[str], inputs: Tensor, folder: Path) -> None:
+        """Have another process compile into `folder`, which appears whole or not at all.
+
+        Raises:
+            CompilerError: it does not appear.
+        """
         request = {
             "names": list(names),
             "shape": list(inputs.shape),
@@ -125,34 +140,41 @@ class Graphs:
                 made = Path(unfinished) / "graph"
                 made.mkdir()
                 self._run_compiler({**request, "folder": str(made)})
-                if not folder.exists():  # else another process was faster
+                try:
                     made.rename(folder)
-        except (OSError, subprocess.CalledProcessError) as error:
-            _log.warning("Not compiled ahead: %s", error)
-            return False
-        return True
+                except OSError:
+                    if not folder.exists():  # else another process was faster
+                        raise
+        except OSError as error:
+            raise CompilerError(str(error)) from error
 
     def _run_compiler(self, request: dict[str, Any]) -> None:
-        subprocess.run(
-            [sys.executable, "-m", "hfq.runtime.compiler"],
+        # It is to find the modules that this process found, and none in the folder that the user is in.
+        path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "hfq.runtime.compiler"],
             input=json.dumps(request).encode() + b"\n" + self._skeleton,
             capture_output=True,
-            check=True,
-            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(self.folder.parent)},
+            env={**os.environ, "PYTHONPATH": path, "TORCHINDUCTOR_CACHE_DIR": str(self.folder.parent)},
         )
+        if done.returncode:
+            printed = done.stderr.decode(errors="replace").strip()
+            _log.info("%s", printed)
+            raise CompilerError(printed.rpartition("\n")[2] or f"The compiling process ended with {done.returncode}.")
 
 
 class Graph:
     """One loaded graph. Several threads may call it at once, and no other thread waits while it computes.
 
     Raises:
-        ValueError, KeyError, OSError, RuntimeError: what is in the folder is not what was put there.
+        FileNotFoundError, ValueError, KeyError, TypeError: what is in the folder is not what was put there.
+        OSError, RuntimeError: it cannot be read or loaded here.
     """
 
     def __init__(self, folder: Path, tensors: list[Tensor]) -> None:
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        if facts["sha256"] != hashlib.sha256((folder / LIBRARY).read_bytes()).hexdigest():
-            raise ValueError(f"{LIBRARY} is not the file that was compiled")
+        if facts["sha256"] != digest(folder, facts["conditions"], facts["outputs"]):
+            raise ValueError("its files are not those that were compiled")
         self._tensors = tensors
         self._outputs = pytree.treespec_loads(facts["outputs"])
         condition = " and ".join(f"({guard})" for guard in facts["conditions"]) or "True"
@@ -191,6 +213,13 @@ class Graph:
             message = ctypes.c_char_p()
             self._library.AOTInductorGetLastError(ctypes.byref(message))
             raise RuntimeError(f"A compiled graph failed: {(message.value or b'').decode(errors='replace')}")
+
+
+def digest(folder: Path, conditions: list[str], outputs: str) -> str:
+    """SHA-256 of what a graph consists of."""
+    content = hashlib.sha256((folder / LIBRARY).read_bytes())
+    content.update(json.dumps([conditions, outputs]).encode())
+    return content.hexdigest()
 
 
 _Pointer, _Size = ctypes.c_void_p, ctypes.c_size_t

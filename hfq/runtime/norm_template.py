@@ -42,16 +42,19 @@ extern "C" {{definition}}
     constexpr int64_t LANES = Vector::size(), N = {{kernel.size(tensors["x"], -1)}};
     const int64_t rows = {{kernel.size(tensors["x"], 0)}} * {{kernel.size(tensors["x"], 1)}};
     const ToCodes put_codes(&{{at["codes"]}});
+{%- for name in at if name != "codes" %}
+    const float* {{name}}_at = &{{at[name]}};
+{%- endfor %}
 
     #pragma omp parallel for num_threads({{threads}}) schedule(static)
     for (int64_t row = 0; row < rows; row++) {
         alignas(64) float kept[N];
-        const float first = x[row * N]{% if "residual" in at %} + residual[row * N]{% endif %};
+        const float first = x_at[row * N]{% if "residual" in at %} + residual_at[row * N]{% endif %};
         Vector sums[2] = {Vector(0.f), Vector(0.f)}, squares[2] = {Vector(0.f), Vector(0.f)};
         auto add = [&](int64_t n, int i) {
-            Vector number = Vector::loadu(x + row * N + n);
+            Vector number = Vector::loadu(x_at + row * N + n);
 {%- if "residual" in at %}
-            number = number + Vector::loadu(residual + row * N + n);
+            number = number + Vector::loadu(residual_at + row * N + n);
 {%- endif %}
             number.store(kept + n);
             const Vector difference = number - Vector(first);
@@ -70,10 +73,10 @@ extern "C" {{definition}}
         for (n = 0; n < N; n += LANES) {
             Vector number = (Vector::loadu(kept + n) - minus) * by;
 {%- if "weight" in at %}
-            number = number * Vector::loadu(weight + n);
+            number = number * Vector::loadu(weight_at + n);
 {%- endif %}
 {%- if "bias" in at %}
-            number = number + Vector::loadu(bias + n);
+            number = number + Vector::loadu(bias_at + n);
 {%- endif %}
 {%- if both %}
             number.store(y + row * N + n);

@@ -20,7 +20,8 @@ _aten = torch.ops.aten
 _ATTENTION, _LAYER_NORM = _aten.scaled_dot_product_attention.default, _aten.layer_norm.default
 _VIEWS = (
     _aten.reshape.default, _aten.view.default, _aten.slice.Tensor, _aten.transpose.int, _aten.permute.default,
-    _aten.chunk.default, _aten.split.Tensor, operator.getitem,
+    _aten.select.int, _aten.chunk.default, _aten.split.Tensor, _aten.split_with_sizes.default, _aten.unbind.int,
+    operator.getitem,
 )  # fmt: skip
 _KEEP_ORDER = (_aten.reshape.default, _aten.view.default, _aten.contiguous.default)
 
@@ -68,7 +69,7 @@ def _origin(node: Node) -> Node:
     while node.target is operator.getitem or (
         isinstance(node.target, OpOverload) and any(y.alias_info for y in node.target._schema.returns)
     ):
-        node = node.args[0]
+        node = node.kwargs.get("out") or node.args[0]
     return node
 
 
@@ -97,7 +98,7 @@ def _replace_norm(graph: fx.Graph, node: Node, changed: set[Node]) -> None:
         *numbers, coded = (graph.call_function(operator.getitem, (results, i)) for i in range(1 + both))
     for y in quantized:
         with graph.inserting_before(y):
-            _stand_in(y, graph.call_function(_aten.reshape.default, (coded, [-1, shape[0]])))
+            _stand_in(y, graph.call_function(_aten.reshape.default, (coded, [-1, y.meta["val"].shape[1]])))
         graph.erase_node(y)
     if both:
         _stand_in(node, numbers[0])
@@ -110,7 +111,10 @@ def _stand_in(node: Node, other: Node) -> None:
 
 
 def _quantizes(node: Node) -> bool:
-    return node.target is torch.ops.hfq.quantize.default and node.meta["val"].dim() == 2
+    if node.target is not torch.ops.hfq.quantize.default:
+        return False
+    shape = node.meta["val"].shape
+    return len(shape) == 2 and isinstance(shape[1], int)
 
 
 def _readers(node: Node) -> Iterator[Node]:
@@ -170,7 +174,8 @@ def _narrow(graph: fx.Graph, x: Node) -> None:
     """Have `x` computed as the bfloat16 that attention multiplies, if nothing else reads it."""
     while x.target in _VIEWS:
         x = x.args[0]
-    if x.op == "call_function" and x.args[1:] != (torch.bfloat16,) and _only_attention_reads(x):
+    is_tensor = x.op == "call_function" and isinstance(x.meta.get("val"), torch.Tensor)
+    if is_tensor and x.args[1:] != (torch.bfloat16,) and _only_attention_reads(x):
         with graph.inserting_after(x):
             narrow = graph.call_function(_aten.to.dtype, (x, torch.bfloat16))
         x.replace_all_uses_with(narrow, delete_user_cb=lambda user: user is not narrow)
@@ -194,7 +199,7 @@ def _until_quantized(node: Node) -> list[Node]:
         (node,) = node.users
         found.append(node)
         if node.target is torch.ops.hfq.quantize.default:
-            return found if swapped and node.meta["val"].dim() == 2 else []
+            return found if swapped and _quantizes(node) else []
         if node.target is _aten.transpose.int and node.args[1:] == (1, 2) and not swapped:
             swapped = True
         elif node.target not in _KEEP_ORDER or not (swapped or _same(shape, node.meta["val"].shape)):
