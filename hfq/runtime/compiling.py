@@ -76,6 +76,7 @@ class _Compiled:
         self._graphs = graphs
         self._compiler = compiler
         self._in_process: _InProcess | None = None
+        self._most_tokens = 0
         self._own = types.MethodType(type(model).forward, model)
         functools.update_wrapper(self, self._own)  # transformers reads its signature
 
@@ -95,6 +96,9 @@ class _Compiled:
         # One tensor, int64 [names, batch, length], so that all have the same dynamic shape.
         with torch.inference_mode(False):  # torch.compile would take a tensor made in it for another kind
             stacked = torch.stack([inputs[name].long() for name in names])
+        if stacked[0].numel() >= 2 * self._most_tokens:
+            self._most_tokens = stacked[0].numel()
+            return_freed_memory()  # by smaller inputs: the activations of this one do not fit into it
         graph = self._graphs.find(names, stacked) if self._graphs else None
         if graph is None and self._graphs and self._graphs.may_make(names, stacked):
             # An input that the model refuses ends in the check.

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from ..errors import UsageError
 from . import attention
 from .flow import Flow, standing_in, trace
-from .modules import PACKING, Int8Linear, PostOp, SharedMatmul, input_codes
+from .memory import return_freed_memory
+from .modules import PACKING, Int8Linear, PostOp, SharedMatmul, input_codes, pack_all
 from .slicing import slice_batches
 
 
@@ -101,6 +102,8 @@ class _AtFirstForward:
                 self.done = True  # the search calls the model itself
                 self.handle.remove()
                 _fuse_calls(model, self.wanted)
+                pack_all(model)  # at once, so that what this leaves is given back before there are activations
+                return_freed_memory()
 
 
 def _fuse_calls(model: nn.Module, wanted: tuple[str, ...]) -> None:
