@@ -54,9 +54,8 @@ def cut(batch: dict[str, torch.Tensor], *shapes: tuple[int, int]) -> list[dict[s
     return [{name: value[:rows, :length] for name, value in batch.items()} for rows, length in shapes]
 
 
-def with_large_weights(*, seed: int = 0) -> Any:
-    """A static model whose sums of products are as large as they can be: codes that round another way count for more."""
-    model = quantized(tiny(num_hidden_layers=1, seed=seed), Candidate("static"), BATCHES)
+def with_large_weights(model: Any) -> Any:
+    """Sums of products as large as they can be: codes that round another way count for more."""
     for layer in int8_linears(model).values():
         layer.weight.copy_(layer.weight.sign() * 127)
     return model
@@ -75,20 +74,30 @@ def answers_as_before(model: Any, inputs: list[dict[str, torch.Tensor]], *, with
 def test_every_shape_is_answered_as_before_from_two_compilations_that_outlive_the_process(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of a model with static layers and with dynamic ones, for tokens of two kinds."""
     batch = token_batches(1, rows=40, length=64)[0]
+    batch["token_type_ids"] = torch.arange(64).remainder(3).eq(0).long().expand(40, 64)
     inputs = cut(batch, (16, 12), (1, 9), (5, 9), (40, 64), (1, 64), (2, 3))  # the fourth runs in slices
     (none,) = cut(batch, (0, 9))
-    model = quantized(tiny(num_hidden_layers=1), Candidate("static"), BATCHES)
-    again = copy.deepcopy(model)
+    dynamic = tuple(f"bert.encoder.layer.0.attention.self.{name}" for name in ("query", "key", "value"))
+    model = quantized(tiny(num_hidden_layers=1), Candidate("static", dynamic_layers=dynamic), BATCHES)
+    again, another = copy.deepcopy(model), copy.deepcopy(model)
     fuse(model)
     before = [logits(model, [batch]) for batch in inputs]
+    with monkeypatch.context() as broken:
+        broken.setenv("CXX", shutil.which("false") or "")
+        broken.delenv("TORCHINDUCTOR_VEC_ISA_OK", raising=False)
+        with pytest.warns(UserWarning, match="runs uncompiled"):
+            answers_as_before(another, inputs[:1])
+    assert not list(cache.glob("*/*/refused.txt")), "it is tried again"
+
     model = hfq.compile(model)
     with pytest.raises(RuntimeError, match="0 elements"):  # transformers' own error
         logits(model, [none])
     after = [logits(model, [batch]) for batch in inputs]
     for a, b in zip(after, before, strict=True):
         assert relative_error(a, b) < 0.02
-    with pytest.raises(RuntimeError, match="0 elements"):  # transformers' own error
+    with pytest.raises(RuntimeError, match="0 elements"):
         logits(model, [none])
     assert len(kept(cache)) == 2
     assert not counters["stats"]  # nothing was compiled in this process
@@ -105,16 +114,21 @@ def test_every_shape_is_answered_as_before_from_two_compilations_that_outlive_th
     too_long = torch.ones(1, 600, dtype=torch.long)  # for the model's 512 positions
     with pytest.raises((IndexError, RuntimeError)):
         again(input_ids=too_long)
+    one_kind = {name: value for name, value in inputs[0].items() if name != "token_type_ids"}
+    expected = logits(another, [one_kind])
+    assert torch.equal(logits(again, [one_kind]), expected), "other inputs need another graph"
+    assert relative_error(before[0], expected) > 0.02
 
     if matmuls_are_compiled():
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # as where nothing is kept for it
-            answers_as_before(with_large_weights(seed=1), inputs, within=0.1)
+            other = quantized(tiny(num_hidden_layers=1, seed=1), Candidate("static", dynamic_layers=dynamic), BATCHES)
+            answers_as_before(with_large_weights(other), inputs, within=0.1)
 
-    batch, single = kept(cache)
-    content = batch.read_bytes()
-    batch.unlink()  # what is loaded stays mapped
-    batch.write_bytes(content[:-1])
+    for_batches, single = kept(cache)
+    content = for_batches.read_bytes()
+    for_batches.unlink()  # what is loaded stays mapped
+    for_batches.write_bytes(content[:-1])
     (single.parent / "graph.json").write_text("null")
     again = hfq.compile(copy.deepcopy(again))
     assert all(torch.equal(logits(again, [inputs[i]]), before[i]) for i in (0, 1))  # uncompiled
@@ -122,52 +136,15 @@ def test_every_shape_is_answered_as_before_from_two_compilations_that_outlive_th
 
 
 @needs_compiler
-def test_dynamic_layers_take_any_number_of_tokens_from_one_compilation(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    inputs = cut(token_batches(1, rows=40, length=64)[0], (16, 12), (40, 64), (2, 3))
-    model = quantized(tiny(num_hidden_layers=1), Candidate("dynamic"), BATCHES)
-    with monkeypatch.context() as broken:
-        broken.setenv("CXX", shutil.which("false") or "")
-        broken.delenv("TORCHINDUCTOR_VEC_ISA_OK", raising=False)
-        with pytest.warns(UserWarning, match="runs uncompiled"):
-            answers_as_before(copy.deepcopy(model), inputs[:1])
-    assert not list(cache.glob("*/*/refused.txt")), "it is tried again"
-    answers_as_before(model, inputs)
-    assert len(kept(cache)) == 1
-
-
-@needs_compiler
 @pytest.mark.skipif(select_kernel().name != "onednn", reason="that is this CPU's own way, which is tested above")
 def test_without_vnni_no_sum_saturates(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HFQ_ISA", "portable")
     select_kernel.cache_clear()
-    model = with_large_weights()
+    model = with_large_weights(quantized(tiny(num_hidden_layers=1), Candidate("static"), BATCHES))
     weights = {name: layer.weight.clone() for name, layer in int8_linears(model).items()}
     answers_as_before(model, cut(BATCHES[0], (16, 12)), within=0.1)
     assert all(torch.equal(layer.weight, weights[name]) for name, layer in int8_linears(model).items())
     select_kernel.cache_clear()
-
-
-@needs_compiler
-def test_other_inputs_need_another_graph(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here matmuls and attention are left to the kernels that are there."""
-    monkeypatch.setenv("HFQ_FUSIONS", "activation,residual,requantization,shared-matmul")
-    (plain,) = cut({"input_ids": BATCHES[0]["input_ids"]}, (2, 10))
-    kinds = (torch.ones_like(plain["input_ids"]), torch.zeros_like(plain["input_ids"]))
-    inputs = [{**plain, "token_type_ids": kind} for kind in kinds]
-    model: Any = quantized(tiny(num_hidden_layers=1), Candidate("static"), BATCHES)
-    fuse(model)
-    expected = [logits(model, [given]) for given in (*inputs, plain)]
-    model = hfq.compile(model)
-    found = [logits(model, [given]) for given in inputs]
-    monkeypatch.setenv("CXX", NO_COMPILER)
-    found.append(logits(hfq.compile(copy.deepcopy(model)), [plain]))
-    for a, b in zip(found, expected, strict=True):
-        assert relative_error(a, b) < 0.02
-    assert relative_error(found[0], found[1]) > 0.02
-    assert torch.equal(found[-1], expected[-1]), "it is uncompiled"
-    assert len(kept(cache)) == 1
 
 
 class OwnModel(BertForSequenceClassification):

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -72,6 +73,24 @@ def assert_same(spread: Path, local: Path) -> None:
     assert {name for name in first if first[name] != second[name]} <= TIMED
     reports = [timeless(json.loads(files["hfq.json"])) | ELSEWHERE for files in (first, second)]
     assert reports[0] == reports[1]
+
+
+@pytest.mark.parametrize("named_by", ["--ray-address", "RAY_ADDRESS", "a cluster that was killed"])
+def test_a_cluster_that_does_not_answer_is_said_at_once(named_by: str, tmp_path: Path) -> None:
+    """Ray itself would try for two minutes. Before the cluster is started that the others use: Ray would find it."""
+    write_slice(tmp_path / "data", train=8, validation=8)
+    write_recipes(tmp_path, one={**FAST, "checkpoint": str(CHECKPOINT)})
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        address = "{}:{}".format(*taken.getsockname())
+        (tmp_path / "ray").mkdir()
+        (tmp_path / "ray" / "ray_current_cluster").write_text(address)  # as Ray notes it
+        option = ["--ray-address", address] if named_by == "--ray-address" else []
+        env = {"RAY_ADDRESS": address if named_by == "RAY_ADDRESS" else None, "RAY_TMPDIR": str(tmp_path)}
+        done = forkserver().hfq("run", "pipelines/one.yaml", "--engine", "ray", *option, cwd=tmp_path, env=env)
+    assert (done.code, len(done.err.splitlines())) == (2, 1), done.err
+    assert re.match(rf"hfq: No Ray cluster answers at '[\d.]+:{address.split(':')[1]}'", done.err)
+    assert "Start one with `ray start --head`" in done.err
 
 
 def test_one_recipe_is_helped_by_other_workers_and_goes_on_wherever_it_was_left(nodes: Nodes, tmp_path: Path) -> None:

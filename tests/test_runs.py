@@ -3,8 +3,6 @@
 import json
 import os
 import pickle
-import re
-import socket
 from pathlib import Path
 
 import pytest
@@ -103,24 +101,6 @@ def test_an_engine_that_cannot_be_had_is_refused(arguments: list[str], says: str
     done = run(project, "pipelines/one.yaml", *arguments)
     assert (done.code, len(done.err.splitlines())) == (2, 1)
     assert says in done.err
-
-
-@pytest.mark.parametrize("named_by", ["--ray-address", "RAY_ADDRESS", "a cluster that was killed"])
-def test_a_cluster_that_does_not_answer_is_said_at_once(named_by: str, project: Path) -> None:
-    """Ray itself would try for two minutes."""
-    pytest.importorskip("ray", reason="Ray is not installed: pip install 'hfq[ray]'")
-    add_recipe(project, "one.yaml")
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # and does not listen
-        address = "{}:{}".format(*taken.getsockname())
-        (project / "ray").mkdir()
-        (project / "ray" / "ray_current_cluster").write_text(address)  # as Ray notes it
-        option = ["--ray-address", address] if named_by == "--ray-address" else []
-        env = {"RAY_ADDRESS": address if named_by == "RAY_ADDRESS" else None, "RAY_TMPDIR": str(project)}
-        done = forkserver().hfq("run", "pipelines/one.yaml", "--engine", "ray", *option, cwd=project, env=env)
-    assert (done.code, len(done.err.splitlines())) == (2, 1), done.err
-    assert re.match(rf"hfq: No Ray cluster answers at '[\d.]+:{address.split(':')[1]}'", done.err)
-    assert "Start one with `ray start --head`" in done.err
 
 
 def test_without_ray_the_message_says_how_to_get_it(project: Path) -> None:
