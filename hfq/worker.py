@@ -17,7 +17,7 @@ S = TypeVar("S")
 
 
 def main() -> None:
-    """Answer `load` once, then `pass` and `logits` as often as asked, until standard input ends."""
+    """Answer `open` and `load` once, then `pass` and `logits` as often as asked, until standard input ends."""
     serve(_Session, _Session.answer)
 
 
@@ -40,23 +40,35 @@ class _Session:
     def __init__(self, request: dict[str, Any]) -> None:
         import torch
         import transformers
-        from safetensors.torch import load_file
 
         if request["threads"]:
             torch.set_num_threads(request["threads"])
         for module in request["imports"]:
             import_module(module)
-        auto_class = getattr(transformers, request["auto_class"])
+        self.auto_class = getattr(transformers, request["auto_class"])
         getattr(transformers, request["architecture"], None)  # imports the model's code before memory is counted
         if request["stock"]:
             _without_hfq()
         transformers.utils.logging.disable_progress_bar()
         self.torch = torch
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        if request["do"] == "open":
+            return {}
+        if request["do"] == "load":
+            return self._load(request)
+        return self.run_pass() if request["do"] == "pass" else self.save_logits(request["path"])
+
+    def _load(self, request: dict[str, Any]) -> dict[str, float]:
+        from safetensors.torch import load_file
+
+        from .runtime.memory import drop_checkpoint_pages
+
         self.batches = _batches(load_file(request["batches"]))
         imported_mib = peak_mib()
         start = time.perf_counter()
-        self.model = auto_class.from_pretrained(
-            request["model"], dtype=torch.float32, trust_remote_code=request["trust_remote_code"]
+        self.model = self.auto_class.from_pretrained(
+            request["model"], dtype=self.torch.float32, trust_remote_code=request["trust_remote_code"]
         ).eval()
         load_s = time.perf_counter() - start
         if request["compiled"]:
@@ -65,13 +77,9 @@ class _Session:
             self.model = compile(self.model)
         if request["stock"]:  # it widens its weights in the first forward: not with a batch's activations beside them
             self._forward({name: rows[:1] for name, rows in self.batches[-1].items()})
+            drop_checkpoint_pages()  # the int8 weights that it was widened from
         self._forward(self.batches[-1])  # warm-up, and the largest batch: the peak is reached here
-        self.loaded = {"load_s": load_s, "imported_mib": imported_mib, "memory_mib": self._memory_mib()}
-
-    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        if request["do"] == "load":
-            return self.loaded
-        return self.run_pass() if request["do"] == "pass" else self.save_logits(request["path"])
+        return {"load_s": load_s, "imported_mib": imported_mib, "memory_mib": self._memory_mib()}
 
     def run_pass(self) -> dict[str, float]:
         start = time.perf_counter()

@@ -152,10 +152,15 @@ class Graphs:
         # It is to find the modules that this process found, and none in the folder that the user is in.
         path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
         done = subprocess.run(
-            [sys.executable, "-P", "-m", "hfq.runtime.compiler"],
+            [sys.executable, "-m", "hfq.runtime.compiler"],
             input=json.dumps(request).encode() + b"\n" + self._skeleton,
             capture_output=True,
-            env={**os.environ, "PYTHONPATH": path, "TORCHINDUCTOR_CACHE_DIR": str(self.folder.parent)},
+            env={
+                **os.environ,
+                "PYTHONPATH": path,
+                "PYTHONSAFEPATH": "1",
+                "TORCHINDUCTOR_CACHE_DIR": str(self.folder.parent),
+            },
         )
         if done.returncode:
             printed = done.stderr.decode(errors="replace").strip()

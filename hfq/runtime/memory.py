@@ -90,12 +90,14 @@ def drop_file_pages(tensor: Tensor) -> None:
 
     Who reads it again reads the file again. Memory of its own, and that is also a page which somebody wrote to, stays.
     """
-    if tensor.device.type != "cpu" or not _PAGES.exists():
-        return
-    size = os.sysconf("SC_PAGE_SIZE")
-    first, last = -(-tensor.data_ptr() // size), (tensor.data_ptr() + tensor.nbytes) // size
-    if last > first and _only_of_a_file(first, last):
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first * size), ctypes.c_size_t((last - first) * size), _DONTNEED)
+    if tensor.device.type == "cpu":
+        _drop_pages(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)
+
+
+def drop_checkpoint_pages() -> None:
+    """The same for all that lies in mapped safetensors files, if this process has written to none of it."""
+    for file in checkpoint_files():
+        _drop_pages(file.start, file.stop)
 
 
 @contextmanager
@@ -136,6 +138,15 @@ def _drop_weights(from_rows: int, module: nn.Module, _: object, output: Any) -> 
     if output.dim() and output.numel() >= from_rows * output.shape[-1]:
         for weight in module.parameters(recurse=False):
             drop_file_pages(weight)
+
+
+def _drop_pages(start: int, stop: int) -> None:
+    if not _PAGES.exists():
+        return
+    size = os.sysconf("SC_PAGE_SIZE")
+    first, last = -(-start // size), stop // size
+    if last > first and _only_of_a_file(first, last):
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first * size), ctypes.c_size_t((last - first) * size), _DONTNEED)
 
 
 def _only_of_a_file(first: int, last: int) -> bool:
