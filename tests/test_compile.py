@@ -116,7 +116,7 @@ def test_every_shape_is_answered_as_before_from_two_compilations_that_outlive_th
         again(input_ids=too_long)
     one_kind = {name: value for name, value in inputs[0].items() if name != "token_type_ids"}
     expected = logits(another, [one_kind])
-    assert torch.equal(logits(again, [one_kind]), expected), "other inputs need another graph"
+    assert relative_error(logits(again, [one_kind]), expected) < 0.02, "other inputs need another graph"
     assert relative_error(before[0], expected) > 0.02
 
     if matmuls_are_compiled():

@@ -99,12 +99,13 @@ class _Compiled:
         if stacked[0].numel() >= 2 * self._most_tokens:
             self._most_tokens = stacked[0].numel()
             return_freed_memory()  # by smaller inputs: the activations of this one do not fit into it
-        graph = self._graphs.find(names, stacked) if self._graphs else None
-        if graph is None and self._graphs and self._graphs.may_make(names, stacked):
+        graphs = self._graphs
+        graph = graphs.find(names, stacked) if graphs else None
+        if graph is None and graphs and graphs.may_make(names, stacked):
             # An input that the model refuses ends in the check.
             check = functools.partial(self.eager, *args, **kwargs) if self._compiler else None
             try:
-                graph = self._graphs.make(names, stacked, before_compiling=check)
+                graph = graphs.make(names, stacked, before_compiling=check)
             except CompilerError as error:
                 self._give_up(error)
         if graph is not None:
@@ -123,6 +124,9 @@ class _Compiled:
     def _give_up(self, error: Exception) -> None:
         """Compile nothing further in this process."""
         self._compiler = False
+        if self._graphs is None or not self._graphs.has_loaded():
+            self._graphs = None
+            lay_out_for_kernels(self._model)
         warnings.warn(f"hfq.compile failed: the model runs uncompiled, with the same answers. {error}", stacklevel=3)
 
 

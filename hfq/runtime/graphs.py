@@ -74,6 +74,10 @@ class Graphs:
                 return graph
         return None
 
+    def has_loaded(self) -> bool:
+        """Whether there is any that the model's weights have to stay as they are for."""
+        return any(self._loaded.values())
+
     def may_make(self, names: Sequence[str], inputs: Tensor) -> bool:
         """Whether nothing was found yet that keeps such inputs from having a graph."""
         return _kind(names, inputs) not in self._refused
