@@ -18,7 +18,7 @@ from transformers import AutoModel, BertForSequenceClassification
 
 import hfq
 from hfq.runtime import compiling
-from hfq.runtime.attention import can_compile
+from hfq.runtime.attention import can_compile, compiles_to_bfloat16
 from hfq.runtime.blocked import in_blocks
 from hfq.runtime.fusion import fuse
 from hfq.runtime.modules import Int8Linear
@@ -27,6 +27,7 @@ from hfq.tuning.candidates import Candidate
 
 BATCHES = token_batches(2)
 NO_COMPILER = "no-such-compiler"
+ROUNDED = 0.05 if compiles_to_bfloat16() else 0.02  # of codes that round another way, relative to all answers
 
 
 needs_compiler = pytest.mark.skipif(not compiling.has_compiler(), reason="no C++ compiler on this machine")
@@ -61,7 +62,7 @@ def with_large_weights(model: Any) -> Any:
     return model
 
 
-def answers_as_before(model: Any, inputs: list[dict[str, torch.Tensor]], *, within: float = 0.02) -> None:
+def answers_as_before(model: Any, inputs: list[dict[str, torch.Tensor]], *, within: float = ROUNDED) -> None:
     """Fuse and compile `model`, and see that its answers stay."""
     fuse(model)
     before = [logits(model, [batch]) for batch in inputs]
@@ -96,7 +97,7 @@ def test_every_shape_is_answered_as_before_from_two_compilations_that_outlive_th
         logits(model, [none])
     after = [logits(model, [batch]) for batch in inputs]
     for a, b in zip(after, before, strict=True):
-        assert relative_error(a, b) < 0.02
+        assert relative_error(a, b) < ROUNDED
     with pytest.raises(RuntimeError, match="0 elements"):
         logits(model, [none])
     assert len(kept(cache)) == 2
