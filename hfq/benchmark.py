@@ -169,7 +169,6 @@ class Worker(Process):
             {
                 "do": "load",
                 "model": str(self._subject.checkpoint.path),
-                "stock": self._subject.stock,
                 "compiled": self._subject.compiled,
                 "batches": str(batches),
                 "trust_remote_code": self._subject.trust_remote_code,

@@ -47,7 +47,8 @@ class _Session:
             import_module(module)
         self.auto_class = getattr(transformers, request["auto_class"])
         getattr(transformers, request["architecture"], None)  # imports the model's code before memory is counted
-        if request["stock"]:
+        self.stock = request["stock"]
+        if self.stock:
             _without_hfq()
         transformers.utils.logging.disable_progress_bar()
         self.torch = torch
@@ -75,7 +76,7 @@ class _Session:
             from .runtime.compiling import compile
 
             self.model = compile(self.model)
-        if request["stock"]:  # it widens its weights in the first forward: not with a batch's activations beside them
+        if self.stock:  # it widens its weights in the first forward: not with a batch's activations beside them
             self._forward({name: rows[:1] for name, rows in self.batches[-1].items()})
             drop_checkpoint_pages()  # the int8 weights that it was widened from
         self._forward(self.batches[-1])  # warm-up, and the largest batch: the peak is reached here

@@ -115,10 +115,11 @@ def test_every_shape_is_answered_as_before_from_two_compilations_that_outlive_th
     too_long = torch.ones(1, 600, dtype=torch.long)  # for the model's 512 positions
     with pytest.raises((IndexError, RuntimeError)):
         again(input_ids=too_long)
-    one_kind = {name: value for name, value in inputs[0].items() if name != "token_type_ids"}
+    # So few rows that each CPU's kernel computes them in the same way, wherever the weights are laid out.
+    one_kind = {name: value for name, value in inputs[5].items() if name != "token_type_ids"}
     expected = logits(another, [one_kind])
-    assert relative_error(logits(again, [one_kind]), expected) < 0.02, "other inputs need another graph"
-    assert relative_error(before[0], expected) > 0.02
+    assert torch.equal(logits(again, [one_kind]), expected), "other inputs need another graph: it is uncompiled"
+    assert relative_error(before[5], expected) > 0.02
 
     if matmuls_are_compiled():
         with warnings.catch_warnings():

@@ -53,7 +53,7 @@ def finish_fusing(model: nn.Module) -> None:
     for module in list(model.modules()):
         for hook in list(module._forward_pre_hooks.values()):
             if isinstance(hook, _AtFirstForward):
-                hook(module)
+                hook.fuse(module)
 
 
 def wanted_fusions() -> tuple[str, ...]:
@@ -94,16 +94,22 @@ class _AtFirstForward:
         self.done = False
         self.handle = model.register_forward_pre_hook(self)
 
-    def __call__(self, model: nn.Module, inputs: tuple[Any, ...] = ()) -> None:
+    def __call__(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if self.fuse(model):
+            pack_all(model)  # at once, so that what this leaves is given back before there are activations
+            return_freed_memory()
+
+    def fuse(self, model: nn.Module) -> bool:
+        """Do it. Returns: whether it was done by this call."""
         if model.training or torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return  # dropout would hide the flow, and a compiler would take the search for a part of the model
+            return False  # dropout would hide the flow, and a compiler would take the search for a part of the model
         with PACKING:
-            if not self.done:
-                self.done = True  # the search calls the model itself
-                self.handle.remove()
-                _fuse_calls(model, self.wanted)
-                pack_all(model)  # at once, so that what this leaves is given back before there are activations
-                return_freed_memory()
+            if self.done:
+                return False
+            self.done = True  # the search calls the model itself
+            self.handle.remove()
+            _fuse_calls(model, self.wanted)
+            return True
 
 
 def _fuse_calls(model: nn.Module, wanted: tuple[str, ...]) -> None:

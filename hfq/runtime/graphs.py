@@ -62,7 +62,7 @@ class Graphs:
             return None
         skeleton, tensors = parts
         # A float model keeps to float products.
-        attention = is_compiled(fusions) and not (compiles_to_bfloat16() and not packed_linears(model))
+        attention = is_compiled(fusions) and (not compiles_to_bfloat16() or bool(packed_linears(model)))
         facts = json.dumps([_code(), machine(), attention, *map(stand_in, tensors)])
         key = hashlib.sha256(facts.encode() + skeleton)
         return cls(root / key.hexdigest()[:32], skeleton=skeleton, tensors=tensors, attention=attention)

@@ -198,8 +198,8 @@ def _until_quantized(node: Node) -> list[Node]:
     while len(node.users) == 1:
         (node,) = node.users
         found.append(node)
-        if node.target is torch.ops.hfq.quantize.default:
-            return found if swapped and _quantizes(node) else []
+        if swapped and _quantizes(node):
+            return found
         if node.target is _aten.transpose.int and node.args[1:] == (1, 2) and not swapped:
             swapped = True
         elif node.target not in _KEEP_ORDER or not (swapped or _same(shape, node.meta["val"].shape)):
