@@ -47,6 +47,8 @@ CONVS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "1d": (lambda: nn.Conv1d(8, 12, 3, padding=1), (2, 8, 30)),
     "1d, strided": (lambda: nn.Conv1d(3, 7, 5, stride=2, padding=7, dilation=3), (2, 3, 40)),
     "1d, grouped": (lambda: nn.Conv1d(32, 32, 16, padding=8, groups=4), (1, 32, 21)),
+    "1d, grouped, of a length at which oneDNN may fail": (lambda: nn.Conv1d(96, 96, 3, groups=2), (1, 96, 50)),
+    "wide over few channels": (lambda: nn.Conv2d(16, 16, (2, 8)), (1, 16, 12, 40)),
     "1d, same, even kernel": (lambda: nn.Conv1d(5, 5, 2, padding="same", groups=5), (3, 5, 9)),
     "unbatched": (lambda: nn.Conv2d(3, 8, 3), (3, 6, 6)),
     "1d, unbatched": (lambda: nn.Conv1d(3, 8, 3), (3, 6)),

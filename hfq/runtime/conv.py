@@ -191,22 +191,36 @@ def runs_onednn() -> bool:
 
 @lru_cache(maxsize=1)
 def _qconv_is_exact() -> bool:
-    """Try the largest sums, which saturate without VNNI, and the way back from a packed weight.
+    """Try the largest sums, which saturate without VNNI, the way back from a packed weight, and what is known to fail.
 
-    oneDNN has other code for one channel a group than for many, so both are tried.
+    oneDNN has other code for one channel a group than for many, so both are tried. Its code for AMX (3.12, by verbose
+    `brg_conv_fwd:*_amx`) is wrong where a wide kernel reads few channels, and at some widths where groups have a zero
+    point: which ones cannot be told beforehand, so it convolves nothing on a CPU where either is wrong.
     """
+    generator = torch.Generator().manual_seed(0)
+
+    def some(*shape: int, dtype: torch.dtype) -> Tensor:
+        bounds = torch.iinfo(dtype)
+        return torch.randint(bounds.min, bounds.max + 1, shape, dtype=dtype, generator=generator)
+
+    trials = []
     for groups in (1, 32):
-        weight = torch.arange(32 * 32 // groups * 9).remainder_(256).sub_(128).to(torch.int8).view(32, -1, 3, 3)
+        weight = some(32, 32 // groups, 3, 3, dtype=torch.int8)
         weight[::2] = 127
-        codes = torch.full((1, 32, 5, 5), 255, dtype=torch.uint8)
-        geometry = ((1, 1), (1, 1), (1, 1), groups)
+        trials.append((torch.full((1, 32, 5, 5), 255, dtype=torch.uint8), weight, 0, 1, groups))
+    for channels, kernel, width, groups in ((8, 16, 21, 4), (16, 8, 21, 1), (48, 3, 50, 2)):
+        weight = some(channels * groups, channels, 1, kernel, dtype=torch.int8)
+        trials.append((some(1, channels * groups, 1, width, dtype=torch.uint8), weight, 218, 0, groups))
+    for codes, weight, zero_point, padding, groups in trials:
+        geometry = ((1, 1), (padding, padding), (1, 1), groups)
+        scale = torch.ones(len(weight))
         try:
-            packed = _prepack(weight, zero_point=0, geometry=geometry)
-            y = _qconv(codes, packed, torch.ones(32), None, input_scale=1.0, zero_point=0, geometry=geometry)
+            packed = _prepack(weight, zero_point=zero_point, geometry=geometry)
+            y = _qconv(codes, packed, scale, None, input_scale=1.0, zero_point=zero_point, geometry=geometry)
         except (RuntimeError, AttributeError, NotImplementedError):
             return False
-        exact = F.conv2d(codes.double(), weight.double(), padding=1, groups=groups)
-        if not torch.equal(y.double(), exact) or not torch.equal(packed.to_dense(), weight):
+        exact = F.conv2d(codes.double() - zero_point, weight.double(), padding=padding, groups=groups)
+        if not torch.equal(y.double(), exact) or not torch.equal(packed.to_dense().view_as(weight), weight):
             return False
     return True
 
