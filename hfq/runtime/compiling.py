@@ -46,6 +46,8 @@ def compile(model: Model) -> Model:
     forward = model.forward
     if isinstance(forward.forward if isinstance(forward, SlicedForward) else forward, _Compiled):
         return model
+    if isinstance(forward, SlicedForward):
+        forward.check_first_token()  # what is compiled cannot look anew each time
     pack_all(model)  # what is packed while it is traced would be packed again each time
     fusions = wanted_fusions()
     lay_out(model, panels="compiled-matmul" in fusions)

@@ -6,7 +6,7 @@ it shows is the flow of tensors, not numbers.
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,7 +42,7 @@ class Flow:
 
     def direct_pairs(self) -> list[tuple[Int8Linear, Int8Linear]]:
         """(producer, consumer) where nobody but one other layer, and that once, reads what the producer returns."""
-        once = self._called_once()
+        once = self.called_once()
         foreign = {id(tensor) for tensor in self.read_by_others}
         readers: dict[int, list[Int8Linear]] = {}
         for layer, given, _ in self.calls:
@@ -56,7 +56,7 @@ class Flow:
 
     def common_readers(self, codes: Callable[[Int8Linear], object]) -> list[list[Int8Linear]]:
         """Layers that were given the very same tensor, unchanged in between, and for which `codes` is the same."""
-        once = self._called_once()
+        once = self.called_once()
         groups: dict[tuple[object, ...], list[int]] = {}
         for position, (layer, given, _) in enumerate(self.calls):
             if layer in once:
@@ -67,7 +67,8 @@ class Flow:
             if len(positions) > 1 and not self._changed(positions[0], positions[-1])
         ]
 
-    def _called_once(self) -> set[Int8Linear]:
+    def called_once(self) -> set[Int8Linear]:
+        """Layers that had one call."""
         calls = Counter(layer for layer, _, _ in self.calls)
         return {layer for layer, count in calls.items() if count == 1}
 
@@ -97,6 +98,81 @@ def trace(model: nn.Module, example: Mapping[str, Any]) -> Flow | None:
         return None
     flow.read_by_others += flow.outputs
     return flow
+
+
+def read_for_first_token(model: nn.Module, example: Mapping[str, Tensor], flow: Flow) -> list[Int8Linear]:
+    """Layers of whose answers `model` reads each row's first token alone, whatever its inputs.
+
+    Not a query beside key and value: it would need a matmul of its own. `flow`: of `example`, before layers emit codes
+    or share matmuls. Inputs: those of `example`, and others made of them.
+    """
+    readers = Counter(id(given) for _, given, _ in flow.calls)
+    alone = flow.called_once()
+    layers = [
+        layer for layer, given, _ in flow.calls if given.dim() == 3 and layer in alone and readers[id(given)] == 1
+    ]
+    try:
+        found = _first_token_alone(model, example, layers)
+        return found if found and _is_enough(model, example, found) else []
+    except Exception:  # the model's own code, which wants other inputs
+        return []
+
+
+def _first_token_alone(
+    model: nn.Module, example: Mapping[str, Tensor], layers: Sequence[Int8Linear]
+) -> list[Int8Linear]:
+    """Those of `layers` whose answers for further tokens have no gradient, as none of the model's depends on them."""
+    answers: dict[Int8Linear, Tensor] = {}
+
+    def answer(layer: Int8Linear, x: Tensor) -> Tensor:
+        answers[layer] = _example_answer(layer, x).requires_grad_()
+        return answers[layer]
+
+    with torch.inference_mode(False), torch.enable_grad():
+        outputs = [y for y in _outputs(model, example, answer) if y.requires_grad]
+        weights = [torch.linspace(1, 2, y.numel()).view_as(y) for y in outputs]  # a sum may be the same for all inputs
+        found = torch.autograd.grad(outputs, [answers[layer] for layer in layers], weights, allow_unused=True)
+    gradients = zip(layers, found, strict=True)
+    return [layer for layer, gradient in gradients if gradient is not None and not gradient[:, 1:].any()]
+
+
+def _is_enough(model: nn.Module, example: Mapping[str, Tensor], layers: Sequence[Int8Linear]) -> bool:
+    """Whether `model` answers as before if all of `layers` answer with the first token's numbers for every token.
+
+    No gradient shows what a number decides, such as which token is read.
+    """
+
+    def answer(layer: Int8Linear, x: Tensor) -> Tensor:
+        y = _example_answer(layer, x)
+        return y[:, :1].expand(y.shape) if layer in layers else y
+
+    inputs = _varied(example)
+    with torch.inference_mode():
+        outputs = zip(_outputs(model, inputs, _example_answer), _outputs(model, inputs, answer), strict=True)
+    return all(torch.allclose(expected, found, rtol=1e-4, atol=1e-5) for expected, found in outputs)
+
+
+def _varied(example: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Inputs in which a token that a model might choose, by what it is or by where padding ends, stands anywhere."""
+    generator = torch.Generator().manual_seed(0)
+    if "input_ids" not in example:
+        return {name: torch.randn(x.shape, generator=generator) for name, x in example.items()}
+    ids = torch.cat([example["input_ids"].roll(shift, 1) for shift in range(example["input_ids"].shape[1])])
+    mask = torch.ones_like(ids)
+    mask[1::3, -2:] = 0
+    mask[2::3, :2] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _example_answer(layer: Int8Linear, x: Tensor) -> Tensor:
+    """Numbers that depend on each token's own, all of them, and differ."""
+    given = x.float() @ torch.linspace(-1, 1, layer.in_features)[:, None].cos()
+    return given / layer.in_features**0.5 + torch.linspace(-1, 1, layer.out_features)
+
+
+def _outputs(model: nn.Module, inputs: Mapping[str, Tensor], answer: Answer) -> list[Tensor]:
+    with standing_in(model.modules(), answer):
+        return [leaf for leaf in tree_leaves(model(**inputs)) if isinstance(leaf, Tensor)]
 
 
 @contextmanager

@@ -18,10 +18,11 @@ from transformers import PreTrainedModel
 
 from ..errors import UsageError
 from . import attention
-from .flow import Flow, standing_in, trace
+from .first_token import FirstToken
+from .flow import Flow, read_for_first_token, standing_in, trace
 from .memory import return_freed_memory
 from .modules import PACKING, Int8Linear, PostOp, SharedMatmul, input_codes, pack_all
-from .slicing import slice_batches
+from .slicing import SlicedForward, slice_batches
 
 
 def fuse(model: nn.Module, *, at_first_forward: bool = False) -> None:
@@ -118,7 +119,7 @@ def _fuse_calls(model: nn.Module, wanted: tuple[str, ...]) -> None:
         for parent in list(model.modules()):
             _fuse_residual(parent)
     for part, example in _examples(model):
-        _fuse_flow(part, example, [FLOW_FUSIONS[name] for name in FLOW_FUSIONS if name in wanted])
+        _fuse_flow(part, example, wanted)
     if "attention" in wanted:
         _fuse_attention(model)
 
@@ -137,17 +138,30 @@ def _examples(model: nn.Module) -> Iterator[tuple[nn.Module, Mapping[str, Tensor
         yield model, example
 
 
-def _fuse_flow(model: nn.Module, example: Mapping[str, Tensor], fusions: Sequence["Fusion"]) -> None:
+def _fuse_flow(model: nn.Module, example: Mapping[str, Tensor], wanted: Sequence[str]) -> None:
     """Fuse what hands tensors from layer to layer, as one forward on `example` shows it; another shows that it runs."""
     flow = trace(model, example)
     if flow is None:
         return
-    undo = [fusion(flow) for fusion in fusions]
+    if "first-token" in wanted:
+        _read_first_token(model, example, flow)
+    undo = [fusion(flow) for name, fusion in FLOW_FUSIONS.items() if name in wanted]
     while undo and not _same_forms(flow, trace(model, example)):
         undo.pop()()
 
 
 Fusion = Callable[[Flow], Callable[[], None]]  # does it, and returns what undoes it
+
+
+def _read_first_token(model: nn.Module, example: Mapping[str, Tensor], flow: Flow) -> None:
+    """Tell layers to compute no more than the first token of each row where `model` reads no more of it."""
+    forward = model.__dict__.get("forward")
+    if isinstance(forward, SlicedForward) and forward.first_token is None:
+        layers = read_for_first_token(model, example, flow)
+        first_token = FirstToken() if layers else None
+        for layer in layers:
+            layer.first_token = first_token
+        forward.read_first_token(first_token)
 
 
 def _requantization(flow: Flow) -> Callable[[], None]:
@@ -194,7 +208,8 @@ FLOW_FUSIONS: dict[str, Fusion] = {
     "requantization": _requantization,
     "shared-matmul": _shared_matmuls,
 }
-EXACT = ("activation", "residual", *FLOW_FUSIONS, "slices", "compiled-matmul")  # up to requantization error
+# Up to requantization error.
+EXACT = ("activation", "residual", *FLOW_FUSIONS, "slices", "first-token", "compiled-matmul")
 FUSION_SETS: dict[str, tuple[str, ...]] = {
     "exact": EXACT,
     "all": (*EXACT, "compiled-attention", "attention"),
@@ -255,7 +270,14 @@ class NormalizedSum:
         self.linear, self.norm = linear, norm
 
     def __call__(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        return self.norm(self.linear(hidden_states, residual=input_tensor))
+        first_token = self.linear.first_token
+        if first_token is not None and first_token.only:
+            return first_token.of(self._sum, hidden_states, input_tensor)
+        return self._sum(hidden_states, input_tensor)
+
+    def _sum(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.linear(hidden_states, residual=input_tensor))
+        return y
 
 
 def _post_op(module: nn.Module) -> PostOp | None:

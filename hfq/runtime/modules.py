@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import sharing
 from .checked import CheckedKernel
+from .first_token import FirstToken
 from .kernels import (
     Kernel,
     PortableKernel,
@@ -105,6 +106,7 @@ class Int8Linear(PackedModule):
     State: `weight` int8 `[out, in]`, `weight_scale` float32 `[out, 1]`, `bias` float `[out]` or absent;
     with static activations also `input_scale` float32 `[1]` and `input_zero_point` int8 `[1]`.
     `post_op`: an activation function computed with the matmul (`hfq.runtime.fusion`); not part of the state.
+    `first_token`: says whether its answers are read for further tokens (`hfq.runtime.first_token`).
     Inference only: no gradient flows through it.
     """
 
@@ -121,6 +123,7 @@ class Int8Linear(PackedModule):
             self.input_zero_point = frozen(torch.empty(1, dtype=torch.int8))
         self.register_parameter("bias", frozen(torch.empty(out_features)) if bias else None)
         self.post_op: PostOp | None = None
+        self.first_token: FirstToken | None = None
         self._reader: tuple[Int8Linear] | None = None  # in a tuple: it is another module's child, not ours
         self._group: SharedMatmul | None = None
         self._packed: Any = None  # PackedLinear or _Slice
@@ -132,6 +135,8 @@ class Int8Linear(PackedModule):
         """
         packed = self._packed or self.pack()
         with torch.no_grad():
+            if self.first_token is not None and self.first_token.only:
+                return self.first_token.of(lambda x, residual: packed(x, self.post_op, residual), x, residual)
             return packed(x, self.post_op, residual)
 
     def emit_codes_for(self, consumer: "Int8Linear | None") -> None:

@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .first_token import FirstToken, Structure
+
 MOST_TOKENS = 1024  # rows x length of a slice
 WASTE = 128  # tokens of padding that cost less than one more forward
+WORTHWHILE = 64  # tokens, of which leaving out a layer's work on all but the first saves more than it takes to ask
 TOKENS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -87,18 +90,42 @@ def in_parts(batch: Mapping[str, Any], *, tokens: int = MOST_TOKENS) -> Iterator
 
 
 class SlicedForward:
-    """A model's `forward` that runs another one, its class's own, on one slice after the other."""
+    """A model's `forward` that runs another one, its class's own, on one slice after the other.
+
+    It knows what a plain batch is, so it also says to layers that its answers need no token but the first.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.first_token: FirstToken | None = None
+        self._structure: Structure | None = None
         self.forward: Callable[..., Any] = types.MethodType(type(model).forward, model)
         self.whole = False  # the model answers in a form that cannot be put together
         functools.update_wrapper(self, self.forward)  # transformers reads its signature
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return SlicedForward, (self.model,)
+        return SlicedForward, (self.model,), {"first_token": self.first_token, "_structure": self._structure}
+
+    def read_first_token(self, first_token: FirstToken | None) -> None:
+        """Have layers that have `first_token` told that the answers to plain inputs need no other."""
+        self.first_token = first_token
+        self._structure = None if first_token is None else Structure(self.model)
+
+    def check_first_token(self) -> None:
+        """Have every token computed again, for good, if the model is not the one any more that was looked at."""
+        if self._structure is not None and not self._structure.is_as_it_was():
+            for module in self.model.modules():
+                if getattr(module, "first_token", None) is self.first_token:
+                    module.first_token = None  # type: ignore[assignment]
+            self.read_first_token(None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.first_token is None or not self._needs_first_token(*args, **kwargs):
+            return self._in_slices(*args, **kwargs)
+        with self.first_token.reading():
+            return self._in_slices(*args, **kwargs)
+
+    def _in_slices(self, *args: Any, **kwargs: Any) -> Any:
         inputs = dict(zip(TOKENS, args, strict=False)) | kwargs
         if len(args) > 1 or not self._can_slice(inputs):
             return self.forward(*args, **kwargs)
@@ -122,6 +149,15 @@ class SlicedForward:
             logits[index] = part
         outputs["logits"] = logits
         return outputs
+
+    def _needs_first_token(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether no other token counts for the answer, and there are so many that it pays to see that."""
+        name = getattr(self.model, "main_input_name", TOKENS[0])
+        inputs = dict(zip((name,), args, strict=False)) | kwargs
+        plain = len(args) < 2 and (is_token_batch(inputs) or (name == "pixel_values" and inputs.keys() == {name}))
+        if not plain or self.model.training or torch.jit.is_tracing():
+            return False
+        return inputs[name].numel() >= WORTHWHILE and self._structure is not None and self._structure.is_as_it_was()
 
     def _can_slice(self, inputs: dict[str, Any]) -> bool:
         """Whether these are plain token batches, of a model that is not being trained."""
