@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hfq.runtime.blocked import gelu
 from hfq.runtime.compiler import compile_graph
 
 HEADS, SIZE, FEATURES = 3, 32, 96
@@ -28,12 +29,19 @@ class Pieces(nn.Module):
         normed = F.layer_norm(y + residual, (FEATURES,), weight, bias, 1e-12)
         doubled = F.layer_norm(y, (FEATURES,))
         doubled.mul_(2)
+        each = seen.expand(-1, -1, length, -1) & (torch.arange(length) != 1)  # laid out for each query, and alike
+        causal = each & torch.ones(length, length, dtype=torch.bool).tril()
         later = table.view(2, -1, 3 * FEATURES)[1:]  # starts in the middle of its memory
         return {
             "attention": attended(*qkv),
             "attention with keys unseen": attended(*qkv, seen),
             "attention with numbers added": attended(*qkv, mask, scale=0.5),
             "attention as codes": codes_of(attended(*qkv, seen), codes),
+            "attention with keys unseen by each": attended(*qkv, each),
+            "attention with later keys unseen": attended(*qkv, causal),
+            "attention of the first token as codes": codes_of(attended(*qkv, causal)[:, :1], codes),
+            "gelu as codes": codes_of(gelu(y) if torch.compiler.is_compiling() else F.gelu(y), codes),
+            "numbers as codes": codes_of(x[..., :90], codes),
             "sum, normed": normed,
             "sum, normed, as codes": codes_of(normed, codes),
             "normed, doubled, as codes": codes_of(doubled, codes),

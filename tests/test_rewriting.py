@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hfq.runtime import compiling
 from hfq.runtime.attention import can_compile, compiles_to_bfloat16
-from hfq.runtime.blocked import lay_out
+from hfq.runtime.blocked import gelu, lay_out
 from hfq.runtime.fusion import fuse
 from hfq.runtime.graphs import Graph
 from hfq.runtime.modules import pack_all
@@ -122,6 +122,12 @@ def test_they_are_found_whatever_the_family(family: str, attentions: int, monkey
     counts = Counter(str(node.target) for node in module.graph.nodes)
     assert counts["hfq.attention.default"] == attentions
     assert counts["aten.scaled_dot_product_attention.default"] == 0
-    # Of two layers and the embeddings: all but the last are followed by an int8 layer's quantization.
-    assert counts["hfq.layer_norm.default"] >= 4
+    # Of two layers and the embeddings: the last is not followed by an int8 layer's quantization. That before it is
+    # followed by one of each row's first token, for which there are two in some families.
+    assert counts["hfq.layer_norm.default"] >= 3
     assert counts["hfq.quantize.default"] <= 6 - attentions  # what follows an attention is in it
+
+
+def test_gelu_of_codes_is_far_below_a_step() -> None:
+    x = torch.cat([torch.linspace(-9, 9, 200_001), torch.tensor([-1e30, 1e30])])
+    assert (gelu(x) - torch.nn.functional.gelu(x)).abs().max() < 1e-4

@@ -44,6 +44,7 @@ class AttentionTemplate(Template):
     NAME = "attention"
     SOURCE = r"""
 #include <ATen/native/CPUBlas.h>
+#include <cstring>
 extern "C" {{definition}}
 {
     using Vector = at::vec::Vectorized<float>;
@@ -107,11 +108,13 @@ extern "C" {{definition}}
 {%- for name in strides %}
             const auto* {{name}}_at = &{{at[name]}} + b * {{strides[name][0]}} + h * {{strides[name][1]}};
 {%- endfor %}
+            const int64_t first = task % parts * part, last = std::min(first + part, L);
             for (int64_t s = 0; s < keys; s += LANES) {
                 for (int64_t i = 0; i < LANES; i++)
                     for (int64_t d = 0; d < D; d += LANES) {
                         _mm_prefetch(key_at + (s + i + LANES) * {{strides["key"][2]}} + d, _MM_HINT_T0);
                         _mm_prefetch(value_at + (s + i) * {{strides["value"][2]}} + d, _MM_HINT_T0);
+                        _mm_prefetch(query_at + (first + s + i) * {{strides["query"][2]}} + d, _MM_HINT_T1);
                         put(few_keys + i * D + d, get(key_at + (s + i) * {{strides["key"][2]}} + d, s + i < S));
                     }
                 for (int64_t d = 0; d < D / PAIR; d += LANES)
@@ -143,10 +146,14 @@ extern "C" {{definition}}
 {%- endif %}
                 for (int64_t s = S; s < keys; s++) added[s] = never;
             };
-            const bool alike = {{strides["mask"][2] + " == 0" if "mask" in at else "true"}};
-            if (alike) look(0);
+            bool alike = true;  // as an encoder's queries mostly are, in a mask that is laid out for each
+{%- if "mask" in at %}
+            for (int64_t l = first + 1; l < last && alike && {{strides["mask"][2]}} != 0; l++)
+                alike = !std::memcmp(
+                    mask_at + l * {{strides["mask"][2]}}, mask_at + first * {{strides["mask"][2]}}, S * sizeof(*mask_at));
+{%- endif %}
+            if (alike) look(first);
 
-            const int64_t first = task % parts * part, last = std::min(first + part, L);
             for (int64_t l = first; l < last; l += ROWS) {
                 const int64_t count = std::min(ROWS, last - l), M = (count + LANES - 1) / LANES * LANES;
                 for (int64_t i = 0; i < M; i++)

@@ -98,7 +98,7 @@ class BlockedMatmul:
             y = y if self.bias is None else y + self.bias
         y = y.view(*x.shape[:-1], len(self.scale))
         rounded = self.output_codes is not None
-        y = _gelu(y) if post_op == "gelu" and rounded else apply_post_op(y, post_op)
+        y = gelu(y) if post_op == "gelu" and rounded else apply_post_op(y, post_op)
         if residual is not None:
             y = y + residual
         if self.output_codes is not None:
@@ -152,23 +152,23 @@ def _codes(scale: float, zero_point: int) -> Tensor:
     return torch.tensor([1 / scale, zero_point])
 
 
-def _gelu(x: Tensor) -> Tensor:
-    """GELU to 1e-5 within the bounds and to 5e-6 of `|x|` beyond, at half the cost of the exact one.
+def gelu(x: Tensor) -> Tensor:
+    """GELU to 8e-5, in a third of the operations of the exact one.
 
     That is far below a step of the codes it becomes: their range reaches as far as the largest `x`, in 255 steps.
 
-    It is `x (1/2 + u p(u^2))`, `u` being `x` within the bounds and `p` the minimax polynomial, by Lawson's iteration.
+    It is `max(x, 0) - g(|x|)`, with `g(a) = a P(X > a)` of a normal X as a polynomial in `bound - a`, and as 0 beyond the
+    bound. The polynomial is the minimax one, by Lawson's iteration.
     """
-    u = x.clamp(-_GELU_BOUND, _GELU_BOUND)
-    t = u * u * (2 / _GELU_BOUND**2) - 1
-    p = torch.full_like(t, _GELU[-1])
+    rest = torch.relu(_GELU_BOUND - x.abs())  # no clamp, for which compiled code would look for NaN
+    p = torch.full_like(rest, _GELU[-1])
     for coefficient in reversed(_GELU[:-1]):
-        p = p * t + coefficient
-    return x * (u * p + 0.5)
+        p = p * rest + coefficient
+    return torch.relu(x) - rest * p
 
 
-_GELU_BOUND = 4.5254836
+_GELU_BOUND = 4.2
 _GELU = (
-    0.15603560209274292, -0.07681861519813538, 0.05454104021191597, -0.04038061574101448, 0.028872495517134666,
-    -0.018420806154608727, 0.01033354178071022, -0.006917506456375122, 0.004899309482425451, -0.0016600486123934388,
+    -0.00021784445567567544, 0.009431111313825052, -0.03248830294301276, 0.053347018212685234, -0.04421261571370906,
+    0.020987539609103985, -0.005302978264313519, 0.0006445256651413164, -2.9336446307894916e-05,
 )  # fmt: skip

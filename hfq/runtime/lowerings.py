@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
+import sympy
 import torch
+from torch import Tensor
 from torch._inductor import decomposition, ir, lowering, mkldnn_ir
-from torch._inductor.codegen.cpp import CppVecKernel
+from torch._inductor.codegen.cpp import CppKernel, CppVecKernel
 from torch._inductor.codegen.cpp_gemm_template import CppGemmTemplate
 from torch._inductor.codegen.cpp_utils import cexpr_index
 from torch._inductor.fx_passes.mkldnn_fusion import _mkldnn_fusion_init
@@ -15,13 +17,14 @@ from torch._inductor.virtualized import V, ops
 from . import micro_kernels
 from .blocked import quantize
 from .kernels import PANELS, VNNI
+from .rewriting import LANES
 
 K_BLOCK = 1024  # codes of a row that are multiplied at a time: a further part adds to sums that were stored
 
 
 def register() -> None:
     """Have inductor compile `hfq::int8_linear`, and call oneDNN's matmul with weights that are no constants."""
-    decomposition.decompositions[torch.ops.hfq.quantize.default] = lambda x, codes: quantize(x, codes[0], codes[1])
+    _register_quantize()
     _load_integers_at_once()
     _register_blocked_matmul()
     if torch.backends.mkldnn.is_available():
@@ -32,6 +35,37 @@ def replace_lowering(operator: Any, lower: Callable[..., Any]) -> None:
     """Have inductor compile `operator` by `lower`, which is given arguments as they are."""
     decorate: Callable[..., Any] = lowering.register_lowering(operator, type_promotion_kind=None)
     decorate(lower)
+
+
+def _register_quantize() -> None:
+    """With AVX-512, and in rows of whole vectors, by the conversion that rounds and keeps to the bounds by itself."""
+
+    def lower(x: Any, codes: Any) -> Any:
+        load, load_codes = x.make_loader(), codes.make_loader()
+
+        def at(index: Any) -> Any:
+            inverse_scale, zero_point = (load_codes([sympy.Integer(i)]) for i in range(2))
+            return ops.round_to_int(ops.add(ops.mul(load(index), inverse_scale), zero_point), torch.uint8)
+
+        return ir.Pointwise.create(device=x.get_device(), dtype=torch.uint8, inner_fn=at, ranges=x.get_size())
+
+    def decompose(x: Tensor, codes: Tensor) -> Any:
+        if torch.backends.cpu.get_cpu_capability() == "AVX512" and x.shape[-1] % LANES == 0:
+            return NotImplemented
+        return quantize(x, codes[0], codes[1])
+
+    decomposition.decompositions[torch.ops.hfq.quantize.default] = decompose
+    replace_lowering(torch.ops.hfq.quantize.default, lower)
+    one_by_one = CppKernel.get_to_dtype_expr
+
+    def expression(self: Any, source: Any, dtype: Any, source_dtype: Any, rounding: bool = False) -> str:
+        """Where compiled code takes numbers one by one, it rounds halves in another way, and keeps to no bounds."""
+        if rounding and dtype == torch.uint8 and type(self) is CppKernel:
+            source = f"std::min(std::max(std::nearbyint({source}), 0.f), 255.f)"
+        text: str = one_by_one(self, source, dtype, source_dtype, rounding)
+        return text
+
+    setattr(CppKernel, "get_to_dtype_expr", expression)  # noqa: B010 - mypy would have it no other way
 
 
 def _register_blocked_matmul() -> None:

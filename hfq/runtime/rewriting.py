@@ -4,6 +4,7 @@ They are found by what computes them, in whatever model.
 """
 
 import operator
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,11 +53,28 @@ def _simplify(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.target is _aten._assert_tensor_metadata.default:
             graph.erase_node(node)
-        elif (node.target is _aten.dropout.default and not node.args[2]) or (
-            node.target is _aten.to.dtype and node.args[1:] == (node.args[0].meta["val"].dtype,) and not node.kwargs
-        ):
-            node.replace_all_uses_with(node.args[0])
+        elif (source := _equal(node)) is not None:
+            node.replace_all_uses_with(source)
             graph.erase_node(node)
+
+
+def _equal(node: Node) -> Node | None:
+    """What `node` only passes on."""
+    if node.target is _aten.dropout.default and not node.args[2]:
+        return node.args[0]
+    if node.target is _aten.to.dtype and node.args[1:] == (node.args[0].meta["val"].dtype,) and not node.kwargs:
+        return node.args[0]
+    if node.target is _aten.slice.Tensor and node.args[2:] == (0, sys.maxsize):
+        return node.args[0]
+    source = node.args[0] if _is_first(node) else node  # of as many tokens, all equal, the first is the one there was
+    if source.target is _aten.expand.default and _same(node.meta["val"].shape, source.args[0].meta["val"].shape):
+        return source.args[0]
+    return None
+
+
+def _is_first(node: Node) -> bool:
+    """Whether it takes the first token of each row."""
+    return node.target is _aten.slice.Tensor and node.args[1:] == (1, 0, 1)
 
 
 def _writes(node: Node) -> bool:
@@ -159,6 +177,11 @@ def _replace_attention(graph: fx.Graph, node: Node, tensors: list[Any], scale: f
     dead = [node, *_until_quantized(node)]
     last = dead[-1]
     with graph.inserting_before(last):
+        if any(map(_is_first, dead)):
+            query, key, value, mask = tensors
+            if mask is not None and mask.meta["val"].shape[-2] != 1:
+                mask = graph.call_function(_aten.slice.Tensor, (mask, -2, 0, 1))
+            tensors = [graph.call_function(_aten.slice.Tensor, (query, 2, 0, 1)), key, value, mask]
         codes = last.args[1] if len(dead) > 1 else None
         found = graph.call_function(torch.ops.hfq.attention.default, (*tensors, codes, scale))
         if codes is None:
@@ -191,7 +214,10 @@ def _only_attention_reads(x: Node) -> bool:
 
 
 def _until_quantized(node: Node) -> list[Node]:
-    """What only puts the answers `[batch, heads, length, size]` of `node` in rows of `heads * size`, and quantizes them."""
+    """What only puts the answers `[batch, heads, length, size]` of `node` in rows of `heads * size`, and quantizes them.
+
+    Or those of the first token of each row alone.
+    """
     found: list[Node] = []
     swapped = False
     shape = node.meta["val"].shape
@@ -202,6 +228,8 @@ def _until_quantized(node: Node) -> list[Node]:
             return found
         if node.target is _aten.transpose.int and node.args[1:] == (1, 2) and not swapped:
             swapped = True
+        elif swapped and _is_first(node) and _same(node.args[0].meta["val"].shape[:2], (shape[0], shape[2])):
+            continue
         elif node.target not in _KEEP_ORDER or not (swapped or _same(shape, node.meta["val"].shape)):
             return []
     return []

@@ -84,7 +84,7 @@ def plain_layout(x: Any, dtype: Any, sizes: Sequence[Any]) -> ir.FixedLayout:
     return ir.FixedLayout(x.get_device(), dtype, list(sizes))
 
 
-# As `hfq.runtime.blocked.quantize`: the conversion makes the least integer of what none holds, hence the bound above.
+# As `hfq::quantize`. The conversion makes of what no integer holds the least one, which without a sign is the largest.
 _TO_CODES = r"""
 {{template.header().getvalue()}}
 #ifndef HFQ_TO_CODES
@@ -93,21 +93,19 @@ _TO_CODES = r"""
 
 class ToCodes {
     using Vector = at::vec::Vectorized<float>;
-    const Vector steps, highest;
-    const int zero_point;
+    const Vector steps, zero_point;
 
 public:
-    explicit ToCodes(const float* codes) : steps(codes[0]), highest(1e9f), zero_point(static_cast<int>(codes[1])) {}
+    explicit ToCodes(const float* codes) : steps(codes[0]), zero_point(codes[1]) {}
 
     // Writes a code for each number of x.
     void operator()(uint8_t* to, Vector x) const {
-        const Vector scaled = at::vec::clamp_max(x * steps, highest);
+        const Vector code_and_rest = at::vec::clamp_min(at::vec::fmadd(x, steps, zero_point), Vector(0.f));
 #if defined(CPU_CAPABILITY_AVX512)
-        const auto code = _mm512_add_epi32(_mm512_cvtps_epi32(scaled), _mm512_set1_epi32(zero_point));
-        const auto bounded = _mm512_cvtusepi32_epi8(_mm512_max_epi32(code, _mm512_setzero_si512()));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bounded);
+        const auto code = _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(code_and_rest));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), code);
 #else
-        const auto code = _mm256_add_epi32(_mm256_cvtps_epi32(scaled), _mm256_set1_epi32(zero_point));
+        const auto code = _mm256_cvtps_epi32(at::vec::clamp_max(code_and_rest, Vector(255.f)));
         const auto half = _mm_packs_epi32(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1));
         _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(half, half));
 #endif
