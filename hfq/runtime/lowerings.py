@@ -19,6 +19,7 @@ from .blocked import quantize
 from .kernels import PANELS, VNNI
 from .rewriting import LANES
 
+SHARES = 4  # of a matmul, for each thread
 K_BLOCK = 1024  # codes of a row that are multiplied at a time: a further part adds to sums that were stored
 
 
@@ -97,7 +98,7 @@ def _register_blocked_matmul() -> None:
             input_nodes=[codes, weight, offset, scale, scale, scale, scale],
             has_bias=True,
             layout=ir.FixedLayout(codes.get_device(), torch.float32, [codes.get_size()[0], scale.get_size()[0]]),
-            num_threads=parallel_num_threads(),
+            num_threads=parallel_num_threads() * SHARES,
             register_blocking=sizes,
             epilogue_creator=scaled,
         )
@@ -107,7 +108,16 @@ def _register_blocked_matmul() -> None:
 
 
 class _Int8Matmul(CppGemmTemplate):
-    """Inductor's, with AVX-512 in parts of `K_BLOCK` instead of what the first cache holds."""
+    """Inductor's, with AVX-512 in parts of `K_BLOCK` instead of what the first cache holds.
+
+    Threads take shares of it as they get done: one that is held up, by whatever else runs on its core, keeps no other.
+    """
+
+    def render(self, *args: Any, **kwargs: Any) -> str:
+        text: str = super().render(*args, **kwargs)
+        threads = f"omp parallel num_threads({self.num_threads // SHARES})"
+        text = text.replace(f"omp parallel num_threads({self.num_threads})", threads)
+        return text.replace("schedule(static, 1)", "schedule(dynamic, 1)")
 
     def get_options(self, *args: Any, **kwargs: Any) -> Any:
         options = super().get_options(*args, **kwargs)

@@ -28,14 +28,15 @@ def register(layout: Layout) -> GemmBlocking:
 class VnniMicroKernel(cpp_micro_gemm.CppMicroGemmAVX512VNNI):
     """Inductor's kernel for a few rows; for more, oneDNN's, which uses AMX. Weights are in `hfq.runtime.kernels.VNNI`."""
 
-    ROWS = 32  # up to here, calling oneDNN's kernel for each block of a weight costs more than it saves
+    ROWS = 64  # that a thread takes at least
+    FEW = 32  # up to here, calling oneDNN's kernel for each block of a weight costs more than it saves
 
     def codegen_define(self, kernel: Any) -> str:
         name, blocking = self.name, self.register_blocking
         self.name, self.register_blocking = f"{name}_few", GemmBlocking(6, blocking.block_n, blocking.block_k)
         few: str = super().codegen_define(kernel)
         self.name, self.register_blocking = name, blocking
-        return few + _rendered(_VNNI, declaration=self.get_kernel_declaration(), name=name, few_rows=self.ROWS)
+        return few + _rendered(_VNNI, declaration=self.get_kernel_declaration(), name=name, few_rows=self.FEW)
 
     def codegen_finalize(self, kernel: Any) -> str:
         return "at::native::cpublas::brgemm_release();"

@@ -46,7 +46,8 @@ extern "C" {{definition}}
     const float* {{name}}_at = &{{at[name]}};
 {%- endfor %}
 
-    #pragma omp parallel for num_threads({{threads}}) schedule(static)
+    const int64_t share = std::max<int64_t>(1, rows / {{4 * threads}});  // one that is held up keeps no other
+    #pragma omp parallel for num_threads({{threads}}) schedule(dynamic, share)
     for (int64_t row = 0; row < rows; row++) {
         alignas(64) float kept[N];
         const float first = x_at[row * N]{% if "residual" in at %} + residual_at[row * N]{% endif %};
