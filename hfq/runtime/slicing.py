@@ -155,7 +155,7 @@ class SlicedForward:
         name = getattr(self.model, "main_input_name", TOKENS[0])
         inputs = dict(zip((name,), args, strict=False)) | kwargs
         plain = len(args) < 2 and (is_token_batch(inputs) or (name == "pixel_values" and inputs.keys() == {name}))
-        if not plain or self.model.training or torch.jit.is_tracing():
+        if not plain or self.model.training or torch.jit.is_tracing() or torch.compiler.is_compiling():
             return False
         return inputs[name].numel() >= WORTHWHILE and self._structure is not None and self._structure.is_as_it_was()
 
