@@ -44,6 +44,7 @@ class Pieces(nn.Module):
             "numbers as codes": codes_of(x[..., :90], codes),
             "sum, normed": normed,
             "sum, normed, as codes": codes_of(normed, codes),
+            "sum of the first token, normed": F.layer_norm(y + other, (FEATURES,), weight, bias)[:, 0],
             "normed, doubled, as codes": codes_of(doubled, codes),
             "normed in halves, as codes": codes_of(F.layer_norm(x, (3 * FEATURES,)).unflatten(-1, (6, -1)), codes),
             "added to itself, normed, as codes": codes_of(F.layer_norm(later + later, (3 * FEATURES,)), codes),

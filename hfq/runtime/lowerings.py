@@ -61,8 +61,8 @@ def _register_quantize() -> None:
 
     def expression(self: Any, source: Any, dtype: Any, source_dtype: Any, rounding: bool = False) -> str:
         """Where compiled code takes numbers one by one, it rounds halves in another way, and keeps to no bounds."""
-        if rounding and dtype == torch.uint8 and type(self) is CppKernel:
-            source = f"std::min(std::max(std::nearbyint({source}), 0.f), 255.f)"
+        if rounding and dtype == torch.uint8:
+            source = f"std::min(std::max(0.f, std::nearbyint({source})), 255.f)"
         text: str = one_by_one(self, source, dtype, source_dtype, rounding)
         return text
 

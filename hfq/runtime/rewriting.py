@@ -31,6 +31,7 @@ def rewrite(module: fx.GraphModule, *, with_attention: bool) -> None:
     """Put `hfq::layer_norm` and, if wanted, `hfq::attention` where they compute the same and what they quantize."""
     graph = module.graph
     _simplify(graph)
+    _leave_out_tokens(graph)
     changed = {_origin(node) for node in graph.nodes if _writes(node)}
     for node in graph.find_nodes(op="call_function", target=_LAYER_NORM):
         if node not in changed:
@@ -70,6 +71,46 @@ def _equal(node: Node) -> Node | None:
     if source.target is _aten.expand.default and _same(node.meta["val"].shape, source.args[0].meta["val"].shape):
         return source.args[0]
     return None
+
+
+def _leave_out_tokens(graph: fx.Graph) -> None:
+    """Have norms and sums computed for the first token of each row alone, where nobody reads a further one."""
+    for node in reversed(list(graph.nodes)):
+        norm = node.target is _LAYER_NORM and len(node.args[1]) == 1
+        alike = node.target is _aten.add.Tensor and not node.kwargs and _are_alike(*node.args, node)
+        if (
+            not (norm or alike)
+            or node.meta["val"].dim() != 3
+            or not node.users
+            or not all(map(_reads_first, node.users))
+        ):
+            continue
+        count = 1 if norm else 2
+        with graph.inserting_before(node):
+            first = graph.call_function(
+                node.target, (*(_first(graph, x) for x in node.args[:count]), *node.args[count:]), node.kwargs
+            )
+        first.meta["val"] = node.meta["val"][:, :1]
+        for user in [user for user in node.users if _is_first(user)]:
+            user.replace_all_uses_with(first)
+            graph.erase_node(user)
+        node.replace_all_uses_with(first)
+        graph.erase_node(node)
+
+
+def _first(graph: fx.Graph, x: Node) -> Node:
+    """The first token of each row of `x`."""
+    found = graph.call_function(_aten.slice.Tensor, (x, 1, 0, 1))
+    found.meta["val"] = x.meta["val"][:, :1]
+    source = _equal(found)
+    if source is None:
+        return found
+    graph.erase_node(found)
+    return source
+
+
+def _reads_first(node: Node) -> bool:
+    return _is_first(node) or (node.target is _aten.select.int and node.args[1:] == (1, 0))
 
 
 def _is_first(node: Node) -> bool:
