@@ -29,6 +29,7 @@ class Pieces(nn.Module):
         normed = F.layer_norm(y + residual, (FEATURES,), weight, bias, 1e-12)
         doubled = F.layer_norm(y, (FEATURES,))
         doubled.mul_(2)
+        own = [part.unflatten(-1, (HEADS, SIZE)).transpose(1, 2) for part in (x * 1.5).chunk(3, -1)]
         each = seen.expand(-1, -1, length, -1) & (torch.arange(length) != 1)  # laid out for each query, and alike
         causal = each & torch.ones(length, length, dtype=torch.bool).tril()
         later = table.view(2, -1, 3 * FEATURES)[1:]  # starts in the middle of its memory
@@ -40,6 +41,7 @@ class Pieces(nn.Module):
             "attention with keys unseen by each": attended(*qkv, each),
             "attention with later keys unseen": attended(*qkv, causal),
             "attention of the first token as codes": codes_of(attended(*qkv, causal)[:, :1], codes),
+            "attention that alone reads its numbers": attended(*own, seen),
             "gelu as codes": codes_of(gelu(y) if torch.compiler.is_compiling() else F.gelu(y), codes),
             "numbers as codes": codes_of(x[..., :90], codes),
             "sum, normed": normed,

@@ -2,7 +2,8 @@
 
 torch's fused attention wants query, key and value in other layouts than the matmul leaves them in, and its answers are
 put in rows and quantized afterwards. This one reads them where they are and writes what the next matmul reads. Where
-the CPU multiplies bfloat16, products are of those; scores, softmax and sums are float32.
+the CPU multiplies bfloat16, products are of those; elsewhere it reads float16 and multiplies float32, as writing and
+reading query, key and value takes longer than converting them. Scores, softmax and sums are float32.
 """
 
 from typing import Any
@@ -78,7 +79,15 @@ extern "C" {{definition}}
     auto put = [](Number* to, __m256i x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), x); };
 {%- else %}
     auto narrow = [](Vector x) { return x; };
-    auto get = [](const float* from, bool real) { return real ? Vector::loadu(from) : Vector(0.f); };
+    auto get = [](const auto* from, bool real) {
+        if (!real) return Vector(0.f);
+        if constexpr (sizeof(*from) == 4) return Vector::loadu(from);
+#if defined(CPU_CAPABILITY_AVX512)
+        else return Vector(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+#else
+        else return Vector(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#endif
+    };
     auto put = [](float* to, Vector x) { x.store(to); };
 {%- endif %}
 

@@ -32,7 +32,7 @@ def attention(
 ) -> Tensor:
     """`softmax(q k^T * scale + mask) v` of `[batch, heads, length, size]`, to float32 `[batch, length, heads, size]`.
 
-    Query, key and value: float32, or bfloat16 where products are of that. `mask`: bool, true where a key is seen, or
+    Query, key and value: float32, or bfloat16 where products are of that, or else float16. `mask`: bool, true where a key is seen, or
     float32, to be added; broadcast to `[batch, heads, length, keys]`. `codes`: as `quantize` takes them; then the answer
     is uint8.
     """

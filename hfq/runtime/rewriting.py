@@ -21,8 +21,8 @@ _aten = torch.ops.aten
 _ATTENTION, _LAYER_NORM = _aten.scaled_dot_product_attention.default, _aten.layer_norm.default
 _VIEWS = (
     _aten.reshape.default, _aten.view.default, _aten.slice.Tensor, _aten.transpose.int, _aten.permute.default,
-    _aten.select.int, _aten.chunk.default, _aten.split.Tensor, _aten.split_with_sizes.default, _aten.unbind.int,
-    operator.getitem,
+    _aten.select.int, _aten.unflatten.int, _aten.chunk.default, _aten.split.Tensor, _aten.split_with_sizes.default,
+    _aten.unbind.int, operator.getitem,
 )  # fmt: skip
 _KEEP_ORDER = (_aten.reshape.default, _aten.view.default, _aten.contiguous.default)
 
@@ -40,10 +40,9 @@ def rewrite(module: fx.GraphModule, *, with_attention: bool) -> None:
         arguments = _arguments(node)
         if arguments is not None and changed.isdisjoint(map(_origin, [node, *filter(None, arguments[0])])):
             _replace_attention(graph, node, *arguments)
-    if compiles_to_bfloat16():
-        for node in graph.find_nodes(op="call_function", target=torch.ops.hfq.attention.default):
-            for x in node.args[:3]:
-                _narrow(graph, x)
+    for node in graph.find_nodes(op="call_function", target=torch.ops.hfq.attention.default):
+        for x in node.args[:3]:
+            _narrow(graph, x)
     graph.eliminate_dead_code()
     graph.lint()
     module.recompile()
@@ -235,14 +234,27 @@ def _replace_attention(graph: fx.Graph, node: Node, tensors: list[Any], scale: f
 
 
 def _narrow(graph: fx.Graph, x: Node) -> None:
-    """Have `x` computed as the bfloat16 that attention multiplies, if nothing else reads it."""
+    """Have `x` kept in 16 bits until attention reads it, if nothing else does.
+
+    As the bfloat16 that is multiplied there, or else as float16, which is closer. A number that is out of its range is
+    kept as the largest.
+    """
     while x.target in _VIEWS:
         x = x.args[0]
     is_tensor = x.op == "call_function" and isinstance(x.meta.get("val"), torch.Tensor)
-    if is_tensor and x.args[1:] != (torch.bfloat16,) and _only_attention_reads(x):
-        with graph.inserting_after(x):
-            narrow = graph.call_function(_aten.to.dtype, (x, torch.bfloat16))
-        x.replace_all_uses_with(narrow, delete_user_cb=lambda user: user is not narrow)
+    if not is_tensor or x.target is _aten.to.dtype or not _only_attention_reads(x):
+        return
+    users = list(x.users)
+    dtype, bounded = torch.bfloat16, x
+    with graph.inserting_after(x):
+        if not compiles_to_bfloat16():
+            dtype = torch.float16
+            largest = torch.finfo(dtype).max
+            bounded = graph.call_function(_aten.clamp.default, (x, -largest, largest))
+    with graph.inserting_after(bounded):
+        narrow = graph.call_function(_aten.to.dtype, (bounded, dtype))
+    for user in users:
+        user.replace_input_with(x, narrow)
 
 
 def _only_attention_reads(x: Node) -> bool:
