@@ -9,8 +9,9 @@ from torch.nn import functional as F
 
 from hfq.runtime.blocked import gelu
 from hfq.runtime.compiler import compile_graph
+from hfq.runtime.kernels import VNNI
 
-HEADS, SIZE, FEATURES = 3, 32, 96
+HEADS, SIZE, FEATURES, PRODUCTS = 3, 32, 96, 192
 SHAPE = [2, 5, 70]  # of the inputs, tokens and what of them is seen; compiled for any other batch and length
 NAN, HUGE = 0, 1  # tokens
 
@@ -19,7 +20,7 @@ class Pieces(nn.Module):
     """Answers, by name, what is computed from float32 `[batch, length, 3 * FEATURES]` that belong to the tokens."""
 
     def forward(self, inputs: Tensor, tensors: list[Tensor]) -> dict[str, Tensor]:
-        table, weight, bias, codes, added = tensors
+        table, weight, bias, codes, added, *matrix = tensors
         x = F.embedding(inputs[0], table)
         seen = inputs[1].bool()[:, None, None, :]
         length = x.shape[1]
@@ -33,7 +34,7 @@ class Pieces(nn.Module):
         each = seen.expand(-1, -1, length, -1) & (torch.arange(length) != 1)  # laid out for each query, and alike
         causal = each & torch.ones(length, length, dtype=torch.bool).tril()
         later = table.view(2, -1, 3 * FEATURES)[1:]  # starts in the middle of its memory
-        return {
+        answers = {
             "attention": attended(*qkv),
             "attention with keys unseen": attended(*qkv, seen),
             "attention with numbers added": attended(*qkv, mask, scale=0.5),
@@ -52,6 +53,24 @@ class Pieces(nn.Module):
             "added to itself, normed, as codes": codes_of(F.layer_norm(later + later, (3 * FEATURES,)), codes),
             "normed as codes": codes_of(F.layer_norm(other + 1e3, (FEATURES,)), codes),
         }
+        if multiplies_blocks():
+            products = multiplied(codes_of(y, codes), *matrix).view(*x.shape[:2], PRODUCTS)
+            sums = F.layer_norm(x[..., :PRODUCTS] + products, (PRODUCTS,), table[7, :PRODUCTS], table[9, :PRODUCTS])
+            answers |= {"products and a sum, normed": sums, "products and a sum, as codes": codes_of(sums, codes)}
+        return answers
+
+
+def multiplies_blocks() -> bool:
+    """Whether compiled code multiplies weights in the layout `VNNI` here."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and bool(torch.cpu.get_capabilities()["avx512_vnni"])
+
+
+def multiplied(codes: Tensor, matrix: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """float32 `[rows, out]` of uint8 `[rows, in]` and int8 `[out / block, in, block]`."""
+    if torch.compiler.is_compiling():
+        found: Tensor = torch.ops.hfq.int8_linear(codes, matrix, scale, offset)
+        return found
+    return F.linear(codes.float(), VNNI.restore(matrix).float()) * scale + offset
 
 
 def attended(
@@ -71,7 +90,10 @@ def codes_of(x: Tensor, codes: Tensor) -> Tensor:
 
 
 def make_tensors() -> list[Tensor]:
-    """What the pieces read: numbers of 200 tokens, a norm's weight and bias, codes, and what is added to scores."""
+    """What the pieces read.
+
+    Numbers of 200 tokens, a norm's weight and bias, codes, what is added to scores, and a matrix with scale and offset.
+    """
     generator = torch.Generator().manual_seed(0)
     table, weight, bias, added = (
         torch.randn(*shape, generator=generator)
@@ -79,7 +101,9 @@ def make_tensors() -> list[Tensor]:
     )
     table[NAN] = float("nan")
     table[HUGE] = 1e6
-    return [table, weight, bias, torch.tensor([40.0, 100.0]), added]
+    matrix = VNNI.arrange(torch.randint(-128, 128, (PRODUCTS, FEATURES), dtype=torch.int8, generator=generator))
+    scale, offset = torch.rand(2, PRODUCTS, generator=generator).div(5e3).unbind()
+    return [table, weight, bias, torch.tensor([40.0, 100.0]), added, matrix, scale, offset]
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def compile_graph(
     from torch._inductor import aot_compile
 
     # Here: torch's private names may be missing, and that is a refusal.
-    from . import attention_template, lowerings, norm_template, rewriting, templates
+    from . import attention_template, lowerings, matmul_norm_template, norm_template, rewriting, templates
 
     inputs = torch.ones(shape, dtype=torch.int64)
     with torch.no_grad():
@@ -106,6 +106,7 @@ def compile_graph(
         templates.keep_apart()
         attention_template.register()
         norm_template.register()
+        matmul_norm_template.register()
         rewriting.rewrite(module, with_attention=with_attention)
         aot_compile(
             module,

@@ -19,13 +19,58 @@ def register() -> None:
 
 
 def _layer_norm(x: Any, residual: Any, weight: Any, bias: Any, codes: Any, eps: float, both: bool) -> list[Any]:
-    sizes = x.get_size()
     found = {"x": x, "residual": residual, "weight": weight, "bias": bias}
     tensors = {name: ir.ExternKernel.require_contiguous(in_rows(x)) for name, x in found.items() if x is not None}
     tensors["codes"] = ir.ExternKernel.realize_input(codes)
-    layouts = {"y": plain_layout(x, torch.float32, sizes)} if both else {}
-    layouts["out"] = plain_layout(x, torch.uint8, sizes)
-    return NormTemplate(tensors, layouts, eps=eps, both=both).results()
+    return NormTemplate(tensors, norm_layouts(x, both=both), eps=eps, both=both).results()
+
+
+def norm_layouts(x: Any, *, both: bool) -> dict[str, ir.FixedLayout]:
+    """Of the answers for rows like those of `x`: numbers, if `both`, and codes."""
+    layouts = {"y": plain_layout(x, torch.float32, x.get_size())} if both else {}
+    return layouts | {"out": plain_layout(x, torch.uint8, x.get_size())}
+
+
+NORMALIZE = r"""
+#ifndef HFQ_NORMALIZE
+#define HFQ_NORMALIZE
+// What is a null pointer is left out. `read` gives the numbers of a row, a vector at a time.
+template <int64_t N, typename Read>
+inline __attribute__((always_inline)) void normalize(
+    const Read& read, const float* weight, const float* bias, float eps, const ToCodes& put_codes, float* y, uint8_t* out
+) {
+    using Vector = at::vec::Vectorized<float>;
+    constexpr int64_t LANES = Vector::size();
+    alignas(64) float kept[N];
+    read(0).store(kept);
+    const float first = kept[0];
+    Vector sums[2] = {Vector(0.f), Vector(0.f)}, squares[2] = {Vector(0.f), Vector(0.f)};
+    auto add = [&](int64_t n, int i) {
+        const Vector number = read(n);
+        number.store(kept + n);
+        const Vector difference = number - Vector(first);
+        sums[i] = sums[i] + difference;
+        squares[i] = at::vec::fmadd(difference, difference, squares[i]);
+    };
+    int64_t n = 0;
+    for (; n + 2 * LANES <= N; n += 2 * LANES) {
+        add(n, 0);
+        add(n + LANES, 1);
+    }
+    if (n < N) add(n, 0);
+    const float mean = sum_of(sums[0] + sums[1]) / N;
+    const float variance = sum_of(squares[0] + squares[1]) / N - mean * mean;
+    const Vector by(1 / std::sqrt(std::max(variance, 0.f) + eps)), minus(first + mean);
+    for (n = 0; n < N; n += LANES) {
+        Vector number = (Vector::loadu(kept + n) - minus) * by;
+        if (weight) number = number * Vector::loadu(weight + n);
+        if (bias) number = number + Vector::loadu(bias + n);
+        if (y) number.store(y + n);
+        put_codes(out + n, number);
+    }
+}
+#endif
+"""
 
 
 class NormTemplate(Template):
@@ -35,11 +80,12 @@ class NormTemplate(Template):
     """
 
     NAME = "layer_norm"
-    SOURCE = r"""
+    SOURCE = (
+        NORMALIZE
+        + r"""
 extern "C" {{definition}}
 {
-    using Vector = at::vec::Vectorized<float>;
-    constexpr int64_t LANES = Vector::size(), N = {{kernel.size(tensors["x"], -1)}};
+    constexpr int64_t N = {{kernel.size(tensors["x"], -1)}};
     const int64_t rows = {{kernel.size(tensors["x"], 0)}} * {{kernel.size(tensors["x"], 1)}};
     const ToCodes put_codes(&{{at["codes"]}});
 {%- for name in at if name != "codes" %}
@@ -49,41 +95,15 @@ extern "C" {{definition}}
     const int64_t share = std::max<int64_t>(1, rows / {{4 * threads}});  // one that is held up keeps no other
     #pragma omp parallel for num_threads({{threads}}) schedule(dynamic, share)
     for (int64_t row = 0; row < rows; row++) {
-        alignas(64) float kept[N];
-        const float first = x_at[row * N]{% if "residual" in at %} + residual_at[row * N]{% endif %};
-        Vector sums[2] = {Vector(0.f), Vector(0.f)}, squares[2] = {Vector(0.f), Vector(0.f)};
-        auto add = [&](int64_t n, int i) {
-            Vector number = Vector::loadu(x_at + row * N + n);
-{%- if "residual" in at %}
-            number = number + Vector::loadu(residual_at + row * N + n);
-{%- endif %}
-            number.store(kept + n);
-            const Vector difference = number - Vector(first);
-            sums[i] = sums[i] + difference;
-            squares[i] = at::vec::fmadd(difference, difference, squares[i]);
+        auto read = [&](int64_t n) {
+            using Vector = at::vec::Vectorized<float>;
+            const Vector number = Vector::loadu(x_at + row * N + n);
+            return number{% if "residual" in at %} + Vector::loadu(residual_at + row * N + n){% endif %};
         };
-        int64_t n = 0;
-        for (; n + 2 * LANES <= N; n += 2 * LANES) {
-            add(n, 0);
-            add(n + LANES, 1);
-        }
-        if (n < N) add(n, 0);
-        const float mean = sum_of(sums[0] + sums[1]) / N;
-        const float variance = sum_of(squares[0] + squares[1]) / N - mean * mean;
-        const Vector by(1 / std::sqrt(std::max(variance, 0.f) + {{eps}}f)), minus(first + mean);
-        for (n = 0; n < N; n += LANES) {
-            Vector number = (Vector::loadu(kept + n) - minus) * by;
-{%- if "weight" in at %}
-            number = number * Vector::loadu(weight_at + n);
-{%- endif %}
-{%- if "bias" in at %}
-            number = number + Vector::loadu(bias_at + n);
-{%- endif %}
-{%- if both %}
-            number.store(y + row * N + n);
-{%- endif %}
-            put_codes(out + row * N + n, number);
-        }
+        normalize<N>(
+            read, {{"weight_at" if "weight" in at else "nullptr"}}, {{"bias_at" if "bias" in at else "nullptr"}},
+            {{eps}}f, put_codes, {{"y + row * N" if both else "nullptr"}}, out + row * N);
     }
 }
 """
+    )

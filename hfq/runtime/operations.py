@@ -32,9 +32,9 @@ def attention(
 ) -> Tensor:
     """`softmax(q k^T * scale + mask) v` of `[batch, heads, length, size]`, to float32 `[batch, length, heads, size]`.
 
-    Query, key and value: float32, or bfloat16 where products are of that, or else float16. `mask`: bool, true where a key is seen, or
-    float32, to be added; broadcast to `[batch, heads, length, keys]`. `codes`: as `quantize` takes them; then the answer
-    is uint8.
+    Query, key and value: float32, or bfloat16 where products are of that, or else float16. `mask`: bool, true where a
+    key is seen, or float32, to be added; broadcast to `[batch, heads, length, keys]`. `codes`: as `quantize` takes them;
+    then the answer is uint8.
     """
     raise NotImplementedError("It is compiled, never run")
 
@@ -70,3 +70,38 @@ def _(
     both: bool,
 ) -> list[Tensor]:
     return [torch.empty_like(x, dtype=dtype) for dtype in ((torch.float32, torch.uint8) if both else (torch.uint8,))]
+
+
+@torch.library.custom_op("hfq::int8_linear_norm", mutates_args=())
+def int8_linear_norm(
+    x: Tensor,
+    matrix: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    codes: Tensor,
+    eps: float,
+    both: bool,
+) -> list[Tensor]:
+    """`layer_norm` of the sum of `int8_linear(x, matrix, scale, offset)`, whose rows are those of `residual`, and that."""
+    raise NotImplementedError("It is compiled, never run")
+
+
+@int8_linear_norm.register_fake
+def _(
+    x: Tensor,
+    matrix: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    codes: Tensor,
+    eps: float,
+    both: bool,
+) -> list[Tensor]:
+    return [
+        torch.empty_like(residual, dtype=dtype) for dtype in ((torch.float32, torch.uint8) if both else (torch.uint8,))
+    ]

@@ -14,6 +14,7 @@ from torch._ops import OpOverload
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .attention import compiles_to_bfloat16
+from .kernels import VNNI
 
 LANES = 16  # float32 numbers, of which rows are multiples: one AVX-512 register, or two of AVX2
 Node = Any  # of torch.fx, where an argument of a node may be anything
@@ -32,6 +33,7 @@ def rewrite(module: fx.GraphModule, *, with_attention: bool) -> None:
     graph = module.graph
     _simplify(graph)
     _leave_out_tokens(graph)
+    graph.eliminate_dead_code()  # who has no other reader is looked for
     changed = {_origin(node) for node in graph.nodes if _writes(node)}
     for node in graph.find_nodes(op="call_function", target=_LAYER_NORM):
         if node not in changed:
@@ -151,8 +153,14 @@ def _replace_norm(graph: fx.Graph, node: Node, changed: set[Node]) -> None:
         x, residual = x.args
     quantized = [y for y in readers if _quantizes(y) and y.args[1] is codes]
     both = len(quantized) < len(readers)
+    operation, operands = torch.ops.hfq.layer_norm.default, (x, residual)
+    if residual is not None:
+        for product, other in ((x, residual), (residual, x)):
+            matmul = _matmul_behind(product)
+            if matmul is not None:
+                operation, operands = torch.ops.hfq.int8_linear_norm.default, (*matmul.args, other)
     with graph.inserting_before(node):
-        results = graph.call_function(torch.ops.hfq.layer_norm.default, (x, residual, weight, bias, codes, eps, both))
+        results = graph.call_function(operation, (*operands, weight, bias, codes, eps, both))
         *numbers, coded = (graph.call_function(operator.getitem, (results, i)) for i in range(1 + both))
     for y in quantized:
         with graph.inserting_before(y):
@@ -160,6 +168,15 @@ def _replace_norm(graph: fx.Graph, node: Node, changed: set[Node]) -> None:
         graph.erase_node(y)
     if both:
         _stand_in(node, numbers[0])
+
+
+def _matmul_behind(node: Node) -> Node | None:
+    """The int8 matmul whose products `node` is, if nobody else reads them and a norm can be computed with it."""
+    while node.target in _KEEP_ORDER and len(node.users) == 1:
+        node = node.args[0]
+    if node.target is not torch.ops.hfq.int8_linear.default or len(node.users) != 1:
+        return None
+    return node if node.args[1].meta["val"].shape[-1] == VNNI.block else None
 
 
 def _stand_in(node: Node, other: Node) -> None:
