@@ -69,9 +69,17 @@ class Checkpoint:
 
 
 def pull(
-    reference: str, *, revision: str | None = None, token: str | None = None, trust_remote_code: bool = False
+    reference: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    trust_remote_code: bool = False,
+    hashed: bool = True,
 ) -> Checkpoint:
     """Bring a checkpoint here and check its files.
+
+    Args:
+        hashed: know a folder, which has no revision, by the SHA-256 of its weights. It takes seconds for a gigabyte.
 
     Raises:
         SourceError: it does not exist, may not be read, has only pickle weights, needs remote code that was
@@ -96,7 +104,7 @@ def pull(
     card = _card(path)
     info = CheckpointInfo(
         id=path.resolve().name if sha is None else reference,
-        revision=sha or f"sha256:{_digest(weights)}",
+        revision=sha or (f"sha256:{_digest(weights)}" if hashed else "unknown"),
         license=card.get("license") if isinstance(card.get("license"), str) else None,
         language=_as_list(card.get("language")),
         remote_code=bool(code),

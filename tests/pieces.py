@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from hfq.runtime.blocked import gelu
 from hfq.runtime.compiler import compile_graph
-from hfq.runtime.kernels import VNNI
+from hfq.runtime.layouts import VNNI
 
 HEADS, SIZE, FEATURES, PRODUCTS = 3, 32, 96, 192
 SHAPE = [2, 5, 70]  # of the inputs, tokens and what of them is seen; compiled for any other batch and length

@@ -6,15 +6,15 @@ On x86 without VNNI, where oneDNN is not exact and the portable kernel multiplie
 codes as 16-bit integers: exact, and one and a half times as fast.
 """
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor, nn
 
 from .checked import CheckedKernel
-from .kernels import PANELS, VNNI, OneDnnKernel, PortableKernel, PostOp, apply_post_op, token_scale
+from .kernels import OneDnnKernel, PortableKernel, PostOp, apply_post_op, token_scale
+from .layouts import PANELS, VNNI
 from .modules import PackedLinear, packed_linears
 from .native import bytes_of
+from .packing import descriptor_of, packing
 from .selection import select_kernel
 
 
@@ -48,12 +48,14 @@ def in_blocks(packed: PackedLinear) -> "BlockedMatmul | None":
     if _is_without_vnni(packed):
         return BlockedMatmul(packed, packed.weight) if packed.weight.dim() == 3 else None
     shape = len(packed.scale), packed.in_features
-    if packed.kernel.name != OneDnnKernel.name or any(features % VNNI.block for features in shape):
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or packed.kernel.name != OneDnnKernel.name:
+        return None
+    if any(features % VNNI.block for features in shape):
         return None
     try:
         # The layout depends on the number of threads there were when the weight was packed, so the weight is asked.
-        expected = _layout_in_blocks(*shape, threads=torch.get_num_threads())
-        if expected is None or _layout(packed.weight) != expected:
+        expected = packing(*shape, threads=torch.get_num_threads())
+        if expected is None or descriptor_of(packed.weight) != expected.descriptor:
             return None
         memory = bytes_of(packed.weight, len(packed.scale) * packed.in_features)
         return BlockedMatmul(packed, memory.view(-1, packed.in_features, VNNI.block))
@@ -119,20 +121,6 @@ def quantize(x: Tensor, inverse_scale: Tensor, zero_point: Tensor | int) -> Tens
     return (scaled.round() + zero_point).clamp(0, 255).to(torch.uint8)  # AVX2 narrows integers one by one
 
 
-@lru_cache(maxsize=256)
-def _layout_in_blocks(out_features: int, in_features: int, *, threads: int) -> bytes | None:
-    """oneDNN's layout of a weight of this shape, if it is the one way that inductor's matmul reads. The CPU decides."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return None
-    shape = (out_features, in_features)
-    weight = torch.randint(-128, 128, shape, dtype=torch.int8, generator=torch.Generator().manual_seed(0))
-    packed = OneDnnKernel().pack(weight, torch.ones(out_features))
-    if torch.ops.mkldnn._nbytes(packed) < weight.numel():
-        return None
-    expected = VNNI.arrange(weight).view(-1)
-    return _layout(packed) if torch.equal(bytes_of(packed, weight.numel()), expected) else None
-
-
 def _is_without_vnni(packed: PackedLinear) -> bool:
     return packed.activation != "weight-only" and isinstance(packed.kernel, PortableKernel | CheckedKernel)
 
@@ -141,11 +129,6 @@ def _suits_panels(packed: PackedLinear) -> bool:
     """Whether compiled code can multiply it: torch names AVX2 and AVX-512 on x86 only."""
     capable = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     return capable and PANELS.suits(len(packed.scale), packed.in_features)
-
-
-def _layout(packed: Tensor) -> bytes:
-    """oneDNN's description of a packed weight."""
-    return bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(packed).tolist())
 
 
 def _codes(scale: float, zero_point: int) -> Tensor:

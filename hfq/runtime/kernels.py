@@ -3,12 +3,14 @@
 Not here: how scales are found (`hfq.quantization`) or where layers live (`hfq.runtime.modules`).
 """
 
-from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from . import packing
+from .layouts import PANELS
 
 PostOp = Literal["relu", "gelu", "gelu_tanh"]
 SYMMETRIC_RANGE = 127.5  # compressed-tensors divides a token's absolute maximum by this: (127 + 128) / 2
@@ -20,37 +22,6 @@ _ONEDNN_POST_OPS: dict[PostOp | None, tuple[str, str]] = {
     "gelu": ("gelu", "none"),
     "gelu_tanh": ("gelu", "tanh"),
 }
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Weights int8 `[out, in]` as `[out / block, in, block]`, in memory `[out / block, in / group, block, group]`.
-
-    What one instruction multiplies, `group` input channels of each of several output channels, lies side by side.
-    """
-
-    block: int
-    group: int
-
-    def arrange(self, weight: Tensor) -> Tensor:
-        """int8 `[out, in]` in this layout."""
-        rows, columns = weight.shape
-        parts = weight.view(rows // self.block, self.block, columns // self.group, self.group)
-        return parts.transpose(1, 2).reshape(-1, columns, self.block)
-
-    def restore(self, blocks: Tensor) -> Tensor:
-        """What `arrange` was given."""
-        count, columns, _ = blocks.shape
-        parts = blocks.view(count, columns // self.group, self.block, self.group)
-        return parts.transpose(1, 2).reshape(count * self.block, columns)
-
-    def suits(self, out_features: int, in_features: int) -> bool:
-        """Whether a weight of this shape can be laid out so."""
-        return out_features % self.block == 0 and in_features % self.group == 0
-
-
-VNNI = Layout(block=64, group=4)  # oneDNN's, with AVX-512
-PANELS = Layout(block=16, group=2)  # for 16-bit multiply-adds, which any x86 of the last ten years has
 
 
 class Kernel(Protocol):
@@ -98,7 +69,7 @@ class OneDnnKernel:
     name = "onednn"
 
     def pack(self, weight: Tensor, scale: Tensor) -> Tensor:
-        return torch.ops.onednn.qlinear_prepack(weight, None)
+        return packing.pack(weight)
 
     def unpack(self, packed: Tensor, scale: Tensor, in_features: int) -> Tensor:
         # The packed layout is oneDNN's own business, so ask the matmul: identity times weight is exact in int32.

@@ -54,7 +54,7 @@ def load(
     """
     import transformers
 
-    found = pull(str(checkpoint), revision=revision, token=token, trust_remote_code=trust_remote_code)
+    found = pull(str(checkpoint), revision=revision, token=token, trust_remote_code=trust_remote_code, hashed=False)
     if model is not None:
         return _ready(_fill(model, found))
     if "hfq_module" in found.config:

@@ -16,7 +16,7 @@ from torch._inductor.virtualized import V, ops
 
 from . import micro_kernels
 from .blocked import quantize
-from .kernels import PANELS, VNNI
+from .layouts import PANELS, VNNI
 from .rewriting import LANES
 
 SHARES = 4  # of a matmul, for each thread

@@ -10,7 +10,7 @@ import torch
 from torch._inductor import ir
 from torch._inductor.codegen.cpp_utils import GemmBlocking
 
-from .kernels import VNNI
+from .layouts import VNNI
 from .lowerings import K_BLOCK, SHARES, replace_lowering
 from .micro_kernels import VnniMicroKernel
 from .norm_template import NORMALIZE, norm_layouts

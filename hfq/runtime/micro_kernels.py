@@ -8,7 +8,7 @@ from torch._inductor.codegen.common import KernelTemplate
 from torch._inductor.codegen.cpp_utils import GemmBlocking
 from torch._inductor.cpu_vec_isa import VecAVX512VNNI, pick_vec_isa
 
-from .kernels import VNNI, Layout
+from .layouts import VNNI, Layout
 
 
 def register(layout: Layout) -> GemmBlocking:
@@ -26,7 +26,7 @@ def register(layout: Layout) -> GemmBlocking:
 
 
 class VnniMicroKernel(cpp_micro_gemm.CppMicroGemmAVX512VNNI):
-    """Inductor's kernel for a few rows; for more, oneDNN's, which uses AMX. Weights are in `hfq.runtime.kernels.VNNI`."""
+    """Inductor's kernel for a few rows; for more, oneDNN's, which uses AMX. Weights are in `hfq.runtime.layouts.VNNI`."""
 
     ROWS = 64  # that a thread takes at least
     FEW = 32  # up to here, calling oneDNN's kernel for each block of a weight costs more than it saves
@@ -61,7 +61,7 @@ class WideningMicroKernel(cpp_micro_gemm.CppMicroGemm):
     """Products of 16-bit integers, which AVX2 adds in pairs to 32 bits and never saturates.
 
     Without VNNI, the instruction for pairs of 8-bit integers saturates at 16 bits, and with what makes it exact it is no
-    faster. Weights are in `hfq.runtime.kernels.PANELS`.
+    faster. Weights are in `hfq.runtime.layouts.PANELS`.
     """
 
     ROWS = 24

@@ -14,7 +14,7 @@ from torch._ops import OpOverload
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .attention import compiles_to_bfloat16
-from .kernels import VNNI
+from .layouts import VNNI
 
 LANES = 16  # float32 numbers, of which rows are multiples: one AVX-512 register, or two of AVX2
 Node = Any  # of torch.fx, where an argument of a node may be anything

@@ -24,6 +24,7 @@ from torch import Tensor
 from .. import __version__
 from .kernels import Kernel, OneDnnKernel
 from .native import machine, packed_tensor
+from .packing import descriptor_of
 
 _NUMBER = 4  # bytes of the checksum of what follows it, then of the length of the facts that come next
 _log = logging.getLogger(__name__)
@@ -142,8 +143,7 @@ def _write(folder: int, name: str, packed: Tensor) -> None:
         OSError, AttributeError: it cannot be written, or this torch does not say what is in a packed weight.
     """
     size = torch.ops.mkldnn._nbytes(packed)
-    descriptor = bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(packed).tolist())
-    facts = {"name": name, "shape": list(packed.shape), "descriptor": descriptor.hex(), "bytes": size}
+    facts = {"name": name, "shape": list(packed.shape), "descriptor": descriptor_of(packed).hex(), "bytes": size}
     text = json.dumps(facts).encode()
     head = (len(text).to_bytes(_NUMBER, "little") + text).ljust(_start(len(text)) - _NUMBER, b"\0")
     content = (ctypes.c_char * size).from_address(torch.ops.mkldnn.data_ptr(packed))
