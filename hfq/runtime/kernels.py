@@ -194,13 +194,13 @@ def apply_post_op(y: Tensor, post_op: PostOp | None) -> Tensor:
 
 def token_scale(x: Tensor) -> Tensor:
     """Symmetric int8 scale of each row: float32 `[.., in]` to `[.., 1]`, never zero."""
+    compiling = torch.compiler.is_compiling()
     # amax and amin are vectorized; an infinity norm over the last dimension is not, and takes 10 to 20 times as long.
-    if x.numel() < FEW_NUMBERS and not torch.compiler.is_compiling():
+    if x.numel() < FEW_NUMBERS and not compiling:
         largest = x.abs().amax(-1, keepdim=True)
     else:
         largest = torch.maximum(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True).neg_())
-    divisor = SYMMETRIC_RANGE if torch.compiler.is_compiling() else _RANGE
-    return largest.div_(divisor).clamp_(min=torch.finfo(torch.float32).tiny)
+    return largest.div_(SYMMETRIC_RANGE if compiling else _RANGE).clamp_(min=torch.finfo(torch.float32).tiny)
 
 
 def quantize_uint8(x: Tensor, scale: float, zero_point: int) -> Tensor:

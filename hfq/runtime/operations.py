@@ -1,5 +1,7 @@
 """Operations that a graph is traced with and that inductor compiles (`hfq.runtime.lowerings`). None of them ever runs."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -60,16 +62,8 @@ def layer_norm(
 
 
 @layer_norm.register_fake
-def _(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    codes: Tensor,
-    eps: float,
-    both: bool,
-) -> list[Tensor]:
-    return [torch.empty_like(x, dtype=dtype) for dtype in ((torch.float32, torch.uint8) if both else (torch.uint8,))]
+def _(x: Tensor, *others: Any) -> list[Tensor]:
+    return _normed(x, both=others[-1])
 
 
 @torch.library.custom_op("hfq::int8_linear_norm", mutates_args=())
@@ -90,18 +84,10 @@ def int8_linear_norm(
 
 
 @int8_linear_norm.register_fake
-def _(
-    x: Tensor,
-    matrix: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    codes: Tensor,
-    eps: float,
-    both: bool,
-) -> list[Tensor]:
-    return [
-        torch.empty_like(residual, dtype=dtype) for dtype in ((torch.float32, torch.uint8) if both else (torch.uint8,))
-    ]
+def _(x: Tensor, matrix: Tensor, scale: Tensor, offset: Tensor, residual: Tensor, *others: Any) -> list[Tensor]:
+    return _normed(residual, both=others[-1])
+
+
+def _normed(rows: Tensor, *, both: bool) -> list[Tensor]:
+    """What a norm of `rows` answers: numbers, if `both`, and codes."""
+    return [torch.empty_like(rows, dtype=dtype) for dtype in ((torch.float32, torch.uint8) if both else (torch.uint8,))]
