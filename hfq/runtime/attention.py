@@ -34,8 +34,12 @@ def multiplies_in_tiles() -> bool:
 
 def can_compile() -> bool:
     """Whether `hfq.runtime.attention_template` runs here: its products are oneDNN's, which may be told of another CPU."""
-    limited = any(os.environ.get(name) for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"))
-    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") and not limited
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") and not onednn_is_limited()
+
+
+def onednn_is_limited() -> bool:
+    """Whether oneDNN is told of a lesser CPU."""
+    return any(os.environ.get(name) for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"))
 
 
 def compiles_to_bfloat16() -> bool:

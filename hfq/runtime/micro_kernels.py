@@ -6,8 +6,9 @@ import torch
 from torch._inductor.codegen import cpp_micro_gemm
 from torch._inductor.codegen.common import KernelTemplate
 from torch._inductor.codegen.cpp_utils import GemmBlocking
-from torch._inductor.cpu_vec_isa import VecAVX512VNNI, pick_vec_isa
+from torch._inductor.cpu_vec_isa import VecAMX, VecAVX512VNNI, pick_vec_isa
 
+from .attention import onednn_is_limited
 from .layouts import VNNI, Layout
 
 
@@ -26,17 +27,26 @@ def register(layout: Layout) -> GemmBlocking:
 
 
 class VnniMicroKernel(cpp_micro_gemm.CppMicroGemmAVX512VNNI):
-    """Inductor's kernel for a few rows; for more, oneDNN's, which uses AMX. Weights are in `hfq.runtime.layouts.VNNI`."""
+    """oneDNN's kernel, which uses AMX, and one for a few rows: with AMX our own, else inductor's.
+
+    Weights are in `hfq.runtime.layouts.VNNI`.
+    """
 
     ROWS = 64  # that a thread takes at least
     FEW = 32  # up to here, calling oneDNN's kernel for each block of a weight costs more than it saves
 
     def codegen_define(self, kernel: Any) -> str:
+        tiles = isinstance(pick_vec_isa(), VecAMX) and not onednn_is_limited()
+        few = _rendered(_TILES, name=self.name) if tiles else self._vectors(kernel)
+        return few + _rendered(_VNNI, declaration=self.get_kernel_declaration(), name=self.name, few_rows=self.FEW)
+
+    def _vectors(self, kernel: Any) -> str:
+        """What multiplies a few rows without AMX."""
         name, blocking = self.name, self.register_blocking
         self.name, self.register_blocking = f"{name}_few", GemmBlocking(6, blocking.block_n, blocking.block_k)
         few: str = super().codegen_define(kernel)
         self.name, self.register_blocking = name, blocking
-        return few + _rendered(_VNNI, declaration=self.get_kernel_declaration(), name=name, few_rows=self.FEW)
+        return few
 
     def codegen_finalize(self, kernel: Any) -> str:
         return "at::native::cpublas::brgemm_release();"
@@ -52,6 +62,73 @@ _VNNI = """
     }
     if (M > many) {
         {{name}}_few<accum, prefetch>(A + many * lda, B, C + many * ldc, M - many, N, K, lda, ldb, ldc);
+    }
+}
+"""
+
+# Weights of a few rows come from memory or the last cache, which is what takes the time: they are asked for two steps
+# of four tiles ahead, in the next block of the weight as well, which lies behind this one.
+_TILES = """
+#include <ATen/cpu/Utils.h>
+#include <ATen/native/CPUBlas.h>
+#include <immintrin.h>
+
+// Up to 16 rows, of which each step multiplies `step` codes, up to 64: four tiles of sums, from one of codes and three
+// that weights take turns in.
+template <bool accum>
+inline void {{name}}_tiles(
+    const uint8_t* A, const int8_t* B, int32_t* C, int64_t M, int64_t K, int64_t step, int64_t lda, int64_t ldc
+) {
+    struct alignas(64) {
+        uint8_t palette = 1, start = 0, reserved[14] = {};
+        uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+        uint8_t rows[16] = {};
+    } tiles;
+    for (int i = 0; i < 5; i++) tiles.rows[i] = M;
+    for (int i = 5; i < 8; i++) tiles.rows[i] = step / 4;
+    tiles.bytes[4] = step;
+    _tile_loadconfig(&tiles);
+    const int64_t stride = ldc * sizeof(int32_t);
+    if constexpr (accum) {
+        _tile_loadd(0, C, stride);
+        _tile_loadd(1, C + 16, stride);
+        _tile_loadd(2, C + 32, stride);
+        _tile_loadd(3, C + 48, stride);
+    }
+    for (int64_t k = 0; k < K; k += step) {
+        const int8_t* weights = B + k * 64;
+        for (int64_t line = 0; line < step; line++) _mm_prefetch(weights + 8192 + line * 64, _MM_HINT_T0);
+        _tile_loadd(4, A + k, lda);
+        _tile_loadd(5, weights, 256);
+        _tile_dpbusd(0, 4, 5);
+        _tile_loadd(6, weights + 64, 256);
+        _tile_dpbusd(1, 4, 6);
+        _tile_loadd(7, weights + 128, 256);
+        _tile_dpbusd(2, 4, 7);
+        _tile_loadd(5, weights + 192, 256);
+        _tile_dpbusd(3, 4, 5);
+    }
+    _tile_stored(0, C, stride);
+    _tile_stored(1, C + 16, stride);
+    _tile_stored(2, C + 32, stride);
+    _tile_stored(3, C + 48, stride);
+}
+
+template <bool accum, bool prefetch>
+inline void {{name}}_few(
+    const uint8_t* A, const int8_t* B, int32_t* C,
+    int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc
+) {
+    static const bool allowed = at::cpu::init_amx();  // this process, by the kernel
+    TORCH_CHECK(allowed, "This process may not use AMX");
+    at::native::cpublas::brgemm_release();  // else it would take our configuration of tiles for its own
+    const int64_t whole = K / 64 * 64, rest = K - whole;
+    for (int64_t m = 0; m < M; m += 16) {
+        const int64_t rows = std::min<int64_t>(M - m, 16);
+        if (whole) {{name}}_tiles<accum>(A + m * lda, B, C + m * ldc, rows, whole, 64, lda, ldc);
+        if (!rest) continue;
+        auto* add = whole ? {{name}}_tiles<true> : {{name}}_tiles<accum>;
+        add(A + m * lda + whole, B + whole * 64, C + m * ldc, rows, rest, rest, lda, ldc);
     }
 }
 """
