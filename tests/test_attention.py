@@ -4,17 +4,21 @@ from typing import Any
 
 import pytest
 import torch
-from models import logits, quantized, relative_error, tiny, token_batches
+from models import int8_linears, logits, quantized, relative_error, tiny, token_batches
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hfq.errors import UsageError
+from hfq.quantization.convert import int8_linear
+from hfq.quantization.scheme import LayerScheme
 from hfq.runtime import attention
 from hfq.runtime.attention import bfloat16_attention
+from hfq.runtime.flow import trace
 from hfq.runtime.fusion import fuse, wanted_fusions
 from hfq.tuning.candidates import Candidate
 
 LONG = token_batches(2, rows=32, length=40)
+EVEN = [{"input_ids": batch["input_ids"]} for batch in token_batches(1, length=64)]
 
 
 class Encoder(nn.Module):
@@ -91,6 +95,87 @@ def test_models_take_it_when_asked(family: str, monkeypatch: pytest.MonkeyPatch)
     native = attention.multiplies_bfloat16()
     assert model.config._attn_implementation == (attention.NAME if native else "sdpa")
     assert relative_error(logits(model, LONG), before) < 0.1
+
+
+def layers_that_return_bfloat16(model: nn.Module) -> list[str]:
+    seen: list[str] = []
+    handles = [
+        layer.register_forward_hook(
+            lambda _, __, y, name=name: seen.append(name) if y.dtype == torch.bfloat16 else None
+        )
+        for name, layer in int8_linears(model).items()
+    ]
+    logits(model, EVEN)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+needs_tiles = pytest.mark.skipif(
+    not attention.multiplies_in_tiles(), reason="no AMX on this CPU, so nothing is narrowed"
+)
+
+
+@needs_tiles
+@pytest.mark.parametrize("family", ["Bert", "DistilBert", "Roberta", "Electra"])
+def test_query_key_and_value_are_rounded_by_the_matmul_where_attention_would(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = quantized(tiny(family), Candidate("static"), LONG)
+    same = quantized(tiny(family), Candidate("static"), LONG)
+    fuse(model)
+    assert len(layers_that_return_bfloat16(model)) == 6  # three in each layer
+    monkeypatch.setenv("HFQ_FUSIONS", "exact")
+    fuse(same)
+    same.set_attn_implementation(attention.NAME)
+    assert not layers_that_return_bfloat16(same)
+    assert torch.equal(logits(model, EVEN), logits(same, EVEN))
+
+
+@needs_tiles
+def test_they_are_not_for_an_attention_that_would_compute_with_rounded_scores() -> None:
+    model: Any = quantized(tiny(), Candidate("static"), LONG)
+    before = logits(model, LONG)
+    fuse(model)
+    model.set_attn_implementation("eager")
+    assert not layers_that_return_bfloat16(model)
+    assert relative_error(logits(model, LONG), before) < 0.02
+
+
+@needs_tiles
+@pytest.mark.parametrize("family", ["Bert", "DistilBert"])
+def test_a_fused_model_may_still_be_turned_into_bfloat16(family: str) -> None:
+    model = quantized(tiny(family), Candidate("static"), LONG)
+    before = logits(model, LONG)
+    fuse(model)
+    answer = logits(model.to(torch.bfloat16), LONG)
+    assert answer.dtype == torch.bfloat16
+    assert relative_error(answer.float(), before) < 0.1
+
+
+class Curious(nn.Module):
+    """A block that looks at its queries before attention does."""
+
+    def __init__(self, looks: bool) -> None:
+        super().__init__()
+        self.looks = looks
+        for name in ("query", "key", "value", "last"):
+            setattr(self, name, int8_linear(nn.Linear(8, 8), LayerScheme.static((-3.0, 3.0))))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        q, k, v = (
+            getattr(self, name)(input_ids).unflatten(-1, (2, 4)).transpose(1, 2) for name in ("query", "key", "value")
+        )
+        y: Tensor = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.last(y) + (q.sum() if self.looks else 0)
+
+
+@pytest.mark.parametrize("looks", [False, True])
+def test_what_anybody_else_reads_is_not_taken_for_attentions_alone(looks: bool) -> None:
+    model = Curious(looks)
+    flow = trace(model, {"input_ids": torch.randn(2, 5, 8)})
+    assert flow is not None
+    assert flow.read_by_attention() == ([] if looks else [model.query, model.key, model.value])
 
 
 @pytest.mark.parametrize("setting", ["exact", "none"])

@@ -56,9 +56,10 @@ def test_slices_answer_as_the_whole_batch_and_compute_less_padding(family: str) 
 def test_a_large_batch_is_cut_and_a_small_even_one_is_not() -> None:
     model = tiny()
     slice_batches(model)
-    ids = torch.randint(5, 200, (40, 64))
+    size = slicing.tokens_at_once() // 64
+    ids = torch.randint(5, 200, (2 * size + 8, 64))
     parts, logits = shapes_of(model, lambda m: m(ids).logits)
-    assert parts == [(16, 64), (16, 64), (8, 64)] and logits.shape == (40, 3)
+    assert parts == [(size, 64), (size, 64), (8, 64)] and logits.shape == (2 * size + 8, 3)
     assert shapes_of(model, lambda m: m(input_ids=ids[:8]).logits)[0] == [(8, 64)]
 
 
@@ -117,7 +118,7 @@ def test_every_row_is_in_one_slice() -> None:
         lengths = torch.randint(0, 600, (rows,), generator=generator).tolist()
         found = slices(lengths)
         assert sorted(row for part in found for row in part) == list(range(rows))
-        assert all(len(part) == 1 or len(part) * lengths[part[-1]] <= slicing.MOST_TOKENS for part in found)
+        assert all(len(part) == 1 or len(part) * lengths[part[-1]] <= slicing.tokens_at_once() for part in found)
 
 
 def test_batches_by_length_hold_little_padding_and_give_the_answers_in_order() -> None:

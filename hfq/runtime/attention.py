@@ -84,7 +84,8 @@ def bfloat16_attention(
 
     `attention_mask`: bool, true where a key may be seen, broadcast to `[batch, heads, length, keys]`. Products are
     bfloat16 with float32 sums. What an encoder does not do (causal masks, shared key heads, dropout, additive masks),
-    and what is too small to gain, goes to torch's attention. `tiles`: the CPU has AMX.
+    and what is too small to gain, goes to torch's attention. `tiles`: the CPU has AMX. A float32 model may hand over
+    bfloat16 (`hfq.runtime.narrowing`).
     """
     batch, heads, length, size = query.shape
     keys = key.shape[2]
@@ -92,25 +93,36 @@ def bfloat16_attention(
     plain = key.shape[1] == heads and value.shape == key.shape and not dropout
     plain &= not any(kwargs.get(name) is not None for name in ("position_bias", "cache", "softcap", "s_aux"))
     masked_plainly = not causal if attention_mask is None else attention_mask.dtype == torch.bool
-    if not plain or not masked_plainly or batch * heads * length * keys < WORTHWHILE:
+    narrowed = query.dtype == torch.bfloat16
+    dtype = _dtype_of(module, query.dtype) if narrowed else query.dtype
+    gains = narrowed or batch * heads * length * keys >= WORTHWHILE
+    if not plain or not masked_plainly or not gains:
+        query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
     scale = size**-0.5 if scaling is None else scaling
     if tiles:
-        return fused_attention(query, key, value, attention_mask, scale=scale), None
+        return fused_attention(query, key, value, attention_mask, scale=scale, dtype=dtype), None
     scores = torch.bmm(_rows(query).mul_(scale), _rows(key).transpose(1, 2))
     if attention_mask is not None:
         scores.view(batch, heads, length, keys).masked_fill_(~attention_mask, torch.finfo(scores.dtype).min)
     y = torch.bmm(scores.softmax(-1), _rows(value)).view(batch, heads, length, size)
-    return torch.empty(batch, length, heads, size, dtype=query.dtype).copy_(y.transpose(1, 2)), None
+    return torch.empty(batch, length, heads, size, dtype=dtype).copy_(y.transpose(1, 2)), None
 
 
-def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float) -> Tensor:
+def fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """The same by torch's fused attention: products of bfloat16, scores, softmax and sums in float32."""
     q, k, v = (tensor.to(torch.bfloat16) for tensor in (query, key, value))
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
-    return torch.empty(y.shape, dtype=query.dtype).copy_(y)
+    return torch.empty(y.shape, dtype=dtype).copy_(y)
+
+
+def _dtype_of(module: torch.nn.Module, default: torch.dtype) -> torch.dtype:
+    parameter = next(module.parameters(), None)
+    return default if parameter is None else parameter.dtype
 
 
 def _rows(x: Tensor) -> Tensor:

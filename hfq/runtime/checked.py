@@ -55,12 +55,14 @@ class CheckedKernel(OneDnnKernel):
         post_op: PostOp | None,
         output: tuple[float, int] | None,
         residual: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> Tensor:
         how: dict[str, Any] = {
             "input_scale": input_scale,
             "zero_point": zero_point,
             "post_op": post_op,
             "output": output,
+            "dtype": dtype,
         }
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             # What is computed anew depends on the codes, which a graph does not. It sees no memory either.

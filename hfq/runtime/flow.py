@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from .modules import Int8Linear, SharedMatmul
 
+_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 Answer = Callable[[Int8Linear, Tensor], Tensor]
 
 
@@ -27,13 +28,16 @@ class Flow:
 
     `calls`: layer, what it was given, what it answered. `read_by_others`: tensors that an operation outside the int8
     layers read, or that the model returned. `changes`: memory that was written to, with the number of calls before.
-    `outputs`: every tensor that the model returned.
+    `outputs`: every tensor that the model returned. `attended`: the memory that each call of torch's attention read as
+    query, key and value. `computed_from`: what any other operation read that does more than to look at it in another shape.
     """
 
     calls: list[tuple[Int8Linear, Tensor, Tensor]] = field(default_factory=list)
     read_by_others: list[Tensor] = field(default_factory=list)
     changes: list[tuple[int, int]] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
+    attended: list[tuple[int, ...]] = field(default_factory=list)
+    computed_from: set[int] = field(default_factory=set)
 
     @property
     def forms(self) -> list[tuple[torch.Size, torch.dtype]]:
@@ -66,6 +70,15 @@ class Flow:
             for positions in groups.values()
             if len(positions) > 1 and not self._changed(positions[0], positions[-1])
         ]
+
+    def read_by_attention(self) -> list[Int8Linear]:
+        """Layers whose answers nobody reads but one call of torch's attention, which reads nothing else."""
+        once = self.called_once()
+        layers = {_memory(answer): layer for layer, _, answer in self.calls if layer in once}
+        calls = Counter(address for call in self.attended for address in call)
+        others = self.computed_from | {_memory(given) for _, given, _ in self.calls} | set(map(_memory, self.outputs))
+        alone = {address for address in layers if calls[address] == 1 and address not in others}
+        return [layers[address] for call in self.attended if alone.issuperset(call) for address in call]
 
     def called_once(self) -> set[Int8Linear]:
         """Layers that had one call."""
@@ -210,14 +223,23 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        self.flow.read_by_others += [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        self.flow.read_by_others += read
         written = zip(func._schema.arguments, args, strict=False)
         self.flow.changes += [
             (_memory(value), len(self.flow.calls))
             for argument, value in written
             if argument.is_write and isinstance(value, Tensor)
         ]
-        return func(*args, **kwargs)
+        answer = func(*args, **kwargs)
+        memory = set(map(_memory, read))
+        if func is _ATTENTION:
+            self.flow.attended.append(tuple(map(_memory, args[:3])))
+            memory = set(map(_memory, read[3:]))
+        elif func.is_view and {_memory(leaf) for leaf in tree_leaves(answer) if isinstance(leaf, Tensor)} <= memory:
+            memory = set()
+        self.flow.computed_from |= memory
+        return answer
 
 
 def _blank(layer: Int8Linear, x: Tensor) -> Tensor:
@@ -225,6 +247,7 @@ def _blank(layer: Int8Linear, x: Tensor) -> Tensor:
     if layer.returns_codes:
         return torch.zeros(*shape, layer.out_features, dtype=torch.uint8)
     dtype = layer.weight_scale.dtype if x.dtype == torch.uint8 else x.dtype
+    dtype = torch.bfloat16 if layer.narrowing is not None and layer.narrowing.active else dtype
     group: SharedMatmul | None = layer.shared_matmul
     if group is None:
         return torch.zeros(*shape, layer.out_features, dtype=dtype)

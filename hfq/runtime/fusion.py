@@ -22,6 +22,7 @@ from .first_token import FirstToken
 from .flow import Flow, read_for_first_token, standing_in, trace
 from .memory import return_freed_memory
 from .modules import PACKING, Int8Linear, PostOp, SharedMatmul, input_codes, pack_all
+from .narrowing import Narrowing
 from .slicing import SlicedForward, slice_batches
 
 
@@ -119,9 +120,9 @@ def _fuse_calls(model: nn.Module, wanted: tuple[str, ...]) -> None:
         for parent in list(model.modules()):
             _fuse_residual(parent)
     for part, example in _examples(model):
-        _fuse_flow(part, example, wanted)
-    if "attention" in wanted:
-        _fuse_attention(model)
+        flow = _fuse_flow(part, example, wanted)
+        if "attention" in wanted and part is model:
+            _fuse_attention(model, example, flow)
 
 
 def _examples(model: nn.Module) -> Iterator[tuple[nn.Module, Mapping[str, Tensor]]]:
@@ -138,16 +139,20 @@ def _examples(model: nn.Module) -> Iterator[tuple[nn.Module, Mapping[str, Tensor
         yield model, example
 
 
-def _fuse_flow(model: nn.Module, example: Mapping[str, Tensor], wanted: Sequence[str]) -> None:
-    """Fuse what hands tensors from layer to layer, as one forward on `example` shows it; another shows that it runs."""
+def _fuse_flow(model: nn.Module, example: Mapping[str, Tensor], wanted: Sequence[str]) -> Flow | None:
+    """Fuse what hands tensors from layer to layer, as one forward on `example` shows it; another shows that it runs.
+
+    Returns: what the first one showed.
+    """
     flow = trace(model, example)
     if flow is None:
-        return
+        return None
     if "first-token" in wanted:
         _read_first_token(model, example, flow)
     undo = [fusion(flow) for name, fusion in FLOW_FUSIONS.items() if name in wanted]
     while undo and not _same_forms(flow, trace(model, example)):
         undo.pop()()
+    return flow
 
 
 Fusion = Callable[[Flow], Callable[[], None]]  # does it, and returns what undoes it
@@ -197,11 +202,20 @@ def _shared_matmuls(flow: Flow) -> Callable[[], None]:
     return undo
 
 
-def _fuse_attention(model: nn.Module) -> None:
-    """Let a transformers model use `hfq.runtime.attention` where it would use torch's."""
-    if isinstance(model, PreTrainedModel) and attention.can_replace(model):
-        attention.register()
-        model.set_attn_implementation(attention.NAME)
+def _fuse_attention(model: nn.Module, example: Mapping[str, Tensor], flow: Flow | None) -> None:
+    """Let a transformers model use `hfq.runtime.attention` where it would use torch's, on bfloat16 where that is all it reads."""
+    if not isinstance(model, PreTrainedModel) or not attention.can_replace(model):
+        return
+    attention.register()
+    model.set_attn_implementation(attention.NAME)
+    layers = flow.read_by_attention() if flow is not None and attention.multiplies_in_tiles() else []
+    layers = [layer for layer in layers if layer.activation == "static" and type(layer) is Int8Linear]
+    narrowing = Narrowing(model.config, attention.NAME)
+    for layer in layers:
+        layer.narrow(narrowing)
+    if layers and not _same_forms(flow, trace(model, example)):
+        for layer in layers:
+            layer.narrow(None)
 
 
 FLOW_FUSIONS: dict[str, Fusion] = {
@@ -217,8 +231,8 @@ FUSION_SETS: dict[str, tuple[str, ...]] = {
 }
 
 
-def _same_forms(before: Flow, after: Flow | None) -> bool:
-    return after is not None and before.forms == after.forms
+def _same_forms(before: Flow | None, after: Flow | None) -> bool:
+    return before is not None and after is not None and before.forms == after.forms
 
 
 def _fuse_activation(parent: nn.Module) -> None:

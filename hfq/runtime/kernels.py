@@ -52,11 +52,12 @@ class Kernel(Protocol):
         post_op: PostOp | None,
         output: tuple[float, int] | None,
         residual: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """uint8 `[.., in]`, one scale and zero point for all, to float32 `[.., out]`, after `post_op`.
+        """uint8 `[.., in]`, one scale and zero point for all, to `dtype` `[.., out]`, after `post_op`.
 
         With `output`, a scale and zero point, to uint8 codes of those. With `residual`, `[.., out]`, that is added;
-        then there is neither `post_op` nor `output`.
+        then there is neither `post_op` nor `output`, and `dtype` is float32.
         """
 
     def dynamic(
@@ -93,6 +94,7 @@ class OneDnnKernel:
         post_op: PostOp | None,
         output: tuple[float, int] | None,
         residual: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> Tensor:
         name, algorithm = _ONEDNN_POST_OPS[post_op]
         shape = (*codes.shape[:-1], len(scale))
@@ -108,7 +110,7 @@ class OneDnnKernel:
         output_scale, output_zero_point = output or (1.0, 0)
         y = torch.ops.onednn.qlinear_pointwise(
             codes, input_scale, zero_point, packed, scale, _NO_ZERO_POINTS, bias,
-            output_scale, output_zero_point, torch.uint8 if output else torch.float32, name, [], algorithm,
+            output_scale, output_zero_point, torch.uint8 if output else dtype, name, [], algorithm,
         )  # fmt: skip
         return y if residual is None else y.add_(residual)
 
@@ -163,12 +165,13 @@ class PortableKernel:
         post_op: PostOp | None,
         output: tuple[float, int] | None,
         residual: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> Tensor:
         y = self._matmul(codes.float().sub_(zero_point), packed, scale * input_scale, bias)
         y = apply_post_op(y, post_op)
         if residual is not None:
             return y.add_(residual)
-        return y if output is None else quantize_uint8(y, *output)
+        return y.to(dtype) if output is None else quantize_uint8(y, *output)
 
     def dynamic(
         self, x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, *, post_op: PostOp | None

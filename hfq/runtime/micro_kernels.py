@@ -38,7 +38,8 @@ class VnniMicroKernel(cpp_micro_gemm.CppMicroGemmAVX512VNNI):
     def codegen_define(self, kernel: Any) -> str:
         tiles = isinstance(pick_vec_isa(), VecAMX) and not onednn_is_limited()
         few = _rendered(_TILES, name=self.name) if tiles else self._vectors(kernel)
-        return few + _rendered(_VNNI, declaration=self.get_kernel_declaration(), name=self.name, few_rows=self.FEW)
+        declaration = self.get_kernel_declaration()
+        return few + _rendered(_VNNI, declaration=declaration, name=self.name, few_rows=self.FEW, tiles=tiles)
 
     def _vectors(self, kernel: Any) -> str:
         """What multiplies a few rows without AMX."""
@@ -61,6 +62,9 @@ _VNNI = """
         at::native::cpublas::brgemm(many, N, K, lda, ldb, ldc, accum, A, B, C);
     }
     if (M > many) {
+{%- if tiles %}
+        if (many > 0) at::native::cpublas::brgemm_release();  // it would take our configuration of tiles for its own
+{%- endif %}
         {{name}}_few<accum, prefetch>(A + many * lda, B, C + many * ldc, M - many, N, K, lda, ldb, ldc);
     }
 }
@@ -70,7 +74,6 @@ _VNNI = """
 # of four tiles ahead, in the next block of the weight as well, which lies behind this one.
 _TILES = """
 #include <ATen/cpu/Utils.h>
-#include <ATen/native/CPUBlas.h>
 #include <immintrin.h>
 
 // Up to 16 rows, of which each step multiplies `step` codes, up to 64: four tiles of sums, from one of codes and three
@@ -121,7 +124,6 @@ inline void {{name}}_few(
 ) {
     static const bool allowed = at::cpu::init_amx();  // this process, by the kernel
     TORCH_CHECK(allowed, "This process may not use AMX");
-    at::native::cpublas::brgemm_release();  // else it would take our configuration of tiles for its own
     const int64_t whole = K / 64 * 64, rest = K - whole;
     for (int64_t m = 0; m < M; m += 16) {
         const int64_t rows = std::min<int64_t>(M - m, 16);

@@ -22,6 +22,7 @@ from .kernels import (
     quantize_uint8,
 )
 from .memory import checkpoint_files, drop_file_pages, keep_freed_memory
+from .narrowing import Narrowing
 from .selection import select_kernel
 
 Activation = Literal["static", "dynamic", "weight-only"]
@@ -107,6 +108,7 @@ class Int8Linear(PackedModule):
     with static activations also `input_scale` float32 `[1]` and `input_zero_point` int8 `[1]`.
     `post_op`: an activation function computed with the matmul (`hfq.runtime.fusion`); not part of the state.
     `first_token`: says whether its answers are read for further tokens (`hfq.runtime.first_token`).
+    `narrowing`: says whether they are bfloat16 whatever the input is (`hfq.runtime.narrowing`).
     Inference only: no gradient flows through it.
     """
 
@@ -124,6 +126,7 @@ class Int8Linear(PackedModule):
         self.register_parameter("bias", frozen(torch.empty(out_features)) if bias else None)
         self.post_op: PostOp | None = None
         self.first_token: FirstToken | None = None
+        self.narrowing: Narrowing | None = None
         self._reader: tuple[Int8Linear] | None = None  # in a tuple: it is another module's child, not ours
         self._group: SharedMatmul | None = None
         self._packed: Any = None  # PackedLinear or _Slice
@@ -143,6 +146,11 @@ class Int8Linear(PackedModule):
         """Return uint8 codes of `consumer`'s input scale from now on, instead of floats; None: floats again."""
         self._reader = None if consumer is None else (consumer,)
         self.unpack()  # the consumer's scale is read when this layer is packed
+
+    def narrow(self, narrowing: Narrowing | None) -> None:
+        """Have `narrowing` say whether to answer with bfloat16; None: never."""
+        self.narrowing = narrowing
+        self.unpack()
 
     @property
     def is_plain(self) -> bool:
@@ -223,6 +231,7 @@ class PackedLinear:
         if self.activation == "static":
             self.input_scale, self.zero_point = input_codes(first)
         self.output = input_codes(first._reader[0]) if first._reader else None
+        self.narrowing = first.narrowing
 
     def __call__(self, x: Tensor, post_op: PostOp | None, residual: Tensor | None = None) -> Tensor:
         if self.activation == "weight-only":
@@ -233,6 +242,7 @@ class PackedLinear:
             y = self.kernel.dynamic(x, self.weight, self.scale, self.bias, post_op=post_op).to(x.dtype)
             return _added(y, residual)
         codes = x if x.dtype == torch.uint8 else quantize_uint8(x.float(), self.input_scale, self.zero_point)
+        narrow = self.narrowing is not None and residual is None and self.narrowing.gains(codes)
         y = self.kernel.static(
             codes,
             self.weight,
@@ -243,9 +253,10 @@ class PackedLinear:
             post_op=post_op,
             output=self.output,
             residual=residual,
+            dtype=torch.bfloat16 if narrow else torch.float32,
         )
         y = y.view(*x.shape[:-1], len(self.scale))  # oneDNN drops dimensions of an empty input
-        return y if self.output else y.to(self.dtype if x.dtype == torch.uint8 else x.dtype)
+        return y if self.output or narrow else y.to(self.dtype if x.dtype == torch.uint8 else x.dtype)
 
     def unpack(self) -> Tensor:
         return self.as_stored(self.kernel.unpack(self.weight, self.scale, self.in_features))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .first_token import FirstToken, Structure
 
 MOST_TOKENS = 1024  # rows x length of a slice
+MOST_TOKENS_IN_TILES = 2048  # with AMX, where matmuls are over so soon that what is between them counts
 WASTE = 128  # tokens of padding that cost less than one more forward
 WORTHWHILE = 64  # tokens, of which leaving out a layer's work on all but the first saves more than it takes to ask
 TOKENS = ("input_ids", "attention_mask", "token_type_ids")
@@ -33,14 +34,15 @@ def row_lengths(attention_mask: Tensor) -> Tensor:
 
 
 def by_length(
-    encodings: Mapping[str, Sequence[Any]], tokenizer: Any, *, most_tokens: int = MOST_TOKENS
+    encodings: Mapping[str, Sequence[Any]], tokenizer: Any, *, most_tokens: int | None = None
 ) -> Iterator[tuple[list[int], Any]]:
     """Batches of rows of like length, shortest first, each with the numbers of its rows: for any model, int8 or float.
 
     Args:
         encodings: what `tokenizer(texts, truncation=True)` returns, unpadded; or columns of a dataset, `rows[:]`.
         tokenizer: pads each batch to its own longest row.
-        most_tokens: rows x length of a batch, padding included. A row that is longer has a batch of its own.
+        most_tokens: rows x length of a batch, padding included. A row that is longer has a batch of its own. By default
+            what suits this CPU: 1024, or 2048 with AMX.
 
     Example:
         >>> encodings = tokenizer(texts, truncation=True)
@@ -54,8 +56,9 @@ def by_length(
         yield rows, tokenizer.pad(batch, return_tensors="pt")
 
 
-def slices(lengths: list[int], most_tokens: int = MOST_TOKENS) -> list[list[int]]:
+def slices(lengths: list[int], most_tokens: int | None = None) -> list[list[int]]:
     """Rows of each slice, given the rows' lengths: ascending, at most `most_tokens` and little padding in each."""
+    most_tokens = most_tokens or tokens_at_once()
     found: list[list[int]] = []
     longest = waste = 0
     for row in sorted(range(len(lengths)), key=lengths.__getitem__):
@@ -68,6 +71,12 @@ def slices(lengths: list[int], most_tokens: int = MOST_TOKENS) -> list[list[int]
         found[-1].append(row)
         longest = length
     return found
+
+
+@functools.cache
+def tokens_at_once() -> int:
+    """Rows x length of a slice on this CPU."""
+    return MOST_TOKENS_IN_TILES if torch.cpu.get_capabilities().get("amx_int8") else MOST_TOKENS
 
 
 def is_token_batch(inputs: dict[str, Any]) -> bool:
