@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hfq.runtime.attention import compiles_to_bfloat16
 from hfq.runtime.blocked import gelu
 from hfq.runtime.compiler import compile_graph
 from hfq.runtime.layouts import VNNI
@@ -30,6 +31,7 @@ class Pieces(nn.Module):
         normed = F.layer_norm(y + residual, (FEATURES,), weight, bias, 1e-12)
         doubled = F.layer_norm(y, (FEATURES,))
         doubled.mul_(2)
+        first = F.layer_norm(residual + other, (FEATURES,), bias, weight)
         own = [part.unflatten(-1, (HEADS, SIZE)).transpose(1, 2) for part in (x * 1.5).chunk(3, -1)]
         each = seen.expand(-1, -1, length, -1) & (torch.arange(length) != 1)  # laid out for each query, and alike
         causal = each & torch.ones(length, length, dtype=torch.bool).tril()
@@ -52,11 +54,17 @@ class Pieces(nn.Module):
             "normed in halves, as codes": codes_of(F.layer_norm(x, (3 * FEATURES,)).unflatten(-1, (6, -1)), codes),
             "added to itself, normed, as codes": codes_of(F.layer_norm(later + later, (3 * FEATURES,)), codes),
             "normed as codes": codes_of(F.layer_norm(other + 1e3, (FEATURES,)), codes),
+            "normed for a sum, as codes": codes_of(first, codes),
+            "sum with what was normed, as codes": codes_of(F.layer_norm(other + first, (FEATURES,)), codes),
         }
         if multiplies_blocks():
             products = multiplied(codes_of(y, codes), *matrix).view(*x.shape[:2], PRODUCTS)
             sums = F.layer_norm(x[..., :PRODUCTS] + products, (PRODUCTS,), table[7, :PRODUCTS], table[9, :PRODUCTS])
             answers |= {"products and a sum, normed": sums, "products and a sum, as codes": codes_of(sums, codes)}
+            wide = F.layer_norm(x[..., -PRODUCTS:], (PRODUCTS,))
+            products = multiplied(codes_of(other, codes), *matrix).view(*x.shape[:2], PRODUCTS)
+            sums = F.layer_norm(products + wide, (PRODUCTS,))
+            answers |= {"normed for products": codes_of(wide, codes), "products and that": codes_of(sums, codes)}
         return answers
 
 
@@ -108,4 +116,5 @@ def make_tensors() -> list[Tensor]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    compile_graph(Pieces(), Path(sys.argv[1]), shape=SHAPE, tensors=make_tensors(), with_attention=True)
+    fusions = ["compiled-attention", *(["compiled-residual"] if compiles_to_bfloat16() else [])]
+    compile_graph(Pieces(), Path(sys.argv[1]), shape=SHAPE, tensors=make_tensors(), fusions=fusions)

@@ -129,7 +129,7 @@ def test_they_are_found_whatever_the_family(family: str, attentions: int, monkey
     assert parts is not None
     rebuilt = Rebuilt(parts[0], ["attention_mask", "input_ids"])
     module = trace(rebuilt, torch.ones(2, 3, 11, dtype=torch.long), parts[1]).module(check_guards=False)
-    rewrite(module, with_attention=True)
+    rewrite(module, fusions=["compiled-attention", "compiled-residual"])
     counts = Counter(str(node.target) for node in module.graph.nodes)
     assert counts["hfq.attention.default"] == attentions
     assert counts["aten.scaled_dot_product_attention.default"] == 0
@@ -137,6 +137,12 @@ def test_they_are_found_whatever_the_family(family: str, attentions: int, monkey
     with_matmul = counts["hfq.int8_linear_norm.default"]
     assert counts["hfq.layer_norm.default"] + with_matmul >= 4
     assert with_matmul == 3 if pieces.multiplies_blocks() else with_matmul == 0
+    norms = [
+        node
+        for node in module.graph.nodes
+        if str(node.target) in ("hfq.layer_norm.default", "hfq.int8_linear_norm.default")
+    ]
+    assert sum(node.args[-1] for node in norms) >= 2  # nothing but a sum reads their numbers
     assert counts["hfq.quantize.default"] <= 6 - attentions  # what follows an attention is in it
 
 

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import traceback
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,12 @@ def main() -> None:
     skeleton = sys.stdin.buffer.read()
     folder = Path(request["folder"])
     torch.set_num_threads(request["threads"])
-    attention.register(compiled=request["attention"])
+    attention.register(compiled="compiled-attention" in request["fusions"])
     model = Rebuilt(skeleton, request["names"])
     _ask_compiler()
     try:
         tensors = [_empty(**found) for found in request["tensors"]]
-        compile_graph(model, folder, shape=request["shape"], tensors=tensors, with_attention=request["attention"])
+        compile_graph(model, folder, shape=request["shape"], tensors=tensors, fusions=request["fusions"])
     except Exception as error:  # what cannot be traced as one graph ends in any error of torch's
         if _may_pass(error):
             raise
@@ -79,12 +80,12 @@ class Rebuilt(nn.Module):
 
 
 def compile_graph(
-    model: nn.Module, folder: Path, *, shape: list[int], tensors: list[Tensor], with_attention: bool
+    model: nn.Module, folder: Path, *, shape: list[int], tensors: list[Tensor], fusions: Collection[str]
 ) -> None:
     """Write a shared library of `model`'s forward into `folder`, with what is to be known of it.
 
     `shape`: of inputs, `[names, batch, length]`; it is compiled for any length, and for any batch that is not 1.
-    `with_attention`: compile that too, in place of calls of torch's.
+    `fusions`: as `hfq.runtime.rewriting.rewrite` takes them.
 
     Raises:
         Exception: it cannot be traced as one graph, or calls what only Python computes.
@@ -107,7 +108,7 @@ def compile_graph(
         attention_template.register()
         norm_template.register()
         matmul_norm_template.register()
-        rewriting.rewrite(module, with_attention=with_attention)
+        rewriting.rewrite(module, fusions=fusions)
         aot_compile(
             module,
             (inputs, tensors),

@@ -64,14 +64,19 @@ def wanted_fusions() -> tuple[str, ...]:
     The default is "exact", and attention with products of bfloat16 where that keeps scores in float32: compiled on CPUs
     that multiply bfloat16, uncompiled too on those with AMX. It moves the answers of a float model a fortieth as far as
     int8 does (MiniLM, logits). Uncompiled and without AMX it rounds scores to 8 bits for its speed: who wants that asks
-    for it, and measures with it.
+    for it, and measures with it. Where the CPU has bfloat16, compiled code also keeps normed numbers so from one residual
+    sum to the next; the codes that matmuls read are made before they are rounded.
 
     Raises:
         UsageError: there is no fusion of that name.
     """
     setting = os.environ.get("HFQ_FUSIONS")
     if not setting:
-        close = {"compiled-attention": attention.can_compile(), "attention": attention.multiplies_in_tiles()}
+        close = {
+            "compiled-attention": attention.can_compile(),
+            "compiled-residual": attention.compiles_to_bfloat16(),
+            "attention": attention.multiplies_in_tiles(),
+        }
         return (*EXACT, *(name for name, here in close.items() if here))
     if setting in FUSION_SETS:
         return FUSION_SETS[setting]
@@ -226,7 +231,7 @@ FLOW_FUSIONS: dict[str, Fusion] = {
 EXACT = ("activation", "residual", *FLOW_FUSIONS, "slices", "first-token", "compiled-matmul")
 FUSION_SETS: dict[str, tuple[str, ...]] = {
     "exact": EXACT,
-    "all": (*EXACT, "compiled-attention", "attention"),
+    "all": (*EXACT, "compiled-attention", "compiled-residual", "attention"),
     "none": (),
 }
 

@@ -46,9 +46,9 @@ class CompilerError(Exception):
 class Graphs:
     """The graphs of one model, which are loaded, or compiled and kept, when an input first asks for them."""
 
-    def __init__(self, folder: Path, *, skeleton: bytes, tensors: list[Tensor], attention: bool) -> None:
+    def __init__(self, folder: Path, *, skeleton: bytes, tensors: list[Tensor], fusions: Sequence[str]) -> None:
         self.folder = folder
-        self._attention = attention
+        self._fusions = fusions
         self._skeleton = skeleton
         self._tensors = tensors
         self._loaded: dict[tuple[Any, ...], list[Graph]] = {}
@@ -62,10 +62,15 @@ class Graphs:
             return None
         skeleton, tensors = parts
         # A float model keeps to float products.
-        attention = is_compiled(fusions) and (not compiles_to_bfloat16() or bool(packed_linears(model)))
-        facts = json.dumps([_code(), machine(), attention, *map(stand_in, tensors)])
+        narrow = compiles_to_bfloat16()
+        here = {
+            "compiled-attention": is_compiled(fusions) and (not narrow or bool(packed_linears(model))),
+            "compiled-residual": narrow and "compiled-residual" in fusions,
+        }
+        wanted = [name for name, is_wanted in here.items() if is_wanted]
+        facts = json.dumps([_code(), machine(), wanted, *map(stand_in, tensors)])
         key = hashlib.sha256(facts.encode() + skeleton)
-        return cls(root / key.hexdigest()[:32], skeleton=skeleton, tensors=tensors, attention=attention)
+        return cls(root / key.hexdigest()[:32], skeleton=skeleton, tensors=tensors, fusions=wanted)
 
     def find(self, names: Sequence[str], inputs: Tensor) -> "Graph | None":
         """A loaded graph for `inputs`, int64 `[names, batch, length]`."""
@@ -135,7 +140,7 @@ class Graphs:
             "names": list(names),
             "shape": list(inputs.shape),
             "threads": torch.get_num_threads(),
-            "attention": self._attention,
+            "fusions": self._fusions,
             "tensors": [stand_in(tensor) for tensor in self._tensors],
         }
         try:

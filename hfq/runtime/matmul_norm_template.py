@@ -35,12 +35,13 @@ def _int8_linear_norm(
     codes: Any,
     eps: float,
     both: bool,
+    narrow: bool,
 ) -> list[Any]:
     rows = {"x": x, "residual": residual, "weight": weight, "bias": bias}
     tensors = {name: ir.ExternKernel.require_contiguous(in_rows(y)) for name, y in rows.items() if y is not None}
     others = {"matrix": matrix, "scale": scale, "offset": offset, "codes": codes}
     tensors |= {name: ir.ExternKernel.realize_input(y) for name, y in others.items()}
-    return MatmulNormTemplate(tensors, norm_layouts(residual, both=both), eps=eps, both=both).results()
+    return MatmulNormTemplate(tensors, norm_layouts(residual, both, narrow), eps=eps, both=both).results()
 
 
 class MatmulNormTemplate(Template):
@@ -75,11 +76,11 @@ extern "C" {{definition}}
             const auto* at = products + n / BLOCK * ROWS * BLOCK + n % BLOCK;
             const auto product = at::vec::convert<float>(at::vec::Vectorized<int32_t>::loadu(at));
             const Vector x = at::vec::fmadd(product, Vector::loadu(scale_at + n), Vector::loadu(offset_at + n));
-            return x + Vector::loadu(residual_at + row * N + n);
+            return x + numbers_at(residual_at + row * N + n);
         };
         normalize<N>(
             read, {{"weight_at" if "weight" in at else "nullptr"}}, {{"bias_at" if "bias" in at else "nullptr"}},
-            {{eps}}f, put_codes, {{"y + row * N" if both else "nullptr"}}, out + row * N);
+            {{eps}}f, put_codes, {{"y + row * N" if both else "static_cast<float*>(nullptr)"}}, out + row * N);
     };
 
     #pragma omp parallel num_threads(threads)

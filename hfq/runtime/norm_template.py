@@ -18,26 +18,43 @@ def register() -> None:
     replace_lowering(torch.ops.hfq.layer_norm.default, _layer_norm)
 
 
-def _layer_norm(x: Any, residual: Any, weight: Any, bias: Any, codes: Any, eps: float, both: bool) -> list[Any]:
+def _layer_norm(
+    x: Any, residual: Any, weight: Any, bias: Any, codes: Any, eps: float, both: bool, narrow: bool
+) -> list[Any]:
     found = {"x": x, "residual": residual, "weight": weight, "bias": bias}
     tensors = {name: ir.ExternKernel.require_contiguous(in_rows(x)) for name, x in found.items() if x is not None}
     tensors["codes"] = ir.ExternKernel.realize_input(codes)
-    return NormTemplate(tensors, norm_layouts(x, both=both), eps=eps, both=both).results()
+    return NormTemplate(tensors, norm_layouts(x, both, narrow), eps=eps, both=both).results()
 
 
-def norm_layouts(x: Any, *, both: bool) -> dict[str, ir.FixedLayout]:
+def norm_layouts(x: Any, both: bool, narrow: bool) -> dict[str, ir.FixedLayout]:
     """Of the answers for rows like those of `x`: numbers, if `both`, and codes."""
-    layouts = {"y": plain_layout(x, torch.float32, x.get_size())} if both else {}
+    layouts = {"y": plain_layout(x, torch.bfloat16 if narrow else torch.float32, x.get_size())} if both else {}
     return layouts | {"out": plain_layout(x, torch.uint8, x.get_size())}
 
 
 NORMALIZE = r"""
 #ifndef HFQ_NORMALIZE
 #define HFQ_NORMALIZE
+// float32 or, with AVX-512, bfloat16.
+inline at::vec::Vectorized<float> numbers_at(const float* from) { return at::vec::Vectorized<float>::loadu(from); }
+inline void put_numbers(float* to, at::vec::Vectorized<float> x) { x.store(to); }
+#if defined(CPU_CAPABILITY_AVX512)
+inline at::vec::Vectorized<float> numbers_at(const at::BFloat16* from) {
+    const auto wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    return at::vec::Vectorized<float>(_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)));
+}
+#endif
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
+inline void put_numbers(at::BFloat16* to, at::vec::Vectorized<float> x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
+}
+#endif
+
 // What is a null pointer is left out. `read` gives the numbers of a row, a vector at a time.
-template <int64_t N, typename Read>
+template <int64_t N, typename Read, typename Number>
 inline __attribute__((always_inline)) void normalize(
-    const Read& read, const float* weight, const float* bias, float eps, const ToCodes& put_codes, float* y, uint8_t* out
+    const Read& read, const float* weight, const float* bias, float eps, const ToCodes& put_codes, Number* y, uint8_t* out
 ) {
     using Vector = at::vec::Vectorized<float>;
     constexpr int64_t LANES = Vector::size();
@@ -65,7 +82,7 @@ inline __attribute__((always_inline)) void normalize(
         Vector number = (Vector::loadu(kept + n) - minus) * by;
         if (weight) number = number * Vector::loadu(weight + n);
         if (bias) number = number + Vector::loadu(bias + n);
-        if (y) number.store(y + n);
+        if (y) put_numbers(y + n, number);
         put_codes(out + n, number);
     }
 }
@@ -89,7 +106,7 @@ extern "C" {{definition}}
     const int64_t rows = {{kernel.size(tensors["x"], 0)}} * {{kernel.size(tensors["x"], 1)}};
     const ToCodes put_codes(&{{at["codes"]}});
 {%- for name in at if name != "codes" %}
-    const float* {{name}}_at = &{{at[name]}};
+    const auto* {{name}}_at = &{{at[name]}};
 {%- endfor %}
 
     const int64_t share = std::max<int64_t>(1, rows / {{4 * threads}});  // one that is held up keeps no other
@@ -97,12 +114,12 @@ extern "C" {{definition}}
     for (int64_t row = 0; row < rows; row++) {
         auto read = [&](int64_t n) {
             using Vector = at::vec::Vectorized<float>;
-            const Vector number = Vector::loadu(x_at + row * N + n);
-            return number{% if "residual" in at %} + Vector::loadu(residual_at + row * N + n){% endif %};
+            const Vector number = numbers_at(x_at + row * N + n);
+            return number{% if "residual" in at %} + numbers_at(residual_at + row * N + n){% endif %};
         };
         normalize<N>(
             read, {{"weight_at" if "weight" in at else "nullptr"}}, {{"bias_at" if "bias" in at else "nullptr"}},
-            {{eps}}f, put_codes, {{"y + row * N" if both else "nullptr"}}, out + row * N);
+            {{eps}}f, put_codes, {{"y + row * N" if both else "static_cast<float*>(nullptr)"}}, out + row * N);
     }
 }
 """

@@ -56,14 +56,18 @@ def layer_norm(
     codes: Tensor,
     eps: float,
     both: bool,
+    narrow: bool,
 ) -> list[Tensor]:
-    """float32 `[batch, length, features]`, with `residual` added, normalized to uint8; after float32, if `both`."""
+    """`[batch, length, features]`, with `residual` added, normalized to uint8; after numbers, if `both`.
+
+    What is read and added is float32 or bfloat16; numbers are bfloat16 if `narrow`.
+    """
     raise NotImplementedError("It is compiled, never run")
 
 
 @layer_norm.register_fake
 def _(x: Tensor, *others: Any) -> list[Tensor]:
-    return _normed(x, both=others[-1])
+    return _normed(x, *others[-2:])
 
 
 @torch.library.custom_op("hfq::int8_linear_norm", mutates_args=())
@@ -78,6 +82,7 @@ def int8_linear_norm(
     codes: Tensor,
     eps: float,
     both: bool,
+    narrow: bool,
 ) -> list[Tensor]:
     """`layer_norm` of the sum of `int8_linear(x, matrix, scale, offset)`, whose rows are those of `residual`, and that."""
     raise NotImplementedError("It is compiled, never run")
@@ -85,9 +90,10 @@ def int8_linear_norm(
 
 @int8_linear_norm.register_fake
 def _(x: Tensor, matrix: Tensor, scale: Tensor, offset: Tensor, residual: Tensor, *others: Any) -> list[Tensor]:
-    return _normed(residual, both=others[-1])
+    return _normed(residual, *others[-2:])
 
 
-def _normed(rows: Tensor, *, both: bool) -> list[Tensor]:
+def _normed(rows: Tensor, both: bool, narrow: bool) -> list[Tensor]:
     """What a norm of `rows` answers: numbers, if `both`, and codes."""
-    return [torch.empty_like(rows, dtype=dtype) for dtype in ((torch.float32, torch.uint8) if both else (torch.uint8,))]
+    numbers = [torch.empty_like(rows, dtype=torch.bfloat16 if narrow else torch.float32)] if both else []
+    return [*numbers, torch.empty_like(rows, dtype=torch.uint8)]

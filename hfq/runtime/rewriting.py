@@ -5,7 +5,7 @@ They are found by what computes them, in whatever model.
 
 import operator
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -25,11 +25,15 @@ _VIEWS = (
     _aten.select.int, _aten.unflatten.int, _aten.chunk.default, _aten.split.Tensor, _aten.split_with_sizes.default,
     _aten.unbind.int, operator.getitem,
 )  # fmt: skip
+_NORMS = {torch.ops.hfq.layer_norm.default: {0, 1}, torch.ops.hfq.int8_linear_norm.default: {4}}  # what each adds
 _KEEP_ORDER = (_aten.reshape.default, _aten.view.default, _aten.contiguous.default)
 
 
-def rewrite(module: fx.GraphModule, *, with_attention: bool) -> None:
-    """Put `hfq::layer_norm` and, if wanted, `hfq::attention` where they compute the same and what they quantize."""
+def rewrite(module: fx.GraphModule, *, fusions: Collection[str]) -> None:
+    """Put `hfq::layer_norm` and, if wanted, `hfq::attention` where they compute the same and what they quantize.
+
+    `fusions`: "compiled-attention", and "compiled-residual", which has residual sums read bfloat16.
+    """
     graph = module.graph
     _simplify(graph)
     _leave_out_tokens(graph)
@@ -38,7 +42,12 @@ def rewrite(module: fx.GraphModule, *, with_attention: bool) -> None:
     for node in graph.find_nodes(op="call_function", target=_LAYER_NORM):
         if node not in changed:
             _replace_norm(graph, node, changed)
-    for node in graph.find_nodes(op="call_function", target=_ATTENTION) if with_attention else ():
+    graph.eliminate_dead_code()  # sums that norms compute now
+    if "compiled-residual" in fusions:
+        for target in _NORMS:
+            for node in graph.find_nodes(op="call_function", target=target):
+                _narrow_sums(node)
+    for node in graph.find_nodes(op="call_function", target=_ATTENTION) if "compiled-attention" in fusions else ():
         arguments = _arguments(node)
         if arguments is not None and changed.isdisjoint(map(_origin, [node, *filter(None, arguments[0])])):
             _replace_attention(graph, node, *arguments)
@@ -160,7 +169,7 @@ def _replace_norm(graph: fx.Graph, node: Node, changed: set[Node]) -> None:
             if matmul is not None:
                 operation, operands = torch.ops.hfq.int8_linear_norm.default, (*matmul.args, other)
     with graph.inserting_before(node):
-        results = graph.call_function(operation, (*operands, weight, bias, codes, eps, both))
+        results = graph.call_function(operation, (*operands, weight, bias, codes, eps, both, False))
         *numbers, coded = (graph.call_function(operator.getitem, (results, i)) for i in range(1 + both))
     for y in quantized:
         with graph.inserting_before(y):
@@ -168,6 +177,23 @@ def _replace_norm(graph: fx.Graph, node: Node, changed: set[Node]) -> None:
         graph.erase_node(y)
     if both:
         _stand_in(node, numbers[0])
+
+
+def _narrow_sums(norm: Node) -> None:
+    """Have the numbers of `norm` kept as bfloat16, if nothing reads them but sums that are normed."""
+    *_, both, _ = norm.args
+    numbers = [user for user in norm.users if both and user.args[1] == 0]
+    if all(map(_only_sums_read, numbers)):
+        norm.args = (*norm.args[:-1], bool(numbers))
+
+
+def _only_sums_read(x: Node) -> bool:
+    def reads(user: Node) -> bool:
+        if user.target in _NORMS:
+            return _NORMS[user.target].issuperset(i for i, y in enumerate(user.args) if y is x)
+        return user.target in (*_VIEWS, *_KEEP_ORDER) and _only_sums_read(user)
+
+    return all(map(reads, x.users))
 
 
 def _matmul_behind(node: Node) -> Node | None:
