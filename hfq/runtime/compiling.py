@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .blocked import lay_out, lay_out_for_kernels
 from .fusion import finish_fusing, wanted_fusions
 from .graphs import CompilerError, Graphs
-from .memory import return_freed_memory
+from .memory import LargestInput, return_freed_memory
 from .modules import pack_all
 from .slicing import TOKENS, SlicedForward, is_token_batch
 
@@ -78,7 +78,7 @@ class _Compiled:
         self._graphs = graphs
         self._compiler = compiler
         self._in_process: _InProcess | None = None
-        self._most_tokens = 0
+        self._largest = LargestInput()
         self._own = types.MethodType(type(model).forward, model)
         functools.update_wrapper(self, self._own)  # transformers reads its signature
 
@@ -98,9 +98,7 @@ class _Compiled:
         # One tensor, int64 [names, batch, length], so that all have the same dynamic shape.
         with torch.inference_mode(False):  # torch.compile would take a tensor made in it for another kind
             stacked = torch.stack([inputs[name].long() for name in names])
-        if stacked[0].numel() >= 2 * self._most_tokens:
-            self._most_tokens = stacked[0].numel()
-            return_freed_memory()  # by smaller inputs: the activations of this one do not fit into it
+        self._largest.see(stacked[0].numel())
         graphs = self._graphs
         graph = graphs.find(names, stacked) if graphs else None
         if graph is None and graphs and graphs.may_make(names, stacked):

@@ -97,12 +97,7 @@ class OneDnnKernel:
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
         name, algorithm = _ONEDNN_POST_OPS[post_op]
-        shape = (*codes.shape[:-1], len(scale))
-        if (
-            residual is not None
-            and (residual.dtype, residual.shape) == (torch.float32, shape)
-            and residual.is_contiguous()
-        ):
+        if residual is not None and _can_be_added(residual, (*codes.shape[:-1], scale.shape[0])):
             return torch.ops.onednn.qlinear_pointwise.binary(
                 codes, input_scale, zero_point, packed, scale, _NO_ZERO_POINTS, residual, bias,
                 1.0, 0, torch.float32, 1.0, 0, "add", 1.0, "none", [], "",
@@ -118,13 +113,14 @@ class OneDnnKernel:
         self, x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, *, post_op: PostOp | None
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        if torch.compiler.is_compiling() or len(rows) <= DYNAMIC_ROWS:  # compiled for any number: no loop over them
+        columns = scale.shape[0]
+        if torch.compiler.is_compiling() or rows.shape[0] <= DYNAMIC_ROWS:  # compiled for any number: no loop over them
             y = apply_post_op(self._rows(rows, packed, scale, bias), post_op)
         else:
-            y = torch.empty(len(rows), len(scale))
+            y = torch.empty(len(rows), columns)
             for part, out in zip(rows.split(DYNAMIC_ROWS), y.split(DYNAMIC_ROWS), strict=True):
                 apply_post_op(self._rows(part, packed, scale, bias, out), post_op)
-        return y.view(*x.shape[:-1], len(scale))
+        return y.view(*x.shape[:-1], columns)
 
     def _rows(
         self, rows: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor | None = None
@@ -184,6 +180,11 @@ class PortableKernel:
     def _matmul(self, codes: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         y = F.linear(codes, self.unpack(packed, scale, codes.shape[-1]).float()).mul_(scale)
         return y if bias is None else y.add_(bias)
+
+
+def _can_be_added(residual: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether oneDNN adds `residual` to products of `shape`."""
+    return residual.dtype == torch.float32 and residual.shape == shape and residual.is_contiguous()
 
 
 def apply_post_op(y: Tensor, post_op: PostOp | None) -> Tensor:

@@ -49,6 +49,19 @@ def return_freed_memory() -> None:
         libc.malloc_trim(0)
 
 
+class LargestInput:
+    """The most tokens that a model was given so far. The activations of twice as many do not fit where theirs were."""
+
+    def __init__(self) -> None:
+        self._tokens = 0
+
+    def see(self, tokens: int) -> None:
+        """Give back what smaller inputs left, if `tokens` are so many more."""
+        if tokens >= 2 * self._tokens:
+            self._tokens = tokens
+            return_freed_memory()
+
+
 def free_unused() -> None:
     """Free what only refers to itself, as a fused model does, and give its memory back.
 

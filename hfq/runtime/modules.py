@@ -136,11 +136,17 @@ class Int8Linear(PackedModule):
 
         `residual`, float `[.., out]`, is added to the result; only where the layer `is_plain`.
         """
-        packed = self._packed or self.pack()
+        if not torch.is_grad_enabled():
+            return self._answer(x, residual)
         with torch.no_grad():
-            if self.first_token is not None and self.first_token.only:
-                return self.first_token.of(lambda x, residual: packed(x, self.post_op, residual), x, residual)
-            return packed(x, self.post_op, residual)
+            return self._answer(x, residual)
+
+    def _answer(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        packed = self._packed or self.pack()
+        if self.first_token is not None and self.first_token.only:
+            return self.first_token.of(lambda x, residual: packed(x, self.post_op, residual), x, residual)
+        y: Tensor = packed(x, self.post_op, residual)
+        return y
 
     def emit_codes_for(self, consumer: "Int8Linear | None") -> None:
         """Return uint8 codes of `consumer`'s input scale from now on, instead of floats; None: floats again."""
@@ -231,6 +237,7 @@ class PackedLinear:
         if self.activation == "static":
             self.input_scale, self.zero_point = input_codes(first)
         self.output = input_codes(first._reader[0]) if first._reader else None
+        self.out_features = len(self.scale)
         self.narrowing = first.narrowing
 
     def __call__(self, x: Tensor, post_op: PostOp | None, residual: Tensor | None = None) -> Tensor:
@@ -255,7 +262,7 @@ class PackedLinear:
             residual=residual,
             dtype=torch.bfloat16 if narrow else torch.float32,
         )
-        y = y.view(*x.shape[:-1], len(self.scale))  # oneDNN drops dimensions of an empty input
+        y = y.view(*x.shape[:-1], self.out_features)  # oneDNN drops dimensions of an empty input
         return y if self.output or narrow else y.to(self.dtype if x.dtype == torch.uint8 else x.dtype)
 
     def unpack(self) -> Tensor:

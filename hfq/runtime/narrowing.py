@@ -8,17 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-WORTHWHILE = 256  # rows of a matmul, of which writing and converting twice as much takes longer than to ask
-
 
 class Narrowing:
     """Says to such layers of a model whether to answer with bfloat16.
 
-    They do as long as the model's config names this attention, and not while a compiler traces, which narrows by itself.
+    They do as long as the model's config names `attention`, where there are `scores` enough that it would round them
+    itself, and not while a compiler traces, which narrows by itself.
     """
 
-    def __init__(self, config: Any, attention: str) -> None:
-        self._config, self._attention = config, attention
+    def __init__(self, config: Any, *, attention: str, scores: int) -> None:
+        self._config, self._attention, self._scores = config, attention, scores
 
     @property
     def active(self) -> bool:
@@ -26,5 +25,5 @@ class Narrowing:
         return self._config._attn_implementation == self._attention and not torch.compiler.is_compiling()
 
     def gains(self, x: Tensor) -> bool:
-        """The same, for input `[.., in]` of which there is enough."""
-        return x.numel() >= WORTHWHILE * x.shape[-1] and self.active
+        """The same, for input `[batch, length, in]`, of one head or more."""
+        return x.dim() == 3 and x.shape[0] * x.shape[1] ** 2 >= self._scores and self.active

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .first_token import FirstToken, Structure
+from .memory import LargestInput
 
 MOST_TOKENS = 1024  # rows x length of a slice
 MOST_TOKENS_IN_TILES = 2048  # with AMX, where matmuls are over so soon that what is between them counts
@@ -109,6 +110,7 @@ class SlicedForward:
         self.first_token: FirstToken | None = None
         self._structure: Structure | None = None
         self.forward: Callable[..., Any] = types.MethodType(type(model).forward, model)
+        self._largest = LargestInput()
         self.whole = False  # the model answers in a form that cannot be put together
         functools.update_wrapper(self, self.forward)  # transformers reads its signature
 
@@ -140,6 +142,7 @@ class SlicedForward:
             return self.forward(*args, **kwargs)
         mask = inputs.get("attention_mask")
         rows, length = inputs["input_ids"].shape
+        self._largest.see(min(rows * length, tokens_at_once()))
         lengths = [length] * rows if mask is None else row_lengths(mask).tolist()
         parts = slices(lengths)
         if len(parts) < 2:
