@@ -13,7 +13,7 @@ from ..report import Trial
 from .candidates import Candidate
 from .options import Options
 
-FINALISTS = 2  # fully static candidates that get an evaluation, best output error first
+FINALISTS = 4  # fully static candidates that get an evaluation, best output error first: float layers cost more later
 GAP_CLOSED = (0.35, 0.8)  # of the output error between all static and all dynamic, by layers made dynamic
 STABLE = 0.99  # of the answers; a candidate below it meets the goal by luck of rounding, so the search goes on
 HOPELESS = 3.0  # a candidate with this many times the best output error is not worth one
