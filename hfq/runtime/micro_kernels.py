@@ -34,12 +34,14 @@ class VnniMicroKernel(cpp_micro_gemm.CppMicroGemmAVX512VNNI):
 
     ROWS = 64  # that a thread takes at least
     FEW = 32  # up to here, calling oneDNN's kernel for each block of a weight costs more than it saves
+    FEW_IN_TILES = 63  # the same, with AMX
 
     def codegen_define(self, kernel: Any) -> str:
         tiles = isinstance(pick_vec_isa(), VecAMX) and not onednn_is_limited()
         few = _rendered(_TILES, name=self.name) if tiles else self._vectors(kernel)
+        few_rows = self.FEW_IN_TILES if tiles else self.FEW
         declaration = self.get_kernel_declaration()
-        return few + _rendered(_VNNI, declaration=declaration, name=self.name, few_rows=self.FEW, tiles=tiles)
+        return few + _rendered(_VNNI, declaration=declaration, name=self.name, few_rows=few_rows, tiles=tiles)
 
     def _vectors(self, kernel: Any) -> str:
         """What multiplies a few rows without AMX."""
@@ -57,7 +59,7 @@ _VNNI = """
 #include <ATen/native/CPUBlas.h>
 {{declaration}} {
     // In multiples: oneDNN makes and keeps a kernel for each number of rows.
-    const int64_t many = M > {{few_rows}} ? M / {{few_rows}} * {{few_rows}} : 0;
+    const int64_t many = M > {{few_rows}} ? M / 32 * 32 : 0;
     if (many > 0) {
         at::native::cpublas::brgemm(many, N, K, lda, ldb, ldc, accum, A, B, C);
     }
