@@ -7,6 +7,7 @@ import torch
 from models import int8_linears, logits, quantized, relative_error, tiny, token_batches
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import BertConfig
 
 from hfq.errors import UsageError
 from hfq.quantization.convert import int8_linear
@@ -15,6 +16,8 @@ from hfq.runtime import attention
 from hfq.runtime.attention import bfloat16_attention
 from hfq.runtime.flow import trace
 from hfq.runtime.fusion import fuse, wanted_fusions
+from hfq.runtime.modules import SharedMatmul
+from hfq.runtime.narrowing import Narrowing
 from hfq.tuning.candidates import Candidate
 
 LONG = token_batches(2, rows=32, length=40)
@@ -176,6 +179,23 @@ def test_what_anybody_else_reads_is_not_taken_for_attentions_alone(looks: bool) 
     flow = trace(model, {"input_ids": torch.randn(2, 5, 8)})
     assert flow is not None
     assert flow.read_by_attention() == ([] if looks else [model.query, model.key, model.value])
+
+
+def test_a_matmul_is_narrowed_where_all_who_share_it_are() -> None:
+    layers = [int8_linear(nn.Linear(8, 8), LayerScheme.static((-3.0, 3.0))) for _ in range(4)]
+    SharedMatmul(layers)
+    config = BertConfig(attn_implementation=attention.NAME)
+    narrowing = Narrowing(config, attention=attention.NAME, scores=100)
+    x, short = torch.randn(4, 6, 8), torch.randn(4, 4, 8)
+    for layer in layers[:3]:
+        layer.narrow(narrowing)
+    assert {layer(x).dtype for layer in layers} == {torch.float32}
+    for layer in layers:
+        layer.narrow(narrowing)
+    assert {layer(x).dtype for layer in layers} == {torch.bfloat16}
+    assert {layer(short).dtype for layer in layers} == {torch.float32}
+    config._attn_implementation = "eager"
+    assert {layer(x).dtype for layer in layers} == {torch.float32}
 
 
 @pytest.mark.parametrize("setting", ["exact", "none"])
