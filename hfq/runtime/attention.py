@@ -93,10 +93,8 @@ def bfloat16_attention(
     plain = key.shape[1] == heads and value.shape == key.shape and not dropout
     plain &= not any(kwargs.get(name) is not None for name in ("position_bias", "cache", "softcap", "s_aux"))
     masked_plainly = not causal if attention_mask is None else attention_mask.dtype == torch.bool
-    narrowed = query.dtype == torch.bfloat16
-    dtype = _dtype_of(module, query.dtype) if narrowed else query.dtype
-    gains = narrowed or batch * heads * length * keys >= WORTHWHILE
-    if not plain or not masked_plainly or not gains:
+    dtype = _dtype_of(module, query.dtype) if query.dtype == torch.bfloat16 else query.dtype
+    if not plain or not masked_plainly or batch * heads * length * keys < WORTHWHILE:
         query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
@@ -121,8 +119,8 @@ def fused_attention(
 
 
 def _dtype_of(module: torch.nn.Module, default: torch.dtype) -> torch.dtype:
-    parameter = next(module.parameters(), None)
-    return default if parameter is None else parameter.dtype
+    """Of the floats that `module` computes with: an int8 weight that is not packed yet is its parameter, too."""
+    return next((parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()), default)
 
 
 def _rows(x: Tensor) -> Tensor:

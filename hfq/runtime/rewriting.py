@@ -5,7 +5,7 @@ They are found by what computes them, in whatever model.
 
 import operator
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -188,10 +188,16 @@ def _narrow_sums(norm: Node) -> None:
 
 
 def _only_sums_read(x: Node) -> bool:
+    return _only_read(x, _NORMS, (*_VIEWS, *_KEEP_ORDER))
+
+
+def _only_read(x: Node, places: Mapping[Any, set[int]], through: Collection[Any]) -> bool:
+    """Whether nothing reads `x`, or what is `through` others the same, but operations that take it in such `places`."""
+
     def reads(user: Node) -> bool:
-        if user.target in _NORMS:
-            return _NORMS[user.target].issuperset(i for i, y in enumerate(user.args) if y is x)
-        return user.target in (*_VIEWS, *_KEEP_ORDER) and _only_sums_read(user)
+        if user.target in places:
+            return places[user.target].issuperset(i for i, y in enumerate(user.args) if y is x)
+        return user.target in through and _only_read(user, places, through)
 
     return all(map(reads, x.users))
 
@@ -301,12 +307,7 @@ def _narrow(graph: fx.Graph, x: Node) -> None:
 
 
 def _only_attention_reads(x: Node) -> bool:
-    def reads(user: Node) -> bool:
-        if user.target is torch.ops.hfq.attention.default:
-            return x in user.args[:3] and x not in user.args[3:]
-        return user.target in _VIEWS and _only_attention_reads(user)
-
-    return all(map(reads, x.users))
+    return _only_read(x, {torch.ops.hfq.attention.default: {0, 1, 2}}, _VIEWS)
 
 
 def _until_quantized(node: Node) -> list[Node]:
