@@ -16,6 +16,7 @@ PostOp = Literal["relu", "gelu", "gelu_tanh"]
 SYMMETRIC_RANGE = 127.5  # compressed-tensors divides a token's absolute maximum by this: (127 + 128) / 2
 DYNAMIC_ROWS = 1024  # tokens quantized and multiplied at a time: their floats stay out of the peak
 FEW_NUMBERS = 1 << 16  # fewer operations take less time than fewer bytes
+MANY_NUMBERS = 1 << 20  # oneDNN takes longer to add so many to products than a sum of its own does
 _RANGE = torch.tensor(SYMMETRIC_RANGE, device="cpu")  # an operation makes a tensor of a number, each time
 _NO_ZERO_POINTS = torch.zeros(1, dtype=torch.int32)  # weights are symmetric
 _ONEDNN_POST_OPS: dict[PostOp | None, tuple[str, str]] = {
@@ -107,20 +108,20 @@ class OneDnnKernel:
             codes, input_scale, zero_point, packed, scale, _NO_ZERO_POINTS, bias,
             output_scale, output_zero_point, torch.uint8 if output else dtype, name, [], algorithm,
         )  # fmt: skip
+        if y.dim() != codes.dim():  # of an empty input
+            y = y.view(*codes.shape[:-1], y.shape[-1])
         return y if residual is None else y.add_(residual)
 
     def dynamic(
         self, x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, *, post_op: PostOp | None
     ) -> Tensor:
+        if torch.compiler.is_compiling() or x.numel() <= DYNAMIC_ROWS * x.shape[-1]:  # compiled for any number: no loop
+            return apply_post_op(self._rows(x, packed, scale, bias), post_op)
         rows = x.reshape(-1, x.shape[-1])
-        columns = scale.shape[0]
-        if torch.compiler.is_compiling() or rows.shape[0] <= DYNAMIC_ROWS:  # compiled for any number: no loop over them
-            y = apply_post_op(self._rows(rows, packed, scale, bias), post_op)
-        else:
-            y = torch.empty(len(rows), columns)
-            for part, out in zip(rows.split(DYNAMIC_ROWS), y.split(DYNAMIC_ROWS), strict=True):
-                apply_post_op(self._rows(part, packed, scale, bias, out), post_op)
-        return y.view(*x.shape[:-1], columns)
+        y = torch.empty(len(rows), scale.shape[0])
+        for part, out in zip(rows.split(DYNAMIC_ROWS), y.split(DYNAMIC_ROWS), strict=True):
+            apply_post_op(self._rows(part, packed, scale, bias, out), post_op)
+        return y.view(*x.shape[:-1], scale.shape[0])
 
     def _rows(
         self, rows: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor | None = None
@@ -183,8 +184,10 @@ class PortableKernel:
 
 
 def _can_be_added(residual: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether oneDNN adds `residual` to products of `shape`."""
-    return residual.dtype == torch.float32 and residual.shape == shape and residual.is_contiguous()
+    """Whether oneDNN can, and should, add `residual` to products of `shape`."""
+    if residual.dtype != torch.float32 or residual.shape != shape or not residual.is_contiguous():
+        return False
+    return torch.compiler.is_compiling() or residual.numel() < MANY_NUMBERS
 
 
 def apply_post_op(y: Tensor, post_op: PostOp | None) -> Tensor:

@@ -246,8 +246,8 @@ class PackedLinear:
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return _added(apply_post_op(nn.functional.linear(x, weight, bias), post_op), residual)
         if self.activation == "dynamic":
-            y = self.kernel.dynamic(x, self.weight, self.scale, self.bias, post_op=post_op).to(x.dtype)
-            return _added(y, residual)
+            y = self.kernel.dynamic(x, self.weight, self.scale, self.bias, post_op=post_op)
+            return _added(y if y.dtype == x.dtype else y.to(x.dtype), residual)
         codes = x if x.dtype == torch.uint8 else quantize_uint8(x.float(), self.input_scale, self.zero_point)
         narrow = self.narrowing is not None and residual is None and self.narrowing.gains(codes)
         y = self.kernel.static(
@@ -262,8 +262,10 @@ class PackedLinear:
             residual=residual,
             dtype=torch.bfloat16 if narrow else torch.float32,
         )
-        y = y.view(*x.shape[:-1], self.out_features)  # oneDNN drops dimensions of an empty input
-        return y if self.output or narrow else y.to(self.dtype if x.dtype == torch.uint8 else x.dtype)
+        if self.output or narrow:
+            return y
+        dtype = self.dtype if x.dtype == torch.uint8 else x.dtype
+        return y if y.dtype == dtype else y.to(dtype)
 
     def unpack(self) -> Tensor:
         return self.as_stored(self.kernel.unpack(self.weight, self.scale, self.in_features))
