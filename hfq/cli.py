@@ -85,7 +85,7 @@ BatchSize = Annotated[int | None, typer.Option(help="Examples a batch.  \\[defau
 Seed = Annotated[int | None, typer.Option(help="Seed of every random choice.  \\[default: 42]", show_default=False)]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the checkpoint.", show_default=False)]
 Task = Annotated[str | None, typer.Option(help="Task.  \\[default: found from the architecture]", show_default=False)]
-Threads = Annotated[int | None, typer.Option(help="CPU threads.  \\[default: torch's]", show_default=False)]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.  \\[default: torch's]", show_default=False)]
 Accelerator = Annotated[
     str | None,
     typer.Option(help="Lightning accelerator of evaluations.  \\[default: cpu]", show_default=False),
@@ -374,13 +374,16 @@ def bench_command(
     """
     import torch
 
-    from .bench.growth import grow
+    from .bench.engines import PEERS
+    from .bench.growth import Point, grow
     from .bench.run import bench, chosen, pull_baseline
     from .bench.table import as_dict, markdown, write
     from .hardware import hardware
     from .source import pull
     from .ui import Reporter
 
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"--output {output} is a file. Name a folder.")
     sizes = [_shape(text) for text in shapes.split(",")]
     names = chosen([name.strip() for name in vs.split(",") if name.strip()], compiled=compiled)
     quantized = pull(checkpoint, token=token)
@@ -399,10 +402,16 @@ def bench_command(
         hardware=machine,
         ui=ui,
     )
-    points = grow(quantized, float_model, threads=threads, ui=ui) if growth else []
+    points: list[Point] = []
     written = write(found, points, output)
+    if growth:
+        points = grow(quantized, float_model, threads=threads, ui=ui)
+        written = write(found, points, output)
     _print(json.dumps(as_dict(found, points), indent=2, ensure_ascii=False) if as_json else markdown(found, points))
     ui.stage(f"Wrote {', '.join(map(str, written))}")
+    for engine in found.failed:
+        if engine.name not in PEERS:
+            raise HfqError(f"{engine.name} did not run to the end: {engine.failure}")
 
 
 @app.command(
@@ -544,20 +553,25 @@ _HIDDEN = ("--token", "--engine", "--ray-address")
 
 
 class _Interrupted(BaseException):
-    """Ctrl-C, as a type that typer and Lightning do not know: each would end the command in its own way."""
+    """Ctrl-C or SIGTERM, as a type that typer and Lightning do not know: each would end the command in its own way."""
+
+    def __init__(self, number: int) -> None:
+        self.exit_code = 128 + number  # as a shell has it
 
 
 def main() -> None:
     """The `hfq` command."""
-    signal.signal(signal.SIGINT, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))  # pools end theirs so
     prepare_libraries()
     guard_streams()
     try:
         app()
     except HfqError as error:
         _fail(str(error), error.exit_code)
-    except _Interrupted:
-        _fail("Interrupted.", 130)
+    except _Interrupted as interrupted:
+        _fail("Interrupted.", interrupted.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away: nothing left to say
         sys.exit(1)
@@ -583,8 +597,8 @@ def prepare_libraries() -> None:
         logging.getLogger(logger).setLevel(logging.ERROR)
 
 
-def _interrupt(*_: object) -> None:
-    raise _Interrupted
+def _interrupt(number: int, _: object) -> None:
+    raise _Interrupted(number)
 
 
 def _clean_token(token: str | None) -> str | None:
@@ -628,8 +642,8 @@ def _run(recipe: "Recipe", engine: "Engine", *, name: str, token: str | None, lo
         if as_json:
             _print(json.dumps(error.details, indent=2, ensure_ascii=False))
         raise
-    except _Interrupted:
-        _fail("Interrupted. Nothing was published; run the same command with --resume to go on.", 130)
+    except _Interrupted as interrupted:
+        _fail("Interrupted. Nothing was published; run the same command with --resume to go on.", interrupted.exit_code)
     run.ui.stage(f"Done: {result.folder}")
     show_result(result.report, run.ui.console)
     _publish_result(result, recipe, run.ui, token=token, local_hub=local_hub)
@@ -662,8 +676,8 @@ def _run_many(
                 if as_json:
                     _print(json.dumps(asdict(outcome), ensure_ascii=False))
                     sys.stdout.flush()
-    except _Interrupted:
-        _fail("Interrupted. What is done is said above; of the rest, --resume repeats no trial.", 130)
+    except _Interrupted as interrupted:
+        _fail("Interrupted. What is done is said above; of the rest, --resume repeats no trial.", interrupted.exit_code)
     if code := exit_code(outcomes):
         failed = [outcome.recipe for outcome in outcomes if outcome.exit_code]
         _fail(f"Not done: {', '.join(failed)}. What each lacks is said above.", code)

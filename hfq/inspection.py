@@ -1,5 +1,6 @@
 """What `hfq inspect`, `hfq eval` and a finished run show: a checkpoint's layers, sizes and provenance, as tables."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,6 +24,10 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         SourceError: `hfq.json` is there but is not JSON, or a layer's scale is none.
     """
     layers, float_bytes = [], 0
+    settings = checkpoint.config.get("quantization_config") or {}
+    without_scale = (
+        "dynamic" if any(map(_is_dynamic, (settings.get("config_groups") or {}).values())) else "weight-only"
+    )
     for path in checkpoint.weights:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
@@ -31,16 +36,16 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
                 if tensor.dtype != "I8" or not name.endswith(".weight") or len(tensor.shape) < 2:
                     float_bytes += tensor.end - tensor.begin
                     continue
-                layers.append(_layer(file, name.removesuffix(".weight"), names, tensor.shape))
+                layers.append(_layer(file, name.removesuffix(".weight"), names, tensor.shape, without_scale))
     return {
         "checkpoint": checkpoint.info.id,
         "revision": checkpoint.info.revision,
         "architectures": checkpoint.config.get("architectures"),
         "size_mb": checkpoint.size_mb,
-        "int8_mb": sum(layer["rows"] * layer["columns"] for layer in layers) / 2**20,
+        "int8_mb": sum(math.prod(layer["shape"]) for layer in layers) / 2**20,
         "other_mb": float_bytes / 2**20,
         "layers": layers,
-        "float_layers": (checkpoint.config.get("quantization_config") or {}).get("ignore") or [],
+        "float_layers": settings.get("ignore") or [],
         "quantization_config": checkpoint.config.get("quantization_config"),
         "provenance": _provenance(checkpoint),
     }
@@ -63,7 +68,7 @@ def show(found: Mapping[str, Any]) -> None:
         table.add_row(
             escape(printable(layer["name"])),
             layer["kind"],
-            f"{layer['rows']} × {layer['columns']}",
+            " × ".join(map(str, layer["shape"])),
             f"{low:.2e} … {high:.2e}",
             f"{layer['input_scale']:.4f}" if layer["input_scale"] is not None else "",
             str(layer["input_zero_point"]) if layer["input_zero_point"] is not None else "",
@@ -153,7 +158,11 @@ def show_facts(found: Mapping[str, Any]) -> None:
     Console().print(table)
 
 
-def _layer(file: Any, name: str, names: set[str], shape: Sequence[int]) -> dict[str, Any]:
+def _is_dynamic(group: Any) -> bool:
+    return isinstance(group, dict) and bool((group.get("input_activations") or {}).get("dynamic"))
+
+
+def _layer(file: Any, name: str, names: set[str], shape: Sequence[int], without_scale: str) -> dict[str, Any]:
     scale = file.get_tensor(f"{name}.weight_scale") if f"{name}.weight_scale" in names else None
     if scale is not None and scale.numel() == 0:
         raise SourceError(f"{name}.weight_scale is empty; expected a scale for each row.")
@@ -161,9 +170,8 @@ def _layer(file: Any, name: str, names: set[str], shape: Sequence[int]) -> dict[
     embedding = scale is not None and f"{name}.bias" not in names and "embedding" in name
     return {
         "name": name,
-        "kind": "static" if static else "embedding" if embedding else "dynamic",
-        "rows": shape[0],
-        "columns": shape[1],
+        "kind": "static" if static else "embedding" if embedding else without_scale,
+        "shape": list(shape),
         "weight_scale": [scale.min().item(), scale.max().item()] if scale is not None else [0.0, 0.0],
         "input_scale": _single(file, f"{name}.input_scale") if static else None,
         "input_zero_point": _single(file, f"{name}.input_zero_point") if f"{name}.input_zero_point" in names else None,

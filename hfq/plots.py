@@ -116,7 +116,7 @@ def limits(report: Report) -> tuple[float, float, float]:
 
 def ticks(low: float, high: float) -> list[float]:
     """Round numbers between two limits."""
-    _quiet_matplotlib()
+    quiet_matplotlib()
     from matplotlib.ticker import MaxNLocator
 
     found = MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
@@ -153,7 +153,7 @@ def _draw_accuracy_speed(report: Report) -> bytes:
     legend = figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     for entry in legend.get_texts():
         entry.set_parse_math(False)
-    return _png(figure)
+    return png(figure)
 
 
 def _draw_layer_sensitivity(report: Report) -> bytes:
@@ -174,7 +174,7 @@ def _draw_layer_sensitivity(report: Report) -> bytes:
         axes.bar(0, 0, color=_RUNS[runs], label="kept in float (error avoided)" if runs == "float" else runs)
     axes.legend(loc="lower right", frameon=False, fontsize=9)
     axes.grid(axis="y", visible=False)
-    return _png(figure)
+    return png(figure)
 
 
 _PLOTS: dict[str, Callable[[Report], bytes]] = {
@@ -215,7 +215,7 @@ def _short(name: str) -> str:
 
 
 def _figure(*, height: float) -> "tuple[Figure, Any]":
-    _quiet_matplotlib()
+    quiet_matplotlib()
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.0, height), layout="constrained", facecolor="white")
@@ -226,12 +226,12 @@ def _figure(*, height: float) -> "tuple[Figure, Any]":
     return figure, axes
 
 
-def _quiet_matplotlib() -> None:
+def quiet_matplotlib() -> None:
     """It announces that it builds a font cache; standard error is for what a run says."""
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 
-def _png(figure: "Figure") -> bytes:
+def png(figure: "Figure") -> bytes:
     """The same bytes for the same figures: no date, no version."""
     from PIL import Image
 

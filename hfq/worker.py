@@ -5,6 +5,7 @@ settings. Requests are JSON lines on standard input, answers JSON lines on stand
 """
 
 import json
+import os
 import re
 import sys
 import time
@@ -23,8 +24,9 @@ def main() -> None:
 
 def serve(opened: Callable[[dict[str, Any]], S], answer: Callable[[S, dict[str, Any]], dict[str, Any]]) -> None:
     """Answer each request line; the first one opens the session that answers them all, itself included."""
-    answers = sys.stdout
-    sys.stdout = sys.stderr  # libraries print; only answers may go to standard output
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries print, in C++ too; only answers may go to the asker
+    sys.stdout = sys.stderr
     session: S | None = None
     for line in sys.stdin:
         request = json.loads(line)

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -189,9 +190,12 @@ def test_warns_when_the_float_model_is_no_better_than_the_majority(outliers: Pat
 # Interruptions
 
 
-def test_an_interruption_says_so_once_and_keeps_the_trials(interrupted: Interrupted) -> None:
-    done = interrupted.stop(signal.SIGINT)
-    assert (done.code, done.out) == (130, "")
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interruption_says_so_once_and_keeps_the_trials(
+    number: signal.Signals, code: int, interrupted: Interrupted
+) -> None:
+    done = interrupted.stop(number)
+    assert (done.code, done.out) == (code, "")
     assert done.err.count("Interrupted") == 1
     assert "--resume" in done.err.splitlines()[-1]
     assert "Traceback" not in done.err
@@ -252,6 +256,7 @@ def test_inspect_shows_what_is_int8_and_where_it_came_from(run: Run) -> None:
     assert len(found["layers"]) == 22
     assert all(low > 0 for low, _ in (layer["weight_scale"] for layer in found["layers"]))
     assert found["float_layers"] == ["classifier"]
+    assert found["int8_mb"] + found["other_mb"] == pytest.approx(found["size_mb"], rel=0.02)  # a header is the rest
     assert found["provenance"] == run.report
 
 
@@ -303,15 +308,19 @@ def test_bench_measures_every_engine_on_every_shape_and_writes_what_it_found(run
         assert list(engine["by_shape"]) == ["2x8", "1x16"]
         for latency in engine["by_shape"].values():
             assert 0 < latency["p50"] <= latency["p95"] <= latency["p99"]
-        assert engine["load_s"] > 0 and engine["peak_mb"] > 0
+            assert latency["samples"] == 30
+        assert engine["first_answer_s"] > engine["load_s"] > 0 and engine["peak_mb"] > 0
         second = engine["second_process"]
-        assert second["load_s"] > 0 and second["private_mb"] > 0 and second["shared_mb"] >= 0
+        assert second["first_answer_s"] > second["load_s"] > 0
+        assert second["private_mb"] > 0 and second["shared_mb"] >= 0
     assert engines["fp32"]["agreement"] == 1 and engines["fp32"]["error"] == 0
     assert 0 < engines["hfq"]["error"] < 0.5  # int8 did run, and answers nearly the same
     assert engines["hfq"]["size_mb"] < 0.3 * engines["fp32"]["size_mb"]
     table = (run.cwd / "bench" / "bench.md").read_text()
     assert "| 2x8 | hfq |" in table and "| 1x16 | torch |" in table
-    assert "A second process" in table and "| engine | load s | private MiB | shared MiB |" in table
+    assert "A second process" in table and "| engine | load s | first answer s | private MiB | shared MiB |" in table
+    assert "Loading, size and peak of torch are of the float checkpoint" in table
+    assert found["setup"]["versions"]["torch"] == version("torch") and f"torch {version('torch')}" in table
     assert (run.cwd / "bench" / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -323,6 +332,9 @@ def test_bench_measures_every_engine_on_every_shape_and_writes_what_it_found(run
         (["./out", "--baseline", "./model", "--vs", "tensorrt"], "tensorrt"),
         (["./out", "--baseline", "./model", "--shapes", "8by16"], "8by16"),
         (["./out", "--baseline", "./nowhere"], "nowhere"),
+        (["./out", "--baseline", "./out"], "--baseline out is quantized"),
+        (["./out", "--baseline", "./model", "--shapes", "1x16,2x9999"], "9999"),
+        (["./out", "--baseline", "./model", "--threads", "0"], "--threads"),
     ],
 )
 def test_bench_refuses_what_it_cannot_compare(flags: list[str], said: str, run: Run) -> None:

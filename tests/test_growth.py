@@ -8,7 +8,7 @@ from command import CHECKPOINT
 
 from hfq.bench import growth
 from hfq.bench.growth import Point, grow
-from hfq.bench.run import BenchResult
+from hfq.bench.run import BenchResult, EngineResult, Latency
 from hfq.bench.table import markdown, write
 from hfq.source import pull
 from hfq.ui import Reporter
@@ -36,3 +36,19 @@ def test_it_is_written_as_a_table_and_a_plot(tmp_path: Path) -> None:
     paths = write(RESULT, points, tmp_path)
     assert [path.name for path in paths] == ["bench.md", "bench.json", "bench.png", "growth.png"]
     assert paths[-1].read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_an_engine_did_before_it_failed_is_kept(tmp_path: Path) -> None:
+    latency = Latency(1.0, 2.0, 3.0, 16.0, 30)
+    engines = [
+        EngineResult("fp32", by_shape={"1x16": latency, "8x$a": latency}),  # a $ would begin a formula in a plot
+        EngineResult("hfq", by_shape={"1x16": latency}, failure="at 8x$a: no memory"),
+        EngineResult("torch", failure="no such operation"),
+    ]
+    result = replace(RESULT, checkpoint="a$^$b", shapes=["1x16", "8x$a"], engines=engines)
+    table = markdown(result, [])
+    assert "| 1x16 | hfq | 1.00 | 2.00 | 3.00 | 30 | 16.0 | 1.00 |" in table and "| 8x$a | hfq |" not in table
+    assert "**hfq did not run to the end:** at 8x$a: no memory" in table
+    assert "**torch did not run to the end:** no such operation" in table and "| torch |" not in table
+    assert "answers otherwise" not in table and "100.0%" not in table  # nothing was compared
+    assert write(result, [], tmp_path)[2].read_bytes().startswith(b"\x89PNG")

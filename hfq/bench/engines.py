@@ -3,8 +3,9 @@
 A peer is quantized as its own guide says, from the float checkpoint, with the same calibration inputs for all.
 """
 
+import importlib.metadata
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -18,7 +19,7 @@ INPUTS = ("input_ids", "attention_mask")
 
 @dataclass(frozen=True)
 class Job:
-    """`quantized` and `baseline`: the int8 checkpoint and the float one it was made from. `calibration`: input ids.
+    """`quantized` and `baseline`: the int8 checkpoint and the float one it was made from. `calibration`: a file of input ids.
 
     `layers`: load so many of the model's layers only; None for all.
     """
@@ -26,7 +27,7 @@ class Job:
     quantized: Path
     baseline: Path
     auto_class: str
-    calibration: list[Tensor]
+    calibration: Path
     threads: int
     layers: int | None = None
 
@@ -95,7 +96,7 @@ class OpenVino:
         example = _example(job)
         with torch.no_grad():
             graph = openvino.convert_model(_Logits(_model(job.baseline, job)), example_input=example)
-        samples = [{name: value.numpy() for name, value in _inputs(ids).items()} for ids in job.calibration]
+        samples = [{name: value.numpy() for name, value in _inputs(ids).items()} for ids in _calibration(job)]
         quantized = nncf.quantize(
             graph, nncf.Dataset(samples), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(samples)
         )
@@ -180,12 +181,11 @@ class TorchAo:
     loads: Checkpoint | None = "baseline"
 
     def load(self, path: Path, job: Job) -> Run:
-        import torch
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
         model = _model(path, job)
         quantize_(model, Int8DynamicActivationInt8WeightConfig())
-        return _transformers(torch.compile(model, dynamic=False))
+        return _transformers(_compiled(model))
 
 
 class NeuralCompressor:
@@ -203,17 +203,14 @@ class NeuralCompressor:
         graph = export(model, example_inputs=example, dynamic_shapes=dict.fromkeys(INPUTS, _dimensions(model)))
         prepared = prepare(graph, get_default_static_config())
         with torch.no_grad():
-            for ids in job.calibration:
+            for ids in _calibration(job):
                 prepared(**_inputs(ids))
         convert(prepared).save(example, output_dir=str(folder))
 
     def load(self, path: Path, job: Job) -> Run:
-        import torch
-        import torch._inductor.config
         from neural_compressor.torch.quantization import load
 
-        torch._inductor.config.freezing = True  # or weights stay float, and are quantized in every forward
-        return torch.compile(load(str(path)), dynamic=False)
+        return _compiled(load(str(path)))
 
 
 REFERENCE = "fp32"
@@ -234,6 +231,14 @@ def missing(name: str) -> list[str]:
     """Packages that an engine needs and that are not installed."""
     packages = [module.partition(".")[0] for module in ENGINES[name].requires]
     return [package for package in packages if importlib.util.find_spec(package) is None]
+
+
+def versions(names: Sequence[str]) -> dict[str, str]:
+    """Of the packages that the engines called `names` need."""
+    packages = {module.partition(".")[0] for name in names for module in ENGINES[name].requires}
+    distributions = importlib.metadata.packages_distributions()
+    found = {name for package in packages for name in distributions.get(package, ())}
+    return {name: importlib.metadata.version(name) for name in sorted(found)}
 
 
 class _Logits(nn.Module):
@@ -257,6 +262,22 @@ def _model(path: Path, job: Job) -> Any:
     return model.eval().requires_grad_(False)
 
 
+def _compiled(model: Any) -> Any:
+    """torch.compile for each shape, with constant weights."""
+    import torch
+    import torch._inductor.config
+
+    torch._dynamo.config.recompile_limit = 64  # shapes; beyond it the model would run as it is, without a word
+    torch._inductor.config.freezing = True  # or weights are not packed, and some are quantized in every forward
+    return torch.compile(model, dynamic=False)
+
+
+def _calibration(job: Job) -> list[Tensor]:
+    from safetensors.torch import load_file
+
+    return list(load_file(job.calibration).values())
+
+
 def _transformers(model: Any) -> Run:
     return lambda ids, mask: model(input_ids=ids, attention_mask=mask).logits
 
@@ -277,4 +298,4 @@ def _dimensions(model: _Logits) -> dict[int, Any]:
 
 def _example(job: Job) -> dict[str, Tensor]:
     """Two rows: whatever is exported takes a size of 1 for a constant."""
-    return _inputs(job.calibration[0].repeat(2, 1))
+    return _inputs(_calibration(job)[0].repeat(2, 1))

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ..benchmark import Process
+from ..errors import HfqError
 from ..source import Checkpoint
 from ..ui import Reporter
-from .engines import ENGINES, REFERENCE
+from .engines import REFERENCE
 from .run import opening_request
 
 BATCHES = (1, 8, 32)  # at LENGTH tokens
@@ -37,15 +38,18 @@ class Point:
 
 
 def grow(quantized: Checkpoint, baseline: Checkpoint, *, threads: int, ui: Reporter) -> list[Point]:
-    """Measure the float model and the int8 one along each axis, in turn."""
+    """Measure the float model and the int8 one along each axis, in turn. A size that fails has no point."""
     with tempfile.TemporaryDirectory(prefix="hfq-bench-") as folder:
         opening = opening_request(quantized, baseline, threads=threads, folder=Path(folder))
         sizes = list(_sizes(quantized.config))
-        return [
-            _measure(name, axis, value, {**opening, **size}, quantized if name == "hfq" else baseline)
-            for axis, value, size in ui.track(sizes, text="growth", total=len(sizes))
-            for name in (REFERENCE, "hfq")
-        ]
+        points = []
+        for axis, value, size in ui.track(sizes, text="growth", total=len(sizes)):
+            for name, checkpoint in ((REFERENCE, baseline), ("hfq", quantized)):
+                try:
+                    points.append(_measure(name, axis, value, {**opening, **size}, checkpoint))
+                except HfqError as error:
+                    ui.warn(f"{axis} {value}: {error}")
+        return points
 
 
 def _sizes(config: dict[str, Any]) -> Iterator[tuple[str, int, dict[str, Any]]]:
@@ -60,10 +64,8 @@ def _sizes(config: dict[str, Any]) -> Iterator[tuple[str, int, dict[str, Any]]]:
 
 
 def _measure(name: str, axis: str, value: int, request: dict[str, Any], checkpoint: Checkpoint) -> Point:
-    assert name in ENGINES
     with Process("hfq.bench.worker", name) as process:
         process.ask({**request, "engine": name})
         process.ask({**request, "do": "load", "path": str(checkpoint.path)})
-        process.ask({**request, "do": "time", "repeat": 1})
         found = process.ask({**request, "do": "time", "repeat": REPEAT})
     return Point(name, axis, value, 1e3 * statistics.median(found["seconds"]), found["peak_mib"])

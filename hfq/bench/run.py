@@ -1,7 +1,8 @@
 """Drive the engines: prepare each, load each in a process of its own, then time them in turn on every shape."""
 
+import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,16 +14,18 @@ from safetensors.torch import save_file
 from ..benchmark import Process
 from ..bounds import check_model
 from ..errors import UsageError
-from ..report import Report, read_report
+from ..report import Report, package_versions, read_report
 from ..source import Checkpoint, pull
 from ..tasks import TASKS, find_task
 from ..ui import Reporter
-from .engines import ENGINES, PEERS, REFERENCE, missing
+from .engines import ENGINES, PEERS, REFERENCE, missing, versions
 
 CALIBRATION = 100  # inputs, as the peers' own guides take
 SAME_ANSWER = 0.9  # share of inputs answered as the float model does; below it the table says so
+SAME_LOGITS = 0.5  # relative difference of logits; above it the table says so, too
 WEIGHTS = (".safetensors", ".bin", ".xml", ".onnx", ".pt")
-SECOND_SHAPE = (1, 16)  # of the one input that a second process answers: so small that only loading shows
+FIRST_SHAPE = (1, 16)  # of the input that is answered as soon as a model is loaded: so small that only loading shows
+VARIABLES = ("HFQ_", "ONEDNN_", "DNNL_", "OMP_", "KMP_", "GOMP_", "MALLOC_", "GLIBC_TUNABLES", "ATEN_CPU_CAPABILITY")
 Shape = tuple[int, int]
 
 
@@ -34,6 +37,7 @@ class Latency:
     p95: float
     p99: float
     throughput: float
+    samples: int
 
 
 @dataclass(frozen=True)
@@ -41,28 +45,33 @@ class SecondProcess:
     """Another process that loads the same and answers one input, while the first has it loaded.
 
     MiB that this took, less what imports take: `private_mb` is what it adds to the host, `shared_mb` what it has
-    resident and other processes as well, such as pages of the weight file and of libraries. `load_s`: seconds.
+    resident and other processes as well, such as pages of the weight file and of libraries. Seconds: as in
+    `EngineResult`.
     """
 
     load_s: float
+    first_answer_s: float
     private_mb: float
     shared_mb: float
 
 
 @dataclass(frozen=True)
 class EngineResult:
-    """`load_s`: seconds. `size_mb`, `peak_mb`: MiB, the peak less what imports take. `by_shape`: keys like "8x128".
+    """`load_s`: seconds. `first_answer_s`: seconds from the start of loading to the answer to one small input.
 
-    `agreement`: share of the largest shape's inputs whose label is the float model's. `error`: relative difference of
-    the logits. `failure`: why it did not run; then nothing else holds.
+    `size_mb`, `peak_mb`: MiB of the weights that it loads, and the peak less what imports take. `by_shape`: keys like
+    "8x128". `agreement`: share of inputs of the largest shape, at least 16 and half of them padded, whose label is the
+    float model's. `error`: relative difference of their logits. Both are None where nothing was compared. `failure`:
+    why it did not run to the end; what it did until then was measured.
     """
 
     name: str
     load_s: float = 0.0
+    first_answer_s: float = 0.0
     size_mb: float = 0.0
     peak_mb: float = 0.0
-    agreement: float = 0.0
-    error: float = 0.0
+    agreement: float | None = None
+    error: float | None = None
     by_shape: dict[str, Latency] = field(default_factory=dict)
     second_process: SecondProcess | None = None
     failure: str | None = None
@@ -70,13 +79,22 @@ class EngineResult:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """What one run measured. Only figures of one run may be compared."""
+    """What one run measured. Only figures of one run may be compared.
+
+    `setup`: what it takes to repeat it: rounds, revisions, versions of packages, and variables of the environment.
+    """
 
     checkpoint: str
     baseline: str
     shapes: list[str]
     hardware: dict[str, Any]
     engines: list[EngineResult]
+    setup: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> list[EngineResult]:
+        """Those that did not run to the end."""
+        return [engine for engine in self.engines if engine.failure is not None]
 
 
 def bench(
@@ -90,10 +108,15 @@ def bench(
     hardware: dict[str, Any],
     ui: Reporter,
 ) -> BenchResult:
-    """Measure the engines called `names`, the first of which is the reference, on random tokens of `shapes`.
+    """Measure the engines called `names` on random tokens of `shapes`.
 
     An engine that fails is reported as such, and does not end the others.
+
+    Raises:
+        UsageError: `baseline` is not the float model of `quantized`, or a shape is longer than it takes.
+        SourceError: a checkpoint is not the model that its config says.
     """
+    _check(quantized, baseline, shapes)
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="hfq-bench-") as folder, ExitStack() as stack:
         opening = opening_request(quantized, baseline, threads=threads, folder=Path(folder))
@@ -101,13 +124,21 @@ def bench(
         loading: dict[str, dict[str, Any]] = {}
         for name in names:
             ui.stage(f"Prepare and load {name}")
+            found[name] = {}
             try:
                 loading[name] = _prepare(name, opening, Path(folder) / name)
-                running[name] = stack.enter_context(_open(name, opening))
-                found[name] = _load(running[name], loading[name])
+                process, found[name] = _load(name, opening, loading[name])
+                running[name] = stack.enter_context(process)
             except Exception as error:  # a peer's own failure, of any type: it is a result
-                found[name] = {"failure": str(error)}
+                found[name]["failure"] = str(error)
                 ui.warn(f"{name}: {error}")
+                continue
+            weights = ENGINES[name].loads
+            found[name]["size_mb"] = (
+                {"quantized": quantized, "baseline": baseline}[weights].size_mb
+                if weights
+                else _size_mb(Path(folder) / name)
+            )
         for batch, length in sorted(shapes, key=lambda shape: shape[0] * shape[1]):
             ui.stage(f"Time {batch}×{length}")
             _time(running, found, {**opening, "shape": [batch, length]}, rounds=rounds)
@@ -120,8 +151,14 @@ def bench(
             except Exception as error:
                 ui.warn(f"{name}, in a second process: {error}")
     results = [EngineResult(name=name, **found[name]) for name in names]
+    setup = {
+        "rounds": rounds,
+        "revisions": {"checkpoint": quantized.info.revision, "baseline": baseline.info.revision},
+        "versions": {**package_versions(), **versions(names)},
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)},
+    }
     return BenchResult(
-        quantized.info.id, baseline.info.id, [f"{batch}x{length}" for batch, length in shapes], hardware, results
+        quantized.info.id, baseline.info.id, [f"{batch}x{length}" for batch, length in shapes], hardware, results, setup
     )
 
 
@@ -147,6 +184,7 @@ def opening_request(quantized: Checkpoint, baseline: Checkpoint, *, threads: int
         "vocabulary": vocabulary,
         "threads": threads,
         "layers": None,
+        "shape": FIRST_SHAPE,
     }
 
 
@@ -187,6 +225,29 @@ def pull_baseline(quantized: Checkpoint, named: str | None, *, token: str | None
     return pull(made_from.id, revision=made_from.revision, token=token)
 
 
+def _check(quantized: Checkpoint, baseline: Checkpoint, shapes: Sequence[Shape]) -> None:
+    """Refuse what could be measured but not compared."""
+    name = baseline.info.id
+    if baseline.is_quantized:
+        raise UsageError(
+            f"--baseline {name} is quantized. Pass the float checkpoint that {quantized.info.id} was made from."
+        )
+    for what, of in (("labels", _labels), ("tokens in its vocabulary", lambda config: config.get("vocab_size"))):
+        here, there = of(quantized.config), of(baseline.config)
+        if here != there:
+            raise UsageError(
+                f"--baseline {name} is another model: it has {there} {what}, and {quantized.info.id} {here}. "
+                "Pass the checkpoint that it was made from."
+            )
+    most = quantized.config.get("max_position_embeddings")
+    if most and (longest := max(length for _, length in shapes)) > most:
+        raise UsageError(f"{quantized.info.id} takes at most {most} tokens, and --shapes has {longest}.")
+
+
+def _labels(config: Mapping[str, Any]) -> int:
+    return len(config.get("id2label") or range(config.get("num_labels", 2)))
+
+
 def _prepare(name: str, opening: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Make what the engine loads; return the request that loads it.
 
@@ -210,18 +271,25 @@ def _open(name: str, opening: dict[str, Any]) -> Process:
     return process
 
 
-def _load(process: Process, loading: dict[str, Any]) -> dict[str, Any]:
-    loaded = process.ask(loading)
-    weights = [file for file in Path(loading["path"]).rglob("*") if file.suffix in WEIGHTS]
-    size = sum(file.stat().st_size for file in weights) / 2**20
-    return {"load_s": loaded["load_s"], "size_mb": size, "by_shape": {}}
+def _load(name: str, opening: dict[str, Any], loading: dict[str, Any]) -> tuple[Process, dict[str, Any]]:
+    process = _open(name, opening)
+    try:
+        return process, {**process.ask(loading), "by_shape": {}}
+    except BaseException:
+        process.close()
+        raise
+
+
+def _size_mb(folder: Path) -> float:
+    """Of the weights that a peer made, MiB."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.suffix in WEIGHTS) / 2**20
 
 
 def _load_beside(name: str, opening: dict[str, Any], loading: dict[str, Any]) -> SecondProcess:
-    with _open(name, opening) as process:
-        loaded = process.ask(loading)
-        memory = process.ask({**opening, "do": "memory", "shape": SECOND_SHAPE})
-    return SecondProcess(loaded["load_s"], memory["private"], memory["shared"])
+    process, loaded = _load(name, opening, loading)
+    with process:
+        memory = process.ask({**opening, "do": "memory"})
+    return SecondProcess(loaded["load_s"], loaded["first_answer_s"], memory["private"], memory["shared"])
 
 
 def _time(
@@ -236,7 +304,7 @@ def _time(
             try:
                 answer = running[name].ask({**request, "do": "time", "repeat": repeat if turn else 3})
             except Exception as error:
-                found[name] = {"failure": f"at {batch}x{length}: {error}"}
+                found[name]["failure"] = f"at {batch}x{length}: {error}"
                 del running[name]
                 continue
             found[name]["peak_mb"] = answer["peak_mib"]
@@ -248,7 +316,9 @@ def _time(
             .quantile(torch.tensor([0.5, 0.95, 0.99], dtype=torch.float64))
             .tolist()
         )
-        found[name]["by_shape"][f"{batch}x{length}"] = Latency(p50 * 1e3, p95 * 1e3, p99 * 1e3, batch / p50)
+        found[name]["by_shape"][f"{batch}x{length}"] = Latency(
+            p50 * 1e3, p95 * 1e3, p99 * 1e3, batch / p50, len(seconds[name])
+        )
 
 
 def _compare(running: dict[str, Process], found: dict[str, dict[str, Any]], request: dict[str, Any]) -> None:
@@ -258,7 +328,7 @@ def _compare(running: dict[str, Process], found: dict[str, dict[str, Any]], requ
             answers[name] = torch.tensor(running[name].ask(request)["logits"])
         except Exception as error:
             batch, length = request["shape"]
-            found[name] = {"failure": f"at {batch}x{length}: {error}"}
+            found[name]["failure"] = f"at {batch}x{length}: {error}"
             del running[name]
     reference = answers.get(REFERENCE)
     if reference is None:

@@ -6,11 +6,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..files import write_text
+from ..files import write_bytes, write_text
+from ..plots import png, quiet_matplotlib
 from ..redact import redact
-from .engines import REFERENCE
+from .engines import ENGINES, PEERS, REFERENCE
 from .growth import BATCH, LENGTH, Point
-from .run import SAME_ANSWER, BenchResult, EngineResult
+from .run import SAME_ANSWER, SAME_LOGITS, BenchResult, EngineResult
 
 
 def write(result: BenchResult, growth: Sequence[Point], folder: Path) -> list[Path]:
@@ -19,10 +20,10 @@ def write(result: BenchResult, growth: Sequence[Point], folder: Path) -> list[Pa
     paths = [folder / f"bench.{suffix}" for suffix in ("md", "json", "png")]
     write_text(paths[0], redact(markdown(result, growth)))
     write_text(paths[1], redact(json.dumps(as_dict(result, growth), indent=2, ensure_ascii=False)))
-    _plot(result, paths[2])
+    write_bytes(paths[2], _plot(result))
     if growth:
         paths.append(folder / "growth.png")
-        _plot_growth(growth, paths[-1])
+        write_bytes(paths[-1], _plot_growth(growth))
     return paths
 
 
@@ -33,56 +34,74 @@ def as_dict(result: BenchResult, growth: Sequence[Point]) -> dict[str, Any]:
 
 def markdown(result: BenchResult, growth: Sequence[Point]) -> str:
     """The figures as tables: by shape, by engine, and by size."""
-    ran = [engine for engine in result.engines if engine.failure is None]
+    ran = [engine for engine in result.engines if engine.by_shape]
     lines = [
         f"# {result.checkpoint}",
         "",
         f"{result.hardware['cpu']}, {result.hardware['threads']} threads, torch kernel {result.hardware['kernel']}. "
         f"Float model: {result.baseline}. All engines in turn, in one run; times are milliseconds.",
         "",
-        "| batch x length | engine | p50 | p95 | p99 | examples/s | x FP32 |",
-        "|---|---|---|---|---|---|---|",
+        "| batch x length | engine | p50 | p95 | p99 | of | examples/s | x FP32 |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for shape in result.shapes:
-        reference = next((e.by_shape[shape].p50 for e in ran if e.name == REFERENCE), None)
-        for engine in ran:
-            latency = engine.by_shape[shape]
-            ratio = f"{reference / latency.p50:.2f}" if reference else ""
+        timed = {engine.name: engine.by_shape[shape] for engine in ran if shape in engine.by_shape}
+        reference = timed.get(REFERENCE)
+        for name, latency in timed.items():
+            ratio = f"{reference.p50 / latency.p50:.2f}" if reference else ""
             lines.append(
-                f"| {shape} | {engine.name} | {latency.p50:.2f} | {latency.p95:.2f} | {latency.p99:.2f} "
-                f"| {latency.throughput:.1f} | {ratio} |"
+                f"| {shape} | {name} | {latency.p50:.2f} | {latency.p95:.2f} | {latency.p99:.2f} "
+                f"| {latency.samples} | {latency.throughput:.1f} | {ratio} |"
             )
     lines += [
         "",
-        "| engine | load s | size MiB | peak MiB | same label as FP32 | logit error |",
-        "|---|---|---|---|---|---|",
+        "| engine | load s | first answer s | size MiB | peak MiB | same label as FP32 | logit error |",
+        "|---|---|---|---|---|---|---|",
     ]
     lines += [_engine_row(engine) for engine in ran]
+    lines += [
+        "",
+        "The first answer is to 1x16, counted from the start of loading: weights are packed, and some models compiled, "
+        "only then. " + _quantizing_while_loading(ran) + "Half of the inputs whose answers are compared are padded.",
+    ]
     lines += _second_processes(ran)
-    for engine in result.engines:
-        if engine.failure is not None:
-            lines += ["", f"**{engine.name} did not run:** {engine.failure}"]
-        elif engine.agreement < SAME_ANSWER:
-            lines += ["", f"**{engine.name} answers otherwise than the float model on these inputs.**"]
+    lines += [f"\n**{engine.name} did not run to the end:** {engine.failure}" for engine in result.failed]
+    lines += [
+        f"\n**{engine.name} answers otherwise than the float model on these inputs.**"
+        for engine in ran
+        if engine.agreement is not None and engine.error is not None
+        if engine.agreement < SAME_ANSWER or engine.error > SAME_LOGITS
+    ]
     if growth:
         lines += ["", "| | size | engine | ms | peak MiB |", "|---|---|---|---|---|"]
         lines += [
             f"| {point.axis} | {point.value} | {point.engine} | {point.milliseconds:.1f} | {point.peak_mb:.0f} |"
             for point in growth
         ]
+    if versions := result.setup.get("versions"):
+        lines += ["", f"Versions: {', '.join(f'{name} {version}' for name, version in versions.items())}."]
     return "\n".join([*lines, ""])
 
 
 def _engine_row(engine: EngineResult) -> str:
+    compared = ("", "") if engine.agreement is None else (f"{engine.agreement:.1%}", f"{engine.error:.3f}")
     return (
-        f"| {engine.name} | {engine.load_s:.2f} | {engine.size_mb:.1f} | {engine.peak_mb:.0f} "
-        f"| {engine.agreement:.1%} | {engine.error:.3f} |"
+        f"| {engine.name} | {engine.load_s:.2f} | {engine.first_answer_s:.2f} | {engine.size_mb:.1f} "
+        f"| {engine.peak_mb:.0f} | {' | '.join(compared)} |"
     )
+
+
+def _quantizing_while_loading(ran: Sequence[EngineResult]) -> str:
+    names = [engine.name for engine in ran if engine.name in PEERS and ENGINES[engine.name].loads]
+    if not names:
+        return ""
+    return f"Loading, size and peak of {' and '.join(names)} are of the float checkpoint, which is quantized while it loads. "
 
 
 def _second_processes(ran: Sequence[EngineResult]) -> list[str]:
     rows = [
-        f"| {engine.name} | {second.load_s:.2f} | {second.private_mb:.1f} | {second.shared_mb:.1f} |"
+        f"| {engine.name} | {second.load_s:.2f} | {second.first_answer_s:.2f} | {second.private_mb:.1f} "
+        f"| {second.shared_mb:.1f} |"
         for engine in ran
         if (second := engine.second_process)
     ]
@@ -94,37 +113,40 @@ def _second_processes(ran: Sequence[EngineResult]) -> list[str]:
         "took, less what imports take: private is what it adds to the host; shared is resident in other processes as "
         "well, such as pages of the weight file and of libraries.",
         "",
-        "| engine | load s | private MiB | shared MiB |",
-        "|---|---|---|---|",
+        "| engine | load s | first answer s | private MiB | shared MiB |",
+        "|---|---|---|---|---|",
         *rows,
     ]
 
 
-def _plot(result: BenchResult, path: Path) -> None:
-    """Speed against the float model, a group of bars a shape."""
+def _plot(result: BenchResult) -> bytes:
+    """Examples a second, a group of bars a shape."""
+    quiet_matplotlib()
     from matplotlib.figure import Figure
 
-    ran = [engine for engine in result.engines if engine.failure is None]
+    ran = [engine for engine in result.engines if engine.by_shape]
     figure = Figure(figsize=(max(7.0, 1.5 + 1.6 * len(result.shapes)), 4.0), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / max(1, len(ran))
     for position, engine in enumerate(ran):
-        throughput = [engine.by_shape[shape].throughput for shape in result.shapes]
-        places = [index + (position - (len(ran) - 1) / 2) * width for index in range(len(result.shapes))]
-        axes.bar(places, throughput, width, label=engine.name)
+        timed = {index: engine.by_shape[shape] for index, shape in enumerate(result.shapes) if shape in engine.by_shape}
+        places = [index + (position - (len(ran) - 1) / 2) * width for index in timed]
+        axes.bar(places, [latency.throughput for latency in timed.values()], width, label=engine.name)
     axes.set_xticks(range(len(result.shapes)), result.shapes)
     axes.set_xlabel("batch x length (tokens)")
     axes.set_ylabel("examples per second (median)")
     axes.set_yscale("log")
-    axes.set_title(f"{result.checkpoint} on {result.hardware['cpu']}, {result.hardware['threads']} threads")
+    title = f"{result.checkpoint} on {result.hardware['cpu']}, {result.hardware['threads']} threads"
+    axes.set_title(title, parse_math=False)
     axes.grid(axis="y", alpha=0.3)
     if ran:
         figure.legend(loc="outside right upper")
-    figure.savefig(path, dpi=144)
+    return png(figure)
 
 
-def _plot_growth(growth: Sequence[Point], path: Path) -> None:
+def _plot_growth(growth: Sequence[Point]) -> bytes:
     """Time above, memory below; a column each for layers, batch and length."""
+    quiet_matplotlib()
     from matplotlib.figure import Figure
 
     axes_names = list(dict.fromkeys(point.axis for point in growth))
@@ -145,4 +167,4 @@ def _plot_growth(growth: Sequence[Point], path: Path) -> None:
     grid[0][0].set_ylabel("ms a forward")
     grid[1][0].set_ylabel("peak memory, MiB")
     figure.legend(loc="outside upper right", ncols=2)
-    figure.savefig(path, dpi=144)
+    return png(figure)
