@@ -85,7 +85,7 @@ BatchSize = Annotated[int | None, typer.Option(help="Examples a batch.  \\[defau
 Seed = Annotated[int | None, typer.Option(help="Seed of every random choice.  \\[default: 42]", show_default=False)]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the checkpoint.", show_default=False)]
 Task = Annotated[str | None, typer.Option(help="Task.  \\[default: found from the architecture]", show_default=False)]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.  \\[default: torch's]", show_default=False)]
+Threads = Annotated[int | None, typer.Option(help="CPU threads.  \\[default: torch's]", show_default=False)]
 Accelerator = Annotated[
     str | None,
     typer.Option(help="Lightning accelerator of evaluations.  \\[default: cpu]", show_default=False),
@@ -384,6 +384,8 @@ def bench_command(
 
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output {output} is a file. Name a folder.")
+    if threads is not None and threads < 1:
+        raise UsageError(f"--threads should be at least 1, not {threads}.")
     sizes = [_shape(text) for text in shapes.split(",")]
     names = chosen([name.strip() for name in vs.split(",") if name.strip()], compiled=compiled)
     quantized = pull(checkpoint, token=token)

@@ -1,5 +1,8 @@
 """bfloat16 attention answers as torch's does, and only runs where it was asked for and the CPU has bfloat16."""
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -154,6 +157,22 @@ def test_a_fused_model_may_still_be_turned_into_bfloat16(family: str) -> None:
     answer = logits(model.to(torch.bfloat16), LONG)
     assert answer.dtype == torch.bfloat16
     assert relative_error(answer.float(), before) < 0.1
+
+
+@pytest.mark.skipif(not attention.multiplies_bfloat16(), reason="this CPU does not multiply bfloat16")
+def test_a_pickled_model_runs_in_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HFQ_FUSIONS", "all")
+    model: Any = quantized(tiny(), Candidate("static"), LONG)
+    fuse(model)
+    expected = logits(model, LONG)
+    assert model.config._attn_implementation == attention.NAME
+    torch.save((model, LONG), tmp_path / "model.pt")
+    script = (
+        "import sys, torch; model, batches = torch.load(sys.argv[1], weights_only=False); "
+        "torch.save(torch.cat([model(**batch).logits for batch in batches]), sys.argv[2])"
+    )
+    subprocess.run([sys.executable, "-c", script, tmp_path / "model.pt", tmp_path / "logits.pt"], check=True)
+    assert relative_error(torch.load(tmp_path / "logits.pt"), expected) < 0.02
 
 
 class Curious(nn.Module):

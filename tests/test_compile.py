@@ -4,6 +4,7 @@ can be compiled.
 
 import copy
 import inspect
+import pickle
 import shutil
 import warnings
 import weakref
@@ -190,6 +191,24 @@ def test_without_a_compiler_the_model_is_returned_with_a_warning(monkeypatch: py
     with pytest.warns(UserWarning, match=r"C\+\+ compiler"):
         assert hfq.compile(model) is model
     assert torch.equal(logits(model, BATCHES), logits(tiny(), BATCHES))
+
+
+@needs_compiler
+def test_a_mask_that_a_model_makes_of_its_padding_is_left_to_it() -> None:
+    model = tiny("XLM")
+    inputs = [{"input_ids": batch["input_ids"]} for batch in BATCHES]
+    assert any(bool(batch["input_ids"].eq(model.config.pad_token_id).any()) for batch in inputs)
+    before = logits(model, inputs)
+    assert relative_error(logits(hfq.compile(model), inputs), before) < 1e-4
+
+
+@needs_compiler
+def test_a_pickled_model_runs_uncompiled() -> None:
+    model = tiny().bert
+    with torch.inference_mode():
+        expected = model(**BATCHES[0]).last_hidden_state
+        twin = pickle.loads(pickle.dumps(hfq.compile(model)))
+        assert torch.equal(twin(**BATCHES[0]).last_hidden_state, expected)
 
 
 @needs_compiler

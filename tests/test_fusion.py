@@ -63,8 +63,9 @@ def test_dynamic_layers_fuse_the_activation_only(family: str) -> None:
     assert relative_error(logits(model, BATCHES), before) < 0.02
 
 
-def test_activation_without_a_kernel_stays_where_it_is() -> None:
-    model = quantized(tiny(hidden_act="silu"), Candidate("static"), BATCHES)
+@pytest.mark.parametrize("activation", ["silu", "relu6", "gelu_10"])  # the last two clip, far out
+def test_activation_without_a_kernel_stays_where_it_is(activation: str) -> None:
+    model = quantized(tiny(hidden_act=activation), Candidate("static"), BATCHES)
     before = logits(model, BATCHES)
     fuse(model)
     assert fused_activations(model) == layers_that_return_codes(model) == []
@@ -352,7 +353,21 @@ def test_only_a_plain_sum_is_fused_and_what_is_added_stays_as_it_was(kind: str) 
     fuse(block)
     assert blocks_that_add_in_the_matmul(block) == (kind == "added")
     assert torch.allclose(block(x, y), before, atol=1e-5)
+    assert torch.equal(block(x, y=y), block(x, y)) and torch.equal(block(y=y, x=x), block(x, y))
     assert torch.equal(y, kept)
+
+
+class Scaled(Residual):
+    """One that takes more than is added."""
+
+    def forward(self, x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
+        return super().forward(x, y) * scale
+
+
+def test_a_sum_with_more_arguments_is_left_as_it_is() -> None:
+    block = Scaled("added")
+    fuse(block)
+    assert torch.equal(block(torch.ones(3, 8), torch.ones(3, 8), 2.0), 2 * block(torch.ones(3, 8), torch.ones(3, 8)))
 
 
 def test_fusing_runs_no_matmul_and_the_first_forward_packs() -> None:

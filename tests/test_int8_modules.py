@@ -343,8 +343,17 @@ def test_sums_are_exact_whichever_neighbours_are_added_first(kernel: str, in_fea
 @pytest.mark.parametrize("approach", SCHEMES)
 def test_a_residual_may_be_broadcast(kernel: str, approach: str) -> None:
     layer, x = make(approach, EVEN), normal(2, 50, 64)
-    for residual in (normal(2, 50, 48), normal(1, 50, 48), normal(48)):
+    for residual in (normal(2, 50, 48), normal(1, 50, 48), normal(48), normal(3, 1, 50, 48)):
         assert torch.allclose(layer(x, residual=residual), layer(x) + residual, atol=1e-5)
+    assert layer(torch.empty(0, 3, 64), residual=torch.empty(0, 3, 48)).shape == (0, 3, 48)
+
+
+@pytest.mark.parametrize("approach", ["static", "dynamic"])
+def test_autocast_rounds_no_sum_of_codes(kernel: str, approach: str) -> None:
+    layer, x = make(approach, EVEN), normal(80, 64)
+    expected = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), expected)
 
 
 @pytest.mark.parametrize("approach", SCHEMES)

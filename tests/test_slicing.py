@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import hfq
 from hfq.runtime import slicing
+from hfq.runtime.flow import ignores_padding
 from hfq.runtime.fusion import fuse
 from hfq.runtime.slicing import slice_batches, slices
 from hfq.tuning.candidates import Candidate
@@ -31,6 +32,13 @@ def shapes_of(model: Any, run: Any) -> Forward:
     return seen, outputs
 
 
+def take_slices(model: Any) -> None:
+    """As `fuse` has it, of a model whose answers do not depend on padding."""
+    slice_batches(model)
+    model.forward.cuts_padding = ignores_padding(model, model.dummy_inputs)
+    assert model.forward.cuts_padding
+
+
 def ragged(rows: int = 24, length: int = 60, *, left: bool = False) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, 200, (rows, length), generator=generator)
@@ -45,7 +53,7 @@ def test_slices_answer_as_the_whole_batch_and_compute_less_padding(family: str) 
     model = quantized(tiny(family), Candidate("static"), token_batches(2))
     batch = ragged()
     whole, expected = shapes_of(model, lambda m: m(**batch).logits)
-    slice_batches(model)
+    take_slices(model)
     parts, found = shapes_of(model, lambda m: m(**batch).logits)
     assert whole == [(24, 60)] and len(parts) > 1
     assert sum(rows for rows, _ in parts) == 24
@@ -55,7 +63,7 @@ def test_slices_answer_as_the_whole_batch_and_compute_less_padding(family: str) 
 
 def test_a_large_batch_is_cut_and_a_small_even_one_is_not() -> None:
     model = tiny()
-    slice_batches(model)
+    take_slices(model)
     size = slicing.tokens_at_once() // 64
     ids = torch.randint(5, 200, (2 * size + 8, 64))
     parts, logits = shapes_of(model, lambda m: m(ids).logits)
@@ -68,7 +76,7 @@ def test_left_padding_is_never_cut_off() -> None:
     batch = ragged(left=True)
     with torch.inference_mode():
         expected = model(**batch).logits
-    slice_batches(model)
+    take_slices(model)
     parts, found = shapes_of(model, lambda m: m(**batch).logits)
     assert {length for _, length in parts} == {60}
     assert relative_error(found, expected) < 1e-4
@@ -80,7 +88,7 @@ def test_left_padding_is_never_cut_off() -> None:
 def test_what_is_more_than_one_row_of_logits_is_answered_whole(arguments: dict[str, Any]) -> None:
     model, batch = tiny(), ragged()
     expected = shapes_of(model, lambda m: m(**batch, **arguments))[1]
-    slice_batches(model)
+    take_slices(model)
     parts, found = shapes_of(model, lambda m: m(**batch, **arguments))
     assert parts == [(24, 60)]
     assert torch.equal(found[0], expected[0])
@@ -97,7 +105,7 @@ def test_token_outputs_are_answered_whole() -> None:
 
 def test_copies_slice_with_their_own_weights() -> None:
     model, batch = tiny(), ragged()
-    slice_batches(model)
+    take_slices(model)
     before = shapes_of(model, lambda m: m(**batch).logits)[1]
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         other.classifier.bias.data += 1
@@ -108,8 +116,34 @@ def test_copies_slice_with_their_own_weights() -> None:
 def test_rows_without_a_single_token_are_answered() -> None:
     model, batch = tiny(), ragged()
     batch["attention_mask"][3] = 0
-    slice_batches(model)
+    take_slices(model)
     assert shapes_of(model, lambda m: m(**batch).logits)[1].isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["ConvBert", "FNet"])
+def test_padding_that_counts_is_not_cut_off(family: str) -> None:
+    model = quantized(tiny(family), Candidate("dynamic"), token_batches(2))
+    batch = ragged()
+    expected = shapes_of(model, lambda m: m(**batch).logits)[1]
+    fuse(model)
+    assert relative_error(shapes_of(model, lambda m: m(**batch).logits)[1], expected) < 1e-3
+    ids = torch.randint(5, 200, (2 * slicing.tokens_at_once() // 64, 64))
+    assert len(shapes_of(model, lambda m: m(input_ids=ids).logits)[0]) == 2  # slices of rows are no harm
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace")
+def test_a_traced_model_takes_other_lengths() -> None:
+    model, batch, other = tiny(), ragged(), ragged(left=True)
+    take_slices(model)
+
+    class Logits(nn.Module):
+        def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+            y: Tensor = model(input_ids=ids, attention_mask=mask).logits
+            return y
+
+    with torch.inference_mode():
+        traced = torch.jit.trace(Logits(), tuple(batch.values()), check_trace=False)
+        assert relative_error(traced(*other.values()), model(**other).logits) < 1e-4
 
 
 def test_every_row_is_in_one_slice() -> None:

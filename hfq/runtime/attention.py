@@ -30,7 +30,7 @@ def multiplies_bfloat16() -> bool:
 
 def multiplies_in_tiles() -> bool:
     """Whether this CPU has AMX for bfloat16."""
-    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    return bool(torch.cpu.get_capabilities().get("amx_bf16")) and not onednn_is_limited()
 
 
 def can_compile() -> bool:
@@ -61,6 +61,17 @@ def register(*, compiled: bool = False) -> None:
     own = functools.partial(bfloat16_attention, tiles=multiplies_in_tiles())
     AttentionInterface.register(NAME, sdpa_attention_forward if compiled else own)
     AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+class Registration:
+    """What a model keeps whose config names `NAME`: wherever it is unpickled, transformers knows the name."""
+
+    def __init__(self) -> None:
+        if NAME not in AttentionInterface():
+            register()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Registration, ()
 
 
 def can_replace(model: PreTrainedModel) -> bool:
@@ -95,7 +106,9 @@ def bfloat16_attention(
     plain &= not any(kwargs.get(name) is not None for name in ("position_bias", "cache", "softcap", "s_aux"))
     masked_plainly = not causal if attention_mask is None else attention_mask.dtype == torch.bool
     dtype = _dtype_of(module, query.dtype) if query.dtype == torch.bfloat16 else query.dtype
-    if not plain or not masked_plainly or batch * heads * length * keys < WORTHWHILE:
+    # Who exports or compiles a model for any size wants no question about it.
+    few = not torch.compiler.is_compiling() and batch * heads * length * keys < WORTHWHILE
+    if not plain or not masked_plainly or few:
         query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs

@@ -150,6 +150,7 @@ extern "C" {{definition}}
             const auto* {{name}}_at = &{{at[name]}} + b * {{strides[name][0]}} + h * {{strides[name][1]}};
 {%- endfor %}
             const int64_t first = task % parts * part, last = std::min(first + part, L);
+            if (first >= L) continue;  // parts are rounded up
             for (int64_t s = 0; s < keys; s += LANES) {
                 for (int64_t i = 0; i < LANES; i++)
                     for (int64_t d = 0; d < D; d += LANES) {

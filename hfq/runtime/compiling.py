@@ -1,4 +1,4 @@
-"""`hfq.compile`: the work between the matmuls as compiled code, and with AVX-512 the matmuls too.
+"""`hfq.compile`: the work between the matmuls as compiled code, and on x86 the matmuls too.
 
 It is compiled for any batch and length at once, so a server that sees every shape compiles once for single inputs and
 once for batches, not once a request; and once for a machine, as what is compiled is kept on disk (`hfq.runtime.graphs`).
@@ -33,7 +33,7 @@ def compile(model: Model) -> Model:
     """Compile `model`, in place, for encoder inputs of any shape; what is unusual about other inputs runs as before.
 
     The first single input and the first batch that this machine sees are compiled when they come, by a process of its
-    own, which takes a minute or two for BERT-base. What results is kept on disk, in `TORCHINDUCTOR_CACHE_DIR` or the
+    own, which takes a minute or two for BERT-base; inputs that a gradient is wanted of run as before. What results is kept on disk, in `TORCHINDUCTOR_CACHE_DIR` or the
     cache folder of the Hub's client, and other processes load it in milliseconds. The tensors are those of the moment:
     replacing one afterwards has no effect. Classes are compiled as their packages have them: what a program changed in
     them while it runs is not seen. Without a C++ compiler, and with nothing on disk, the model is returned as
@@ -84,7 +84,7 @@ class _Compiled:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy of the model runs uncompiled: what was compiled holds this one's weights."""
-        return types.MethodType, (type(self._model).forward, self._model)
+        return _uncompiled, (self._model,)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inputs = dict(zip(TOKENS, args, strict=False)) | kwargs
@@ -93,7 +93,8 @@ class _Compiled:
         # A graph for any batch is not one for none: what it computes for a part of its rows, it may divide by.
         if not is_token_batch(inputs) or inputs["input_ids"].shape[1] < 2 or not len(inputs["input_ids"]):
             return self.eager(*args, **kwargs)
-        inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
+        if "attention_mask" not in inputs and not self._has_padding(inputs["input_ids"]):
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         names = tuple(sorted(inputs))
         # One tensor, int64 [names, batch, length], so that all have the same dynamic shape.
         with torch.inference_mode(False):  # torch.compile would take a tensor made in it for another kind
@@ -121,6 +122,11 @@ class _Compiled:
             self._give_up(error)
             return answer
 
+    def _has_padding(self, ids: Tensor) -> bool:
+        """Whether some are those of padding, from which a few models make a mask of their own."""
+        padding = getattr(getattr(self._model, "config", None), "pad_token_id", None)
+        return padding is not None and bool(ids.eq(padding).any())
+
     def _give_up(self, error: Exception) -> None:
         """Compile nothing further in this process."""
         self._compiler = False
@@ -128,6 +134,10 @@ class _Compiled:
             self._graphs = None
             lay_out_for_kernels(self._model)
         warnings.warn(f"hfq.compile failed: the model runs uncompiled, with the same answers. {error}", stacklevel=3)
+
+
+def _uncompiled(model: nn.Module) -> types.MethodType:
+    return types.MethodType(type(model).forward, model)
 
 
 class _InProcess:

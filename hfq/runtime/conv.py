@@ -124,7 +124,8 @@ class Int8Conv(PackedModule):
                 return y.to(x.dtype)
         # Sums of codes are exact up to 2^24, which 518 of the largest products reach. Beyond it they are rounded as
         # float32 sums are: a convolution in float32 is no closer. Padding adds zeros, which code the zero point here.
-        y = self._convolve(codes.float().sub_(zero_point), self.codes.float(), None)
+        with torch.autocast("cpu", enabled=False):
+            y = self._convolve(codes.float().sub_(zero_point), self.codes.float(), None)
         y = y.mul_(self.weight_scale.float()[:, 0] * input_scale)
         return (y if bias is None else y.add_(bias.view_as(self.weight_scale[:, 0]))).to(x.dtype)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -131,6 +132,32 @@ def read_for_first_token(model: nn.Module, example: Mapping[str, Tensor], flow: 
         return []
 
 
+def ignores_padding(model: nn.Module, example: Mapping[str, Tensor]) -> bool:
+    """Whether padding at the end of rows changes nothing that `model` computes of their tokens.
+
+    A convolution over tokens, say, would.
+    """
+    if "input_ids" not in example:
+        return False
+    ids = example["input_ids"][:, :2]  # short rows, of which every token is near the padding
+    mask = torch.ones_like(ids)
+    seen: list[Tensor] = []
+
+    def answer(layer: Int8Linear, x: Tensor) -> Tensor:
+        seen.append(x[:, : ids.shape[1]] if x.dim() == 3 else x)
+        return _example_answer(layer, x)
+
+    try:
+        with torch.inference_mode():
+            seen += _outputs(model, {"input_ids": ids, "attention_mask": mask}, answer)
+            expected, seen = seen, []
+            padded = {"input_ids": functional.pad(ids, (0, 6)), "attention_mask": functional.pad(mask, (0, 6))}
+            seen += _outputs(model, padded, answer)
+        return len(expected) == len(seen) and all(map(_are_close, expected, seen))
+    except Exception:  # the model's own code, which wants other inputs
+        return False
+
+
 def _first_token_alone(
     model: nn.Module, example: Mapping[str, Tensor], layers: Sequence[Int8Linear]
 ) -> list[Int8Linear]:
@@ -161,8 +188,12 @@ def _is_enough(model: nn.Module, example: Mapping[str, Tensor], layers: Sequence
 
     inputs = _varied(example)
     with torch.inference_mode():
-        outputs = zip(_outputs(model, inputs, _example_answer), _outputs(model, inputs, answer), strict=True)
-    return all(torch.allclose(expected, found, rtol=1e-4, atol=1e-5) for expected, found in outputs)
+        return all(map(_are_close, _outputs(model, inputs, _example_answer), _outputs(model, inputs, answer)))
+
+
+def _are_close(expected: Tensor, found: Tensor) -> bool:
+    within = 1e-4 if expected.dtype == torch.float32 else 2e-2
+    return expected.shape == found.shape and torch.allclose(expected, found, rtol=within, atol=within / 10)
 
 
 def _varied(example: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -178,9 +209,10 @@ def _varied(example: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def _example_answer(layer: Int8Linear, x: Tensor) -> Tensor:
-    """Numbers that depend on each token's own, all of them, and differ."""
-    given = x.float() @ torch.linspace(-1, 1, layer.in_features)[:, None].cos()
-    return given / layer.in_features**0.5 + torch.linspace(-1, 1, layer.out_features)
+    """Numbers that depend on each token's own, all of them, and differ. A norm leaves what they depend on, too."""
+    given = x.float() @ torch.linspace(-1, 1, layer.in_features)[:, None].cos() / layer.in_features**0.5
+    channels = torch.linspace(-1, 1, layer.out_features)
+    return given * (9 * channels + 1).sin() + channels
 
 
 def _outputs(model: nn.Module, inputs: Mapping[str, Tensor], answer: Answer) -> list[Tensor]:

@@ -6,6 +6,7 @@ They are found by structure and by what one forward shows (`hfq.runtime.flow`), 
 names, nothing assumed about anybody's `forward`.
 """
 
+import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 from ..errors import UsageError
 from . import attention
 from .first_token import FirstToken
-from .flow import Flow, read_for_first_token, standing_in, trace
+from .flow import Flow, ignores_padding, read_for_first_token, standing_in, trace
 from .memory import return_freed_memory
 from .modules import PACKING, Int8Linear, PostOp, SharedMatmul, input_codes, pack_all
 from .narrowing import Narrowing
@@ -152,8 +153,11 @@ def _fuse_flow(model: nn.Module, example: Mapping[str, Tensor], wanted: Sequence
     flow = trace(model, example)
     if flow is None:
         return None
-    if "first-token" in wanted:
-        _read_first_token(model, example, flow)
+    forward = model.__dict__.get("forward")
+    if isinstance(forward, SlicedForward):
+        forward.cuts_padding = forward.cuts_padding or ignores_padding(model, example)
+        if "first-token" in wanted and forward.first_token is None:
+            _read_first_token(model, forward, example, flow)
     undo = [fusion(flow) for name, fusion in FLOW_FUSIONS.items() if name in wanted]
     while undo and not _same_forms(flow, trace(model, example)):
         undo.pop()()
@@ -163,15 +167,13 @@ def _fuse_flow(model: nn.Module, example: Mapping[str, Tensor], wanted: Sequence
 Fusion = Callable[[Flow], Callable[[], None]]  # does it, and returns what undoes it
 
 
-def _read_first_token(model: nn.Module, example: Mapping[str, Tensor], flow: Flow) -> None:
+def _read_first_token(model: nn.Module, forward: SlicedForward, example: Mapping[str, Tensor], flow: Flow) -> None:
     """Tell layers to compute no more than the first token of each row where `model` reads no more of it."""
-    forward = model.__dict__.get("forward")
-    if isinstance(forward, SlicedForward) and forward.first_token is None:
-        layers = read_for_first_token(model, example, flow)
-        first_token = FirstToken() if layers else None
-        for layer in layers:
-            layer.first_token = first_token
-        forward.read_first_token(first_token)
+    layers = read_for_first_token(model, example, flow)
+    first_token = FirstToken() if layers else None
+    for layer in layers:
+        layer.first_token = first_token
+    forward.read_first_token(first_token)
 
 
 def _requantization(flow: Flow) -> Callable[[], None]:
@@ -211,7 +213,7 @@ def _fuse_attention(model: nn.Module, example: Mapping[str, Tensor], flow: Flow 
     """Let a transformers model use `hfq.runtime.attention` where it would use torch's, on bfloat16 where that is all it reads."""
     if not isinstance(model, PreTrainedModel) or not attention.can_replace(model):
         return
-    attention.register()
+    model.hfq_attention = attention.Registration()  # type: ignore[assignment]
     model.set_attn_implementation(attention.NAME)
     layers = flow.read_by_attention() if flow is not None and attention.multiplies_in_tiles() else []
     layers = [layer for layer in layers if layer.activation == "static" and type(layer) is Int8Linear]
@@ -273,29 +275,35 @@ def _fuse_residual(parent: nn.Module) -> None:
     norms = [child for child in children if isinstance(child, nn.LayerNorm)]
     if len(linears) != 1 or len(norms) != 1 or "forward" in parent.__dict__ or not linears[0].is_plain:
         return
+    parameters = inspect.signature(parent.forward).parameters.values()
+    if [parameter.kind for parameter in parameters] != 2 * [inspect.Parameter.POSITIONAL_OR_KEYWORD]:
+        return
     (linear,), (norm,) = linears, norms
     if norm.normalized_shape != (linear.out_features,):
         return
     x, y, residual = _noise(linear.in_features), _noise(linear.out_features), _noise(linear.out_features, seed=1)
     found = _output(parent, x, residual, answers={linear: y})
     if found is not None and torch.equal(found, norm(y + residual)):
-        parent.forward = NormalizedSum(linear, norm)
+        parent.forward = NormalizedSum(linear, norm, *(parameter.name for parameter in parameters))
 
 
 class NormalizedSum:
-    """The `forward` of a residual block: `norm(linear(x) + residual)`, where the matmul adds."""
+    """The `forward` of a residual block: `norm(linear(x) + residual)`, where the matmul adds. `names`: of its two arguments."""
 
-    def __init__(self, linear: Int8Linear, norm: nn.LayerNorm) -> None:
+    def __init__(self, linear: Int8Linear, norm: nn.LayerNorm, *names: str) -> None:
         self.linear, self.norm = linear, norm
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        self.signature = inspect.Signature([inspect.Parameter(name, kind) for name in names])
 
-    def __call__(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+    def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        x, residual = self.signature.bind(*args, **kwargs).args if kwargs else args
         first_token = self.linear.first_token
         if first_token is not None and first_token.only:
-            return first_token.of(self._sum, hidden_states, input_tensor)
-        return self._sum(hidden_states, input_tensor)
+            return first_token.of(self._sum, x, residual)
+        return self._sum(x, residual)
 
-    def _sum(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        y: Tensor = self.norm(self.linear(hidden_states, residual=input_tensor))
+    def _sum(self, x: Tensor, residual: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.linear(x, residual=residual))
         return y
 
 
@@ -312,7 +320,7 @@ def _post_op(module: nn.Module) -> PostOp | None:
 
 @lru_cache(maxsize=1)
 def _post_op_examples() -> tuple[Tensor, dict[PostOp, Tensor]]:
-    x = torch.linspace(-6, 6, 97)
+    x = torch.cat([torch.linspace(-6, 6, 97), torch.tensor([-1e4, -100, -12, -8, 8, 12, 100, 1e4])])  # some clip
     return x, {"gelu": F.gelu(x), "gelu_tanh": F.gelu(x, approximate="tanh"), "relu": F.relu(x)}
 
 

@@ -17,8 +17,10 @@ SYMMETRIC_RANGE = 127.5  # compressed-tensors divides a token's absolute maximum
 DYNAMIC_ROWS = 1024  # tokens quantized and multiplied at a time: their floats stay out of the peak
 FEW_NUMBERS = 1 << 16  # fewer operations take less time than fewer bytes
 MANY_NUMBERS = 1 << 20  # oneDNN takes longer to add so many to products than a sum of its own does
-_RANGE = torch.tensor(SYMMETRIC_RANGE, device="cpu")  # an operation makes a tensor of a number, each time
-_NO_ZERO_POINTS = torch.zeros(1, dtype=torch.int32)  # weights are symmetric
+_RANGE = torch.tensor(
+    SYMMETRIC_RANGE, dtype=torch.float32, device="cpu"
+)  # an operation makes a tensor of a number, each time
+_NO_ZERO_POINTS = torch.zeros(1, dtype=torch.int32, device="cpu")  # weights are symmetric
 _ONEDNN_POST_OPS: dict[PostOp | None, tuple[str, str]] = {
     None: ("none", ""),
     "relu": ("relu", ""),
@@ -99,10 +101,11 @@ class OneDnnKernel:
     ) -> Tensor:
         name, algorithm = _ONEDNN_POST_OPS[post_op]
         if residual is not None and _can_be_added(residual, (*codes.shape[:-1], scale.shape[0])):
-            return torch.ops.onednn.qlinear_pointwise.binary(
+            y = torch.ops.onednn.qlinear_pointwise.binary(
                 codes, input_scale, zero_point, packed, scale, _NO_ZERO_POINTS, residual, bias,
                 1.0, 0, torch.float32, 1.0, 0, "add", 1.0, "none", [], "",
             )  # fmt: skip
+            return y if y.dim() == codes.dim() else y.view(residual.shape)  # of an empty input
         output_scale, output_zero_point = output or (1.0, 0)
         y = torch.ops.onednn.qlinear_pointwise(
             codes, input_scale, zero_point, packed, scale, _NO_ZERO_POINTS, bias,
@@ -110,7 +113,7 @@ class OneDnnKernel:
         )  # fmt: skip
         if y.dim() != codes.dim():  # of an empty input
             y = y.view(*codes.shape[:-1], y.shape[-1])
-        return y if residual is None else y.add_(residual)
+        return y if residual is None else added(y, residual)
 
     def dynamic(
         self, x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, *, post_op: PostOp | None
@@ -118,7 +121,7 @@ class OneDnnKernel:
         if torch.compiler.is_compiling() or x.numel() <= DYNAMIC_ROWS * x.shape[-1]:  # compiled for any number: no loop
             return apply_post_op(self._rows(x, packed, scale, bias), post_op)
         rows = x.reshape(-1, x.shape[-1])
-        y = torch.empty(len(rows), scale.shape[0])
+        y = torch.empty(len(rows), scale.shape[0], dtype=torch.float32)
         for part, out in zip(rows.split(DYNAMIC_ROWS), y.split(DYNAMIC_ROWS), strict=True):
             apply_post_op(self._rows(part, packed, scale, bias, out), post_op)
         return y.view(*x.shape[:-1], scale.shape[0])
@@ -167,7 +170,7 @@ class PortableKernel:
         y = self._matmul(codes.float().sub_(zero_point), packed, scale * input_scale, bias)
         y = apply_post_op(y, post_op)
         if residual is not None:
-            return y.add_(residual)
+            return added(y, residual)
         return y.to(dtype) if output is None else quantize_uint8(y, *output)
 
     def dynamic(
@@ -179,7 +182,8 @@ class PortableKernel:
         return apply_post_op(y if bias is None else y.add_(bias), post_op)
 
     def _matmul(self, codes: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        y = F.linear(codes, self.unpack(packed, scale, codes.shape[-1]).float()).mul_(scale)
+        with torch.autocast("cpu", enabled=False):  # sums of codes are exact in float32 alone
+            y = F.linear(codes, self.unpack(packed, scale, codes.shape[-1]).float()).mul_(scale)
         return y if bias is None else y.add_(bias)
 
 
@@ -188,6 +192,13 @@ def _can_be_added(residual: Tensor, shape: tuple[int, ...]) -> bool:
     if residual.dtype != torch.float32 or residual.shape != shape or not residual.is_contiguous():
         return False
     return torch.compiler.is_compiling() or residual.numel() < MANY_NUMBERS
+
+
+def added(y: Tensor, residual: Tensor) -> Tensor:
+    """The sum, in the memory of `y` if it has the sum's shape."""
+    if residual.shape != y.shape and torch.broadcast_shapes(y.shape, residual.shape) != y.shape:
+        return y + residual
+    return y.add_(residual)
 
 
 def apply_post_op(y: Tensor, post_op: PostOp | None) -> Tensor:

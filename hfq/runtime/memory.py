@@ -170,5 +170,5 @@ def _only_of_a_file(first: int, last: int) -> bool:
             entries = torch.frombuffer(bytearray(file.read(8 * (last - first))), dtype=torch.int64)
     except OSError:
         return False
-    present = entries.lt(0).logical_and_(entries.bitwise_and(_OF_A_FILE).eq(0))
-    return len(entries) == last - first and not bool(present.logical_or_(entries.bitwise_and(_SWAPPED).ne(0)).any())
+    own = entries.lt(0).logical_and_(entries.bitwise_and(_OF_A_FILE).eq(0))
+    return len(entries) == last - first and not bool(own.logical_or_(entries.bitwise_and(_SWAPPED).ne(0)).any())

@@ -65,7 +65,7 @@ _VNNI = """
     }
     if (M > many) {
 {%- if tiles %}
-        if (many > 0) at::native::cpublas::brgemm_release();  // it would take our configuration of tiles for its own
+        at::native::cpublas::brgemm_release();  // the next call would take our configuration of tiles for its own
 {%- endif %}
         {{name}}_few<accum, prefetch>(A + many * lda, B, C + many * ldc, M - many, N, K, lda, ldb, ldc);
     }

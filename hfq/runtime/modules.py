@@ -53,17 +53,16 @@ class PackedModule(nn.Module):
 
     def hand_over(self, packed: "PackedWeight") -> None:
         """Take `packed` in the place of the plain weight."""
+        self._packed = packed  # first: another thread may look at the weight
         weight = self._parameters.pop("weight")
         if weight is not None and weight.data_ptr() == self._in_file_at:
             drop_file_pages(weight)
-        self._packed = packed
 
     def unpack(self) -> None:
         """Take the weight back as a plain parameter."""
         if self._packed is not None:
-            weight = self._packed.unpack()
+            self._parameters["weight"] = frozen(self._packed.unpack())
             self._packed = None
-            self._parameters["weight"] = frozen(weight)
 
     def __getattr__(self, name: str) -> Any:
         packed: PackedWeight | None = self.__dict__.get("_packed")

@@ -26,4 +26,4 @@ class Narrowing:
 
     def gains(self, x: Tensor) -> bool:
         """The same, for input `[batch, length, in]`, of one head or more."""
-        return x.dim() == 3 and x.shape[0] * x.shape[1] ** 2 >= self._scores and self.active
+        return self.active and x.dim() == 3 and x.shape[0] * x.shape[1] ** 2 >= self._scores

@@ -1,7 +1,8 @@
 """Ragged and large batches in slices: rows of like length run together, and nobody computes another row's padding.
 
 A row's answer does not depend on the rows beside it, so a classifier may take its batch in parts. A slice's
-activations stay in cache, and the peak of memory is a slice's and not the batch's.
+activations stay in cache, and the peak of memory is a slice's and not the batch's. Nor does it depend on its padding in
+most models; which, `hfq.runtime.flow` finds out, and others keep it.
 """
 
 import functools
@@ -112,10 +113,12 @@ class SlicedForward:
         self.forward: Callable[..., Any] = types.MethodType(type(model).forward, model)
         self._largest = LargestInput()
         self.whole = False  # the model answers in a form that cannot be put together
+        self.cuts_padding = False
         functools.update_wrapper(self, self.forward)  # transformers reads its signature
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return SlicedForward, (self.model,), {"first_token": self.first_token, "_structure": self._structure}
+        kept = ("first_token", "_structure", "cuts_padding")
+        return SlicedForward, (self.model,), {name: getattr(self, name) for name in kept}
 
     def read_first_token(self, first_token: FirstToken | None) -> None:
         """Have layers that have `first_token` told that the answers to plain inputs need no other."""
@@ -143,7 +146,7 @@ class SlicedForward:
         mask = inputs.get("attention_mask")
         rows, length = inputs["input_ids"].shape
         self._largest.see(min(rows * length, tokens_at_once()))
-        lengths = [length] * rows if mask is None else row_lengths(mask).tolist()
+        lengths = [length] * rows if mask is None or not self.cuts_padding else row_lengths(mask).tolist()
         parts = slices(lengths)
         if len(parts) < 2:
             return self.forward(*args, **kwargs)
@@ -173,6 +176,6 @@ class SlicedForward:
 
     def _can_slice(self, inputs: dict[str, Any]) -> bool:
         """Whether these are plain token batches, of a model that is not being trained."""
-        if self.whole or self.model.training or torch.compiler.is_compiling():
+        if self.whole or self.model.training or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return False
         return is_token_batch(inputs)
