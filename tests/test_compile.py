@@ -8,6 +8,7 @@ import pickle
 import shutil
 import warnings
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import AutoModel, BertForSequenceClassification
 
 import hfq
 from hfq.runtime import compiling
-from hfq.runtime.attention import can_compile, compiles_to_bfloat16
+from hfq.runtime.attention import can_compile, compiles_to_bfloat16, multiplies_in_tiles
 from hfq.runtime.blocked import in_blocks
 from hfq.runtime.fusion import fuse
 from hfq.runtime.modules import Int8Linear
@@ -148,6 +149,29 @@ def test_without_vnni_no_sum_saturates(cache: Path, monkeypatch: pytest.MonkeyPa
     answers_as_before(model, cut(BATCHES[0], (16, 12)), within=0.1)
     assert all(torch.equal(layer.weight, weights[name]) for name, layer in int8_linears(model).items())
     select_kernel.cache_clear()
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@needs_compiler
+@pytest.mark.skipif(not multiplies_in_tiles(), reason="no AMX on this CPU, so no tiles to leave as they were")
+def test_rows_that_are_left_over_leave_the_tiles_to_others(two_threads: None) -> None:
+    """With these sizes, a thread multiplies the last 20 rows before it goes on with a whole block."""
+    sizes = {"hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 1}
+    model: Any = quantized(tiny(**sizes), Candidate("static"), BATCHES)
+    fuse(model)
+    model = model.bert
+    ids = torch.randint(5, 200, (44, 127))
+    with torch.inference_mode():
+        expected = model(input_ids=ids).last_hidden_state
+        found = hfq.compile(model)(input_ids=ids).last_hidden_state
+    assert max(map(relative_error, found.flatten(0, 1), expected.flatten(0, 1))) < 0.1
 
 
 class OwnModel(BertForSequenceClassification):

@@ -127,11 +127,11 @@ def test_who_looks_at_other_tokens_afterwards_sees_them(monkeypatch: pytest.Monk
 
 
 def as_compiled(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """What the process that compiles `model` takes its answers to be."""
+    """What the process that compiles `model` takes its first answer to be."""
     parts = take_apart(model)
     assert parts is not None
     with torch.inference_mode():
-        answer: Tensor = Rebuilt(parts[0], list(batch))(torch.stack(list(batch.values())), parts[1]).logits
+        answer: Tensor = Rebuilt(parts[0], list(batch))(torch.stack(list(batch.values())), parts[1])[0]
     return answer
 
 
@@ -144,6 +144,13 @@ def test_what_is_compiled_reads_no_more_and_not_less(monkeypatch: pytest.MonkeyP
     with pytest.warns(UserWarning, match=r"C\+\+ compiler"):
         model = hfq.compile(model)
     assert relative_error(as_compiled(model, BATCHES[0]), logits(whole, BATCHES[:1])) < 1e-5
+
+
+def test_an_encoder_that_is_compiled_alone_answers_for_every_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = with_and_without(quantized(tiny(), Candidate("static"), BATCHES), monkeypatch)
+    with torch.inference_mode():
+        expected = model.bert(**BATCHES[0]).last_hidden_state
+    assert relative_error(as_compiled(model.bert, BATCHES[0]), expected) < 1e-5
 
 
 def test_copies_compute_no_more_either(monkeypatch: pytest.MonkeyPatch) -> None:
