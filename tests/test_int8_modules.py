@@ -356,6 +356,19 @@ def test_autocast_rounds_no_sum_of_codes(kernel: str, approach: str) -> None:
         assert torch.equal(layer(x), expected)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("approach", SCHEMES)
+def test_a_layer_can_be_traced_or_says_that_it_cannot(kernel: str, approach: str) -> None:
+    layer, x, other = make(approach, EVEN), normal(80, 64), normal(3, 64)
+    if kernel == "portable" or approach == "weight-only":
+        with torch.inference_mode():
+            traced = torch.jit.trace(layer, (x,), check_trace=False)
+        assert torch.allclose(traced(other), layer(other), atol=1e-5)
+    elif select_kernel().name == "onednn":  # whose weights a trace cannot hold
+        with pytest.raises(RuntimeError, match="Tensor|Scalar"):
+            torch.jit.trace(layer, (x,))
+
+
 @pytest.mark.parametrize("approach", SCHEMES)
 def test_a_layer_can_be_compiled_and_exported_by_others(kernel: str, approach: str) -> None:
     layer, x = make(approach, EVEN), normal(80, 64) * 3

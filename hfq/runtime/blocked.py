@@ -107,6 +107,11 @@ class BlockedMatmul:
             return torch.ops.hfq.quantize(y, self.output_codes)
         return y.to(self.dtype if x.dtype == torch.uint8 else x.dtype)
 
+    def unpack(self) -> Tensor:
+        """int8 `[out, in]`, for a model that looks at its weight, as T5 does."""
+        layout = VNNI if self.weight.shape[-1] == VNNI.block else PANELS
+        return layout.restore(self.weight)
+
     def _matmul(self, codes: Tensor) -> Tensor:
         y: Tensor = torch.ops.hfq.int8_linear(codes, self.weight, self.scale, self.offset)
         return y
@@ -132,7 +137,7 @@ def _suits_panels(packed: PackedLinear) -> bool:
 
 
 def _codes(scale: float, zero_point: int) -> Tensor:
-    return torch.tensor([1 / scale, zero_point])
+    return torch.tensor([1 / scale, zero_point], dtype=torch.float32)
 
 
 def gelu(x: Tensor) -> Tensor:

@@ -78,6 +78,9 @@ class OneDnnKernel:
         return packing.pack(weight)
 
     def unpack(self, packed: Tensor, scale: Tensor, in_features: int) -> Tensor:
+        found = packing.unpack(packed, in_features)
+        if found is not None:
+            return found
         # The packed layout is oneDNN's own business, so ask the matmul: identity times weight is exact in int32.
         identity = torch.eye(in_features, dtype=torch.uint8)
         columns = self.static(
@@ -223,7 +226,7 @@ def token_scale(x: Tensor) -> Tensor:
 
 def quantize_uint8(x: Tensor, scale: float, zero_point: int) -> Tensor:
     """float32 to uint8 codes: `clamp(round(x / scale) + zero_point, 0, 255)`."""
-    if torch.compiler.is_compiling() or not hasattr(torch, "quantize_per_tensor"):
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not hasattr(torch, "quantize_per_tensor"):
         return (x / scale).round().add_(zero_point).clamp_(0, 255).to(torch.uint8)
     quantized = torch.quantize_per_tensor(x, scale, zero_point, torch.quint8)
     # A view of the codes: int_repr() would copy them, which takes longer than quantizing did.

@@ -44,6 +44,15 @@ def pack(weight: Tensor) -> Tensor:
     return _packed_by_onednn(weight)
 
 
+def unpack(packed: Tensor, in_features: int) -> Tensor | None:
+    """The int8 `[out, in]` that `pack` was given; None where oneDNN has packed it."""
+    content: Tensor | None = getattr(packed, "_content", None)
+    if content is None:
+        return None
+    numbers = content[: packed.shape.numel()]
+    return VNNI.restore(numbers.view(-1, in_features, VNNI.block))
+
+
 @lru_cache(maxsize=256)
 def packing(out_features: int, in_features: int, *, threads: int) -> Packing | None:
     """What oneDNN does with a weight of this shape. The CPU decides, and the number of threads.
