@@ -365,7 +365,7 @@ def test_a_layer_can_be_traced_or_says_that_it_cannot(kernel: str, approach: str
             traced = torch.jit.trace(layer, (x,), check_trace=False)
         assert torch.allclose(traced(other), layer(other), atol=1e-5)
     elif select_kernel().name == "onednn":  # whose weights a trace cannot hold
-        with pytest.raises(RuntimeError, match="Tensor|Scalar"):
+        with pytest.raises(RuntimeError, match=r"Tensor|Scalar"):
             torch.jit.trace(layer, (x,))
 
 
