@@ -108,12 +108,13 @@ class OneDnnKernel:
                 codes, input_scale, zero_point, packed, scale, _NO_ZERO_POINTS, residual, bias,
                 1.0, 0, torch.float32, 1.0, 0, "add", 1.0, "none", [], "",
             )  # fmt: skip
-            return y if y.dim() == codes.dim() else y.view(residual.shape)  # of an empty input
-        output_scale, output_zero_point = output or (1.0, 0)
-        y = torch.ops.onednn.qlinear_pointwise(
-            codes, input_scale, zero_point, packed, scale, _NO_ZERO_POINTS, bias,
-            output_scale, output_zero_point, torch.uint8 if output else dtype, name, [], algorithm,
-        )  # fmt: skip
+            residual = None
+        else:
+            output_scale, output_zero_point = output or (1.0, 0)
+            y = torch.ops.onednn.qlinear_pointwise(
+                codes, input_scale, zero_point, packed, scale, _NO_ZERO_POINTS, bias,
+                output_scale, output_zero_point, torch.uint8 if output else dtype, name, [], algorithm,
+            )  # fmt: skip
         if y.dim() != codes.dim():  # of an empty input
             y = y.view(*codes.shape[:-1], y.shape[-1])
         return y if residual is None else added(y, residual)

@@ -236,7 +236,6 @@ class PackedLinear:
         if self.activation == "static":
             self.input_scale, self.zero_point = input_codes(first)
         self.output = input_codes(first._reader[0]) if first._reader else None
-        self.out_features = len(self.scale)
         self.narrowing = first.narrowing if all(module.narrowing for module in modules) else None
 
     def __call__(self, x: Tensor, post_op: PostOp | None, residual: Tensor | None = None) -> Tensor:
