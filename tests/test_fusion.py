@@ -9,12 +9,15 @@ import pytest
 import torch
 from models import int8_linears, logits, quantized, relative_error, tiny, token_batches
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import ViTConfig, ViTForImageClassification
+from transformers.models.bert.modeling_bert import BertLayer
 
 from hfq.quantization.convert import int8_linear
 from hfq.quantization.scheme import LayerScheme
 from hfq.runtime.fusion import NormalizedSum, fuse
 from hfq.runtime.modules import Int8Linear
+from hfq.runtime.selection import select_kernel
 from hfq.tuning.candidates import Candidate
 
 FAMILIES = ["Bert", "DistilBert", "Roberta", "Electra", "MPNet"]
@@ -368,6 +371,66 @@ def test_a_sum_with_more_arguments_is_left_as_it_is() -> None:
     block = Scaled("added")
     fuse(block)
     assert torch.equal(block(torch.ones(3, 8), torch.ones(3, 8), 2.0), 2 * block(torch.ones(3, 8), torch.ones(3, 8)))
+
+
+class Overwritten(TorchDispatchMode):
+    """Counts the matmuls that add to a tensor where it lies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.tensors += "sum" in args
+        return func(*args, **(kwargs or {}))
+
+
+def overwritten(model: nn.Module, **how: Any) -> int:
+    with torch.inference_mode():
+        model(**BATCHES[0])  # which packs
+        with Overwritten() as seen:
+            model(**BATCHES[0], **how)
+    return seen.tensors
+
+
+class ReadAgain(BertLayer):
+    """One that adds what it is given once more, at its end."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(hidden_states, *args, **kwargs) + 0.5 * hidden_states
+
+
+@pytest.mark.skipif(select_kernel().name != "onednn", reason="other kernels add in memory of their own")
+def test_a_sum_takes_the_memory_of_what_nobody_reads_again() -> None:
+    net = tiny("Bert")
+    net.bert.encoder.layer[1].__class__ = ReadAgain
+    model = quantized(net, Candidate("static"), BATCHES)
+    before = logits(model, BATCHES)
+    fuse(model)
+    assert relative_error(logits(model, BATCHES), before) < 0.02
+    assert overwritten(model) == 3
+    assert overwritten(model, output_hidden_states=True) == 0
+    with torch.enable_grad():
+        assert torch.allclose(model(**BATCHES[0]).logits, before[: len(BATCHES[0]["input_ids"])], atol=0.02)
+
+
+@pytest.mark.parametrize("looks", ["hook", "forward", "hidden states"])
+def test_who_looks_at_a_residual_afterwards_sees_what_was_added(looks: str) -> None:
+    model = quantized(tiny("Bert"), Candidate("static"), BATCHES)
+    fuse(model)
+    layer = model.bert.encoder.layer[1]
+    seen: list[Tensor] = []
+    with torch.inference_mode():
+        expected = model(**BATCHES[0], output_hidden_states=True).hidden_states[1]
+        if looks == "hook":
+            layer.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+        elif looks == "forward":
+            forward = layer.forward
+            layer.forward = lambda hidden, *args, **kwargs: (seen.append(hidden), forward(hidden, *args, **kwargs))[1]
+        else:
+            model.config.output_hidden_states = True
+        seen += model(**BATCHES[0]).get("hidden_states", ())[1:2]
+    assert torch.equal(seen[0], expected)
 
 
 def test_fusing_runs_no_matmul_and_the_first_forward_packs() -> None:

@@ -348,6 +348,20 @@ def test_a_residual_may_be_broadcast(kernel: str, approach: str) -> None:
     assert layer(torch.empty(0, 3, 64), residual=torch.empty(0, 3, 48)).shape == (0, 3, 48)
 
 
+@pytest.mark.parametrize("large", [0, 3, 48], ids=["no large weights", "some", "all"])
+@pytest.mark.parametrize("approach", SCHEMES)
+def test_a_sum_in_the_memory_of_the_residual_is_the_same(kernel: str, approach: str, large: int) -> None:
+    layer = make(approach, EVEN)
+    weight = torch.randint(-60, 61, (48, 64), generator=torch.Generator().manual_seed(0))
+    weight[:large] = weight[:large].sign() * 127  # where sums of 16 bits may overflow
+    layer.load_state_dict({**layer.state_dict(), "weight": weight.to(torch.int8)})
+    x = normal(2, 50, 64) * 3
+    for residual in (normal(2, 50, 48), normal(1, 50, 48), normal(2, 48, 50).mT, normal(2, 50, 48).bfloat16()):
+        expected = layer(x) + residual
+        with torch.no_grad():
+            assert torch.allclose(layer(x, residual, overwrite=True), expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("approach", ["static", "dynamic"])
 def test_autocast_rounds_no_sum_of_codes(kernel: str, approach: str) -> None:
     layer, x = make(approach, EVEN), normal(80, 64)

@@ -127,9 +127,10 @@ def fused_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """The same by torch's fused attention: products of bfloat16, scores, softmax and sums in float32."""
-    q, k, v = (tensor.to(torch.bfloat16) for tensor in (query, key, value))
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
-    return torch.empty(y.shape, dtype=dtype).copy_(y)
+    if query.dtype != torch.bfloat16 or key.dtype != torch.bfloat16 or value.dtype != torch.bfloat16:
+        query, key, value = (tensor.to(torch.bfloat16) for tensor in (query, key, value))
+    y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    return y.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format)
 
 
 def _dtype_of(module: torch.nn.Module, default: torch.dtype) -> torch.dtype:

@@ -87,7 +87,9 @@ class BlockedMatmul:
         self.offset = zeros.view(-1).contiguous()
         self.output_codes = None if packed.output is None else _codes(*packed.output)
 
-    def __call__(self, x: Tensor, post_op: PostOp | None, residual: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, x: Tensor, post_op: PostOp | None, residual: Tensor | None = None, overwrite: bool = False
+    ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         if x.dtype == torch.uint8:
             y = self._matmul(rows)

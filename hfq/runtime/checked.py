@@ -55,6 +55,7 @@ class CheckedKernel(OneDnnKernel):
         post_op: PostOp | None,
         output: tuple[float, int] | None,
         residual: Tensor | None = None,
+        overwrite: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
         how: dict[str, Any] = {
@@ -78,17 +79,18 @@ class CheckedKernel(OneDnnKernel):
             in_floats = len(wrong) * WORTHWHILE > len(scale)
         if in_floats:
             return self._portable.static(codes, columns.t(), scale, bias, residual=residual, **how)
-        y = super().static(codes, packed, scale, bias, residual=residual, **how)
-        if len(wrong):
-            anew = self._portable.static(
-                codes,
-                columns.index_select(1, wrong).t(),
-                scale[wrong],
-                None if bias is None else bias[wrong],
-                residual=None if residual is None else residual.index_select(-1, wrong),
-                **how,
-            )
-            y.view(-1, len(scale)).index_copy_(1, wrong, anew.reshape(-1, len(wrong)))
+        if not len(wrong):
+            return super().static(codes, packed, scale, bias, residual=residual, overwrite=overwrite, **how)
+        anew = self._portable.static(
+            codes,
+            columns.index_select(1, wrong).t(),
+            scale[wrong],
+            None if bias is None else bias[wrong],
+            residual=None if residual is None else residual.index_select(-1, wrong),
+            **how,
+        )
+        y = super().static(codes, packed, scale, bias, residual=residual, overwrite=overwrite, **how)
+        y.view(-1, len(scale)).index_copy_(1, wrong, anew.reshape(-1, len(wrong)))
         return y
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from . import attention, operations  # noqa: F401 - operations are registered
-from .first_token import FirstToken
 from .graphs import FACTS, LIBRARY, REFUSED, digest
+from .known_forward import KnownForward
 from .modules import Int8Linear
 from .skeleton import put_together
 
@@ -74,8 +74,8 @@ class Rebuilt(nn.Module):
 
     def forward(self, inputs: Tensor, tensors: list[Tensor]) -> Any:
         model = put_together(self.skeleton, tensors)
-        tokens = (layer.first_token for layer in model.modules() if isinstance(layer, Int8Linear))
-        with next(filter(None, tokens), FirstToken()).reading():
+        known = (layer.first_token for layer in model.modules() if isinstance(layer, Int8Linear))
+        with next(filter(None, known), KnownForward()).running():
             return model(**dict(zip(self.names, inputs.unbind(), strict=True)))
 
 

@@ -47,7 +47,7 @@ def compile(model: Model) -> Model:
     if isinstance(forward.forward if isinstance(forward, SlicedForward) else forward, _Compiled):
         return model
     if isinstance(forward, SlicedForward):
-        forward.check_first_token()  # what is compiled cannot look anew each time
+        forward.check_known()  # what is compiled cannot look anew each time
     pack_all(model)  # what is packed while it is traced would be packed again each time
     fusions = wanted_fusions()
     lay_out(model, panels="compiled-matmul" in fusions)

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from .modules import Int8Linear, SharedMatmul
 
+_ADD = torch.ops.aten.add.Tensor
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 Answer = Callable[[Int8Linear, Tensor], Tensor]
 
@@ -31,6 +32,8 @@ class Flow:
     layers read, or that the model returned. `changes`: memory that was written to, with the number of calls before.
     `outputs`: every tensor that the model returned. `attended`: the memory that each call of torch's attention read as
     query, key and value. `computed_from`: what any other operation read that does more than to look at it in another shape.
+    `reads`: the memory that operations and layers read, in order. `made`: what operations answered with in new memory.
+    `sums`: layer, the memory of what was added to its answer, and the number of reads until then.
     """
 
     calls: list[tuple[Int8Linear, Tensor, Tensor]] = field(default_factory=list)
@@ -39,6 +42,9 @@ class Flow:
     outputs: list[Tensor] = field(default_factory=list)
     attended: list[tuple[int, ...]] = field(default_factory=list)
     computed_from: set[int] = field(default_factory=set)
+    reads: list[int] = field(default_factory=list)
+    made: set[int] = field(default_factory=set)
+    sums: list[tuple[Int8Linear, int, int]] = field(default_factory=list)
 
     @property
     def forms(self) -> list[tuple[torch.Size, torch.dtype]]:
@@ -81,6 +87,16 @@ class Flow:
         alone = {address for address in layers if calls[address] == 1 and address not in others}
         return [layers[address] for call in self.attended if alone.issuperset(call) for address in call]
 
+    def last_readers(self) -> set[Int8Linear]:
+        """Layers whose answer is added to what the forward made and nobody reads again."""
+        returned = set(map(_memory, self.outputs))
+        read_again = {
+            layer
+            for layer, memory, reads in self.sums
+            if memory in self.reads[reads:] or memory in returned or memory not in self.made
+        }
+        return {layer for layer, _, _ in self.sums} - read_again
+
     def called_once(self) -> set[Int8Linear]:
         """Layers that had one call."""
         calls = Counter(layer for layer, _, _ in self.calls)
@@ -103,6 +119,7 @@ def trace(model: nn.Module, example: Mapping[str, Any]) -> Flow | None:
     def answer(layer: Int8Linear, x: Tensor) -> Tensor:
         y = _blank(layer, x)
         flow.calls.append((layer, x, y))
+        flow.reads.append(_memory(x))
         return y
 
     try:
@@ -239,9 +256,9 @@ class _StandIn:
     answer: Answer
     thread: int = field(default_factory=threading.get_ident)
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None = None, *, overwrite: bool = False) -> Tensor:
         if threading.get_ident() != self.thread:  # somebody who wants an answer
-            return type(self.layer).forward(self.layer, x, residual)
+            return type(self.layer).forward(self.layer, x, residual, overwrite=overwrite)
         y = self.answer(self.layer, x)
         return y if residual is None else y + residual
 
@@ -265,6 +282,10 @@ class _Operations(TorchDispatchMode):
         ]
         answer = func(*args, **kwargs)
         memory = set(map(_memory, read))
+        self.flow.reads += memory
+        self.flow.made |= {_memory(leaf) for leaf in tree_leaves(answer) if isinstance(leaf, Tensor)} - memory
+        if func is _ADD and self.flow.calls and read and read[0] is self.flow.calls[-1][2] and len(read) == 2:
+            self.flow.sums.append((self.flow.calls[-1][0], _memory(read[1]), len(self.flow.reads)))
         if func is _ATTENTION:
             self.flow.attended.append(tuple(map(_memory, args[:3])))
             memory = set(map(_memory, read[3:]))

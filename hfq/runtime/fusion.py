@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 
 from ..errors import UsageError
 from . import attention
-from .first_token import FirstToken
+from .first_token import of_first_token
 from .flow import Flow, ignores_padding, read_for_first_token, standing_in, trace
+from .known_forward import KnownForward
 from .memory import return_freed_memory
 from .modules import PACKING, Int8Linear, PostOp, SharedMatmul, input_codes, pack_all
 from .narrowing import Narrowing
@@ -156,8 +157,8 @@ def _fuse_flow(model: nn.Module, example: Mapping[str, Tensor], wanted: Sequence
     forward = model.__dict__.get("forward")
     if isinstance(forward, SlicedForward):
         forward.cuts_padding = forward.cuts_padding or ignores_padding(model, example)
-        if "first-token" in wanted and forward.first_token is None:
-            _read_first_token(model, forward, example, flow)
+        if forward.known is None:
+            forward.know(_tell_of_known_forwards(model, example, flow, wanted))
     undo = [fusion(flow) for name, fusion in FLOW_FUSIONS.items() if name in wanted]
     while undo and not _same_forms(flow, trace(model, example)):
         undo.pop()()
@@ -167,13 +168,23 @@ def _fuse_flow(model: nn.Module, example: Mapping[str, Tensor], wanted: Sequence
 Fusion = Callable[[Flow], Callable[[], None]]  # does it, and returns what undoes it
 
 
-def _read_first_token(model: nn.Module, forward: SlicedForward, example: Mapping[str, Tensor], flow: Flow) -> None:
-    """Tell layers to compute no more than the first token of each row where `model` reads no more of it."""
-    layers = read_for_first_token(model, example, flow)
-    first_token = FirstToken() if layers else None
+def _tell_of_known_forwards(
+    model: nn.Module, example: Mapping[str, Tensor], flow: Flow, wanted: Sequence[str]
+) -> KnownForward | None:
+    """Have layers compute no more than the first token of each row where `model` reads no more of it, and add in place.
+
+    Returns: what tells them of forwards in which they may; None if there are none such.
+    """
+    layers = read_for_first_token(model, example, flow) if "first-token" in wanted else []
+    forwards = [module.__dict__.get("forward") for module in model.modules()]
+    last = flow.last_readers()
+    sums = [forward for forward in forwards if isinstance(forward, NormalizedSum) and forward.linear in last]
+    known = KnownForward() if layers or sums else None
     for layer in layers:
-        layer.first_token = first_token
-    forward.read_first_token(first_token)
+        layer.first_token = known
+    for block in sums:
+        block.in_place = known
+    return known
 
 
 def _requantization(flow: Flow) -> Callable[[], None]:
@@ -272,7 +283,7 @@ def _fuse_residual(parent: nn.Module) -> None:
     """Let a block that adds its second input to what its Linear returns, and normalizes the sum, add in the matmul."""
     children = list(parent.children())
     linears = [child for child in children if isinstance(child, Int8Linear)]
-    norms = [child for child in children if isinstance(child, nn.LayerNorm)]
+    norms = [child for child in children if type(child) is nn.LayerNorm]
     if len(linears) != 1 or len(norms) != 1 or "forward" in parent.__dict__ or not linears[0].is_plain:
         return
     parameters = inspect.signature(parent.forward).parameters.values()
@@ -288,23 +299,33 @@ def _fuse_residual(parent: nn.Module) -> None:
 
 
 class NormalizedSum:
-    """The `forward` of a residual block: `norm(linear(x) + residual)`, where the matmul adds. `names`: of its two arguments."""
+    """The `forward` of a residual block: `norm(linear(x) + residual)`, where the matmul adds. `names`: of its two arguments.
+
+    `in_place`: the forwards in which nobody reads the residual afterwards. oneDNN then adds to it where it lies, for
+    nothing; a sum in memory of its own takes as long as a third of the matmul.
+    """
 
     def __init__(self, linear: Int8Linear, norm: nn.LayerNorm, *names: str) -> None:
         self.linear, self.norm = linear, norm
+        self.in_place: KnownForward | None = None
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         self.signature = inspect.Signature([inspect.Parameter(name, kind) for name in names])
 
     def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         x, residual = self.signature.bind(*args, **kwargs).args if kwargs else args
         first_token = self.linear.first_token
-        if first_token is not None and first_token.only:
-            return first_token.of(self._sum, x, residual)
+        if first_token is not None and first_token.under_way:
+            return of_first_token(self._sum, x, residual)
         return self._sum(x, residual)
 
     def _sum(self, x: Tensor, residual: Tensor) -> Tensor:
-        y: Tensor = self.norm(self.linear(x, residual=residual))
-        return y
+        norm = self.norm
+        if self.in_place is None or not self.in_place.under_way:
+            y: Tensor = norm(self.linear(x, residual))
+            return y
+        # Nobody's hook sees these calls, so they need not be seen: after a matmul, which empties caches, steps take long.
+        y = self.linear.forward(x, residual, overwrite=True)
+        return F.layer_norm(y, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
 def _post_op(module: nn.Module) -> PostOp | None:

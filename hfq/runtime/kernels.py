@@ -16,7 +16,7 @@ PostOp = Literal["relu", "gelu", "gelu_tanh"]
 SYMMETRIC_RANGE = 127.5  # compressed-tensors divides a token's absolute maximum by this: (127 + 128) / 2
 DYNAMIC_ROWS = 1024  # tokens quantized and multiplied at a time: their floats stay out of the peak
 FEW_NUMBERS = 1 << 16  # fewer operations take less time than fewer bytes
-MANY_NUMBERS = 1 << 20  # oneDNN takes longer to add so many to products than a sum of its own does
+MANY_NUMBERS = 1 << 20  # of a sum that takes memory of its own: a sum after the matmul is faster than oneDNN's in it
 _RANGE = torch.tensor(
     SYMMETRIC_RANGE, dtype=torch.float32, device="cpu"
 )  # an operation makes a tensor of a number, each time
@@ -55,12 +55,13 @@ class Kernel(Protocol):
         post_op: PostOp | None,
         output: tuple[float, int] | None,
         residual: Tensor | None = None,
+        overwrite: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
         """uint8 `[.., in]`, one scale and zero point for all, to `dtype` `[.., out]`, after `post_op`.
 
         With `output`, a scale and zero point, to uint8 codes of those. With `residual`, `[.., out]`, that is added;
-        then there is neither `post_op` nor `output`, and `dtype` is float32.
+        then there is neither `post_op` nor `output`, and `dtype` is float32. `overwrite`: the sum may take its memory.
         """
 
     def dynamic(
@@ -100,13 +101,16 @@ class OneDnnKernel:
         post_op: PostOp | None,
         output: tuple[float, int] | None,
         residual: Tensor | None = None,
+        overwrite: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
         name, algorithm = _ONEDNN_POST_OPS[post_op]
-        if residual is not None and _can_be_added(residual, (*codes.shape[:-1], scale.shape[0])):
+        shape = (*codes.shape[:-1], scale.shape[0])
+        if residual is not None and _can_be_added(residual, shape, overwrite):
+            in_place = overwrite and not torch.compiler.is_compiling()
             y = torch.ops.onednn.qlinear_pointwise.binary(
                 codes, input_scale, zero_point, packed, scale, _NO_ZERO_POINTS, residual, bias,
-                1.0, 0, torch.float32, 1.0, 0, "add", 1.0, "none", [], "",
+                1.0, 0, torch.float32, 1.0, 0, "sum" if in_place else "add", 1.0, "none", [], "",
             )  # fmt: skip
             residual = None
         else:
@@ -169,6 +173,7 @@ class PortableKernel:
         post_op: PostOp | None,
         output: tuple[float, int] | None,
         residual: Tensor | None = None,
+        overwrite: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
         y = self._matmul(codes.float().sub_(zero_point), packed, scale * input_scale, bias)
@@ -191,16 +196,17 @@ class PortableKernel:
         return y if bias is None else y.add_(bias)
 
 
-def _can_be_added(residual: Tensor, shape: tuple[int, ...]) -> bool:
+def _can_be_added(residual: Tensor, shape: tuple[int, ...], overwrite: bool) -> bool:
     """Whether oneDNN can, and should, add `residual` to products of `shape`."""
     if residual.dtype != torch.float32 or residual.shape != shape or not residual.is_contiguous():
         return False
-    return torch.compiler.is_compiling() or residual.numel() < MANY_NUMBERS
+    return overwrite or torch.compiler.is_compiling() or residual.numel() < MANY_NUMBERS
 
 
 def added(y: Tensor, residual: Tensor) -> Tensor:
-    """The sum, in the memory of `y` if it has the sum's shape."""
-    if residual.shape != y.shape and torch.broadcast_shapes(y.shape, residual.shape) != y.shape:
+    """The sum, in the memory of `y` if it has the sum's shape and type."""
+    fits = residual.shape == y.shape or torch.broadcast_shapes(y.shape, residual.shape) == y.shape
+    if not fits or torch.result_type(y, residual) != y.dtype:
         return y + residual
     return y.add_(residual)
 

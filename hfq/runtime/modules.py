@@ -13,14 +13,16 @@ from torch import Tensor, nn
 
 from . import sharing
 from .checked import CheckedKernel
-from .first_token import FirstToken
+from .first_token import of_first_token
 from .kernels import (
     Kernel,
     PortableKernel,
     PostOp,
+    added,
     apply_post_op,
     quantize_uint8,
 )
+from .known_forward import KnownForward
 from .memory import checkpoint_files, drop_file_pages, keep_freed_memory
 from .narrowing import Narrowing
 from .selection import select_kernel
@@ -106,7 +108,7 @@ class Int8Linear(PackedModule):
     State: `weight` int8 `[out, in]`, `weight_scale` float32 `[out, 1]`, `bias` float `[out]` or absent;
     with static activations also `input_scale` float32 `[1]` and `input_zero_point` int8 `[1]`.
     `post_op`: an activation function computed with the matmul (`hfq.runtime.fusion`); not part of the state.
-    `first_token`: says whether its answers are read for further tokens (`hfq.runtime.first_token`).
+    `first_token`: the forwards in which its answers are read for no further token (`hfq.runtime.first_token`).
     `narrowing`: says whether they are bfloat16 whatever the input is (`hfq.runtime.narrowing`).
     Inference only: no gradient flows through it.
     """
@@ -124,27 +126,28 @@ class Int8Linear(PackedModule):
             self.input_zero_point = frozen(torch.empty(1, dtype=torch.int8))
         self.register_parameter("bias", frozen(torch.empty(out_features)) if bias else None)
         self.post_op: PostOp | None = None
-        self.first_token: FirstToken | None = None
+        self.first_token: KnownForward | None = None
         self.narrowing: Narrowing | None = None
         self._reader: tuple[Int8Linear] | None = None  # in a tuple: it is another module's child, not ours
         self._group: SharedMatmul | None = None
         self._packed: Any = None  # PackedLinear or _Slice
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, *, overwrite: bool = False) -> Tensor:
         """float `[.., in]` to the same dtype, `[.., out]`. uint8 is taken as the codes of this layer's input scale.
 
-        `residual`, float `[.., out]`, is added to the result; only where the layer `is_plain`.
+        `residual`, float `[.., out]`, is added to the result; only where the layer `is_plain`. `overwrite`: nobody reads
+        it any more, so the sum may take its memory.
         """
         if not torch.is_grad_enabled():
-            return self._answer(x, residual)
+            return self._answer(x, residual, overwrite)
         with torch.no_grad():
-            return self._answer(x, residual)
+            return self._answer(x, residual, False)
 
-    def _answer(self, x: Tensor, residual: Tensor | None) -> Tensor:
+    def _answer(self, x: Tensor, residual: Tensor | None, overwrite: bool) -> Tensor:
         packed = self._packed or self.pack()
-        if self.first_token is not None and self.first_token.only:
-            return self.first_token.of(lambda x, residual: packed(x, self.post_op, residual), x, residual)
-        y: Tensor = packed(x, self.post_op, residual)
+        if self.first_token is not None and self.first_token.under_way:
+            return of_first_token(lambda x, residual: packed(x, self.post_op, residual, overwrite), x, residual)
+        y: Tensor = packed(x, self.post_op, residual, overwrite)
         return y
 
     def emit_codes_for(self, consumer: "Int8Linear | None") -> None:
@@ -238,14 +241,18 @@ class PackedLinear:
         self.output = input_codes(first._reader[0]) if first._reader else None
         self.narrowing = first.narrowing if all(module.narrowing for module in modules) else None
 
-    def __call__(self, x: Tensor, post_op: PostOp | None, residual: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, x: Tensor, post_op: PostOp | None, residual: Tensor | None = None, overwrite: bool = False
+    ) -> Tensor:
         if self.activation == "weight-only":
             weight = self.weight.to(x.dtype) * self.scale[:, None].to(x.dtype)
             bias = None if self.bias is None else self.bias.to(x.dtype)
-            return _added(apply_post_op(nn.functional.linear(x, weight, bias), post_op), residual)
+            y = apply_post_op(nn.functional.linear(x, weight, bias), post_op)
+            return y if residual is None else added(y, residual)
         if self.activation == "dynamic":
             y = self.kernel.dynamic(x, self.weight, self.scale, self.bias, post_op=post_op)
-            return _added(y if y.dtype == x.dtype else y.to(x.dtype), residual)
+            y = y if y.dtype == x.dtype else y.to(x.dtype)
+            return y if residual is None else added(y, residual)
         codes = x if x.dtype == torch.uint8 else quantize_uint8(x.float(), self.input_scale, self.zero_point)
         narrow = self.narrowing is not None and residual is None and self.narrowing.gains(codes)
         y = self.kernel.static(
@@ -258,6 +265,7 @@ class PackedLinear:
             post_op=post_op,
             output=self.output,
             residual=residual,
+            overwrite=overwrite,
             dtype=torch.bfloat16 if narrow else torch.float32,
         )
         if self.output or narrow:
@@ -276,8 +284,11 @@ class _Slice:
         self.shared = shared
         self.start, self.stop = start, stop
 
-    def __call__(self, x: Tensor, post_op: PostOp | None, residual: Tensor | None = None) -> Tensor:
-        return _added(self.shared(x, self.start)[..., self.start : self.stop], residual)
+    def __call__(
+        self, x: Tensor, post_op: PostOp | None, residual: Tensor | None = None, overwrite: bool = False
+    ) -> Tensor:
+        y = self.shared(x, self.start)[..., self.start : self.stop]
+        return y if residual is None else y + residual
 
     def unpack(self) -> Tensor:
         return self.shared.unpack()[self.start : self.stop].contiguous()
@@ -407,10 +418,6 @@ def note_files(model: nn.Module) -> None:
         if isinstance(module, PackedModule) and module._packed is None:
             address = module.weight.data_ptr()
             module._in_file_at = address if any(address in file for file in files) else None
-
-
-def _added(y: Tensor, residual: Tensor | None) -> Tensor:
-    return y if residual is None else y + residual
 
 
 def _bias(module: Int8Linear) -> Tensor:

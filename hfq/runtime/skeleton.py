@@ -62,7 +62,7 @@ class _Pickler(pickle.Pickler):
         self.tensors: list[Tensor] = []
         self._position: dict[int, int] = {}
         # Of an inner model, whose outer one's answers need no other token, all tokens are answers.
-        self._first_token = getattr(model.__dict__.get("forward"), "first_token", None)
+        self._known = getattr(model.__dict__.get("forward"), "known", None)
 
     def persistent_id(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -89,7 +89,7 @@ class _Pickler(pickle.Pickler):
                 state["training"] = False
             if value is self.model:
                 state.pop("forward", None)
-            if isinstance(value, Int8Linear) and value.first_token is not self._first_token:
+            if isinstance(value, Int8Linear) and value.first_token is not self._known:
                 state["first_token"] = None
             if isinstance(value, Int8Linear) and value._packed is not None:
                 state["_parameters"] = {}  # they are in what was packed

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .first_token import FirstToken, Structure
+from .known_forward import KnownForward, Structure
 from .memory import LargestInput
 
 MOST_TOKENS = 1024  # rows x length of a slice
 MOST_TOKENS_IN_TILES = 2048  # with AMX, where matmuls are over so soon that what is between them counts
 WASTE = 128  # tokens of padding that cost less than one more forward
-WORTHWHILE = 64  # tokens, of which leaving out a layer's work on all but the first saves more than it takes to ask
+WORTHWHILE = 64  # tokens, of which what is left out in a known forward saves more than it takes to ask
 TOKENS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -103,12 +103,12 @@ def in_parts(batch: Mapping[str, Any], *, tokens: int = MOST_TOKENS) -> Iterator
 class SlicedForward:
     """A model's `forward` that runs another one, its class's own, on one slice after the other.
 
-    It knows what a plain batch is, so it also says to layers that its answers need no token but the first.
+    It knows what a plain batch is, so it also says to layers which forwards are known ones.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.first_token: FirstToken | None = None
+        self.known: KnownForward | None = None
         self._structure: Structure | None = None
         self.forward: Callable[..., Any] = types.MethodType(type(model).forward, model)
         self._largest = LargestInput()
@@ -117,26 +117,26 @@ class SlicedForward:
         functools.update_wrapper(self, self.forward)  # transformers reads its signature
 
     def __reduce__(self) -> tuple[Any, ...]:
-        kept = ("first_token", "_structure", "cuts_padding")
+        kept = ("known", "_structure", "cuts_padding")
         return SlicedForward, (self.model,), {name: getattr(self, name) for name in kept}
 
-    def read_first_token(self, first_token: FirstToken | None) -> None:
-        """Have layers that have `first_token` told that the answers to plain inputs need no other."""
-        self.first_token = first_token
-        self._structure = None if first_token is None else Structure(self.model)
+    def know(self, known: KnownForward | None) -> None:
+        """Have layers that have `known` told of forwards of plain inputs, as long as the model is as it is now."""
+        self.known = known
+        self._structure = None if known is None else Structure(self.model)
 
-    def check_first_token(self) -> None:
+    def check_known(self) -> None:
         """Have every token computed again, for good, if the model is not the one any more that was looked at."""
         if self._structure is not None and not self._structure.is_as_it_was():
             for module in self.model.modules():
-                if getattr(module, "first_token", None) is self.first_token:
+                if getattr(module, "first_token", None) is self.known:
                     module.first_token = None  # type: ignore[assignment]
-            self.read_first_token(None)
+            self.know(None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.first_token is None or not self._needs_first_token(*args, **kwargs):
+        if self.known is None or not self._is_known(*args, **kwargs):
             return self._in_slices(*args, **kwargs)
-        with self.first_token.reading():
+        with self.known.running():
             return self._in_slices(*args, **kwargs)
 
     def _in_slices(self, *args: Any, **kwargs: Any) -> Any:
@@ -165,8 +165,8 @@ class SlicedForward:
         outputs["logits"] = logits
         return outputs
 
-    def _needs_first_token(self, *args: Any, **kwargs: Any) -> bool:
-        """Whether no other token counts for the answer, and there are so many that it pays to see that."""
+    def _is_known(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether these are plain inputs of the model that was looked at, and so large that it pays to see that."""
         name = getattr(self.model, "main_input_name", TOKENS[0])
         inputs = dict(zip((name,), args, strict=False)) | kwargs
         plain = len(args) < 2 and (is_token_batch(inputs) or (name == "pixel_values" and inputs.keys() == {name}))
