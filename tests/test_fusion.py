@@ -15,8 +15,10 @@ from transformers.models.bert.modeling_bert import BertLayer
 
 from hfq.quantization.convert import int8_linear
 from hfq.quantization.scheme import LayerScheme
-from hfq.runtime.fusion import NormalizedSum, fuse
+from hfq.runtime.encoder_layer import EncoderLayer
+from hfq.runtime.fusion import fuse
 from hfq.runtime.modules import Int8Linear
+from hfq.runtime.residual import NormalizedSum
 from hfq.runtime.selection import select_kernel
 from hfq.tuning.candidates import Candidate
 
@@ -431,6 +433,78 @@ def test_who_looks_at_a_residual_afterwards_sees_what_was_added(looks: str) -> N
             model.config.output_hidden_states = True
         seen += model(**BATCHES[0]).get("hidden_states", ())[1:2]
     assert torch.equal(seen[0], expected)
+
+
+def layers_that_run_directly(model: nn.Module) -> int:
+    return sum(isinstance(module.__dict__.get("forward"), EncoderLayer) for module in model.modules())
+
+
+@pytest.mark.parametrize("approach", ["static", "dynamic"])
+@pytest.mark.parametrize(
+    ("family", "layers"), [("Bert", 2), ("Roberta", 2), ("Electra", 2), ("DistilBert", 0), ("MPNet", 0)]
+)
+def test_encoder_layers_run_their_steps_directly(family: str, layers: int, approach: Any) -> None:
+    model = quantized(tiny(family), Candidate(approach), BATCHES)
+    before = logits(model, BATCHES)
+    fuse(model)
+    assert layers_that_run_directly(model) == layers
+    assert relative_error(logits(model, BATCHES), before) < 0.02
+    assert torch.equal(logits(copy.deepcopy(model), BATCHES), logits(model, BATCHES))
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model)), BATCHES), logits(model, BATCHES))
+    unpadded = {"input_ids": BATCHES[0]["input_ids"]}
+    with torch.inference_mode():
+        expected = model(**unpadded, output_hidden_states=True).logits  # which the layers' own forwards compute
+    assert relative_error(logits(model, [unpadded]), expected) < 0.02
+
+
+class Halved(BertLayer):
+    """One that does something more at its end."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *others: Any, **how: Any) -> Any:
+        return 0.5 * super().forward(hidden_states, attention_mask, *others, **how)
+
+
+class Unmasked(BertLayer):
+    """One that does not look at padding."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *others: Any, **how: Any) -> Any:
+        return super().forward(hidden_states, None, *others, **how)
+
+
+class Swapped(BertLayer):
+    """One that takes what is called key for the query."""
+
+    def __init__(self, config: Any, layer_idx: int | None = None) -> None:
+        super().__init__(config, layer_idx)
+        attention = self.attention.self
+        attention.query, attention.key = attention.key, attention.query
+
+
+@pytest.mark.parametrize(("kind", "layers"), [(Halved, 1), (Unmasked, 1), (Swapped, 2)])
+def test_layers_of_other_steps_run_as_they_are(kind: type[BertLayer], layers: int) -> None:
+    net = tiny("Bert", num_hidden_layers=1)
+    net.bert.encoder.layer.append(kind(net.config, layer_idx=1).eval().requires_grad_(False))
+    net.bert.encoder.layer[1].load_state_dict(tiny("Bert", seed=1).bert.encoder.layer[1].state_dict())
+    model = quantized(net, Candidate("static"), BATCHES)
+    before = logits(model, BATCHES)
+    fuse(model)
+    assert layers_that_run_directly(model) == layers
+    assert relative_error(logits(model, BATCHES), before) < 0.02
+
+
+def test_layers_that_run_directly_still_call_hooks_and_take_another_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = quantized(tiny("Bert"), Candidate("static"), BATCHES)
+    fuse(model)
+    expected = logits(model, BATCHES)
+    seen: list[str] = []
+    for name, module in model.bert.encoder.layer[0].named_modules():
+        module.register_forward_hook(lambda *call, name=name: seen.append(name))
+    assert relative_error(logits(model, BATCHES), expected) < 0.02
+    assert {"attention.self.query", "attention.output", "intermediate.dense", "output.LayerNorm"} <= set(seen)
+    again = quantized(tiny("Bert"), Candidate("static"), BATCHES)
+    fuse(again)
+    again.set_attn_implementation("eager")
+    assert relative_error(logits(again, BATCHES), expected) < 0.02
 
 
 def test_fusing_runs_no_matmul_and_the_first_forward_packs() -> None:

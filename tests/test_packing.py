@@ -8,6 +8,7 @@ from hfq.runtime.kernels import OneDnnKernel
 from hfq.runtime.native import bytes_of
 from hfq.runtime.packing import WORTHWHILE, descriptor_of, pack
 from hfq.runtime.selection import select_kernel
+from hfq.runtime.weight_memory import WeightMemory
 
 SHAPES = [(256, 256), (832, 320), (64, 4096), (320, 252), (300, 512), (256, 254), (70_000, 1), (64, 64)]
 
@@ -21,7 +22,7 @@ def weight_of(*shape: int) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_it_is_what_onednn_makes(shape: tuple[int, int]) -> None:
     weight = weight_of(*shape)
-    found, expected = pack(weight), torch.ops.onednn.qlinear_prepack(weight, None)
+    found, expected = pack(weight, WeightMemory()), torch.ops.onednn.qlinear_prepack(weight, None)
     assert descriptor_of(found) == descriptor_of(expected)
     size = torch.ops.mkldnn._nbytes(expected)
     assert torch.ops.mkldnn._nbytes(found) == size
@@ -32,7 +33,7 @@ def test_it_is_used_where_the_layout_is_known() -> None:
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         pytest.skip("oneDNN has other layouts for other CPUs")
     assert WORTHWHILE <= 256 * 256
-    assert hasattr(pack(weight_of(256, 256)), "_content")
+    assert hasattr(pack(weight_of(256, 256), WeightMemory()), "_content")
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -42,7 +43,14 @@ def test_products_are_exact(shape: tuple[int, int], zero_point: int) -> None:
     codes = torch.randint(0, 256, (5, shape[1]), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     kernel = OneDnnKernel()
     y = kernel.static(
-        codes, pack(weight), scale, None, input_scale=1.0, zero_point=zero_point, post_op=None, output=None
+        codes,
+        pack(weight, WeightMemory()),
+        scale,
+        None,
+        input_scale=1.0,
+        zero_point=zero_point,
+        post_op=None,
+        output=None,
     )
     assert torch.equal(y.double(), (codes.double() - zero_point) @ weight.double().t())
 
@@ -51,4 +59,4 @@ def test_part_of_a_weight_that_begins_anywhere_is_packed_as_well() -> None:
     memory = weight_of(256 * 256 + 3, 1).view(-1)
     part = memory[3:].view(256, 256)
     kernel, scale = OneDnnKernel(), torch.ones(256)
-    assert torch.equal(kernel.unpack(pack(part), scale, 256), part)
+    assert torch.equal(kernel.unpack(pack(part, WeightMemory()), scale, 256), part)

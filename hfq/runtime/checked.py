@@ -26,6 +26,7 @@ class CheckedKernel(OneDnnKernel):
     name = "onednn-checked"
 
     def __init__(self) -> None:
+        super().__init__()
         self._portable = PortableKernel()
 
     def pack(self, weight: Tensor, scale: Tensor) -> Tensor:

@@ -99,7 +99,11 @@ class _Compiled:
         # One tensor, int64 [names, batch, length], so that all have the same dynamic shape.
         with torch.inference_mode(False):  # torch.compile would take a tensor made in it for another kind
             stacked = torch.stack([inputs[name].long() for name in names])
-        self._largest.see(stacked[0].numel())
+        with self._largest.of(stacked[0].numel()):
+            return self._compiled(names, stacked, *args, **kwargs)
+
+    def _compiled(self, names: tuple[str, ...], stacked: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """`stacked`: the tensors of `names`, in which there may be more than in the other arguments."""
         graphs = self._graphs
         graph = graphs.find(names, stacked) if graphs else None
         if graph is None and graphs and graphs.may_make(names, stacked):

@@ -6,7 +6,6 @@ They are found by structure and by what one forward shows (`hfq.runtime.flow`), 
 names, nothing assumed about anybody's `forward`.
 """
 
-import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -19,12 +18,14 @@ from transformers import PreTrainedModel
 
 from ..errors import UsageError
 from . import attention
-from .first_token import of_first_token
-from .flow import Flow, ignores_padding, read_for_first_token, standing_in, trace
+from .encoder_layer import run_directly
+from .examples import answer_of, noise
+from .flow import Flow, ignores_padding, read_for_first_token, trace
 from .known_forward import KnownForward
 from .memory import return_freed_memory
 from .modules import PACKING, Int8Linear, PostOp, SharedMatmul, input_codes, pack_all
 from .narrowing import Narrowing
+from .residual import NormalizedSum, fuse_residual
 from .slicing import SlicedForward, slice_batches
 
 
@@ -125,11 +126,15 @@ def _fuse_calls(model: nn.Module, wanted: tuple[str, ...]) -> None:
     """The fusions that change what layers do when they are called, and nothing that a block holds on to."""
     if "residual" in wanted:
         for parent in list(model.modules()):
-            _fuse_residual(parent)
+            fuse_residual(parent)
     for part, example in _examples(model):
         flow = _fuse_flow(part, example, wanted)
         if "attention" in wanted and part is model:
             _fuse_attention(model, example, flow)
+    forward = model.__dict__.get("forward")
+    if "encoder-layer" in wanted and isinstance(forward, SlicedForward) and forward.known is not None:
+        run_directly(model, forward.known)
+        forward.know(forward.known)  # as it is now
 
 
 def _examples(model: nn.Module) -> Iterator[tuple[nn.Module, Mapping[str, Tensor]]]:
@@ -241,7 +246,7 @@ FLOW_FUSIONS: dict[str, Fusion] = {
     "shared-matmul": _shared_matmuls,
 }
 # Up to requantization error.
-EXACT = ("activation", "residual", *FLOW_FUSIONS, "slices", "first-token", "compiled-matmul")
+EXACT = ("activation", "residual", *FLOW_FUSIONS, "slices", "first-token", "encoder-layer", "compiled-matmul")
 FUSION_SETS: dict[str, tuple[str, ...]] = {
     "exact": EXACT,
     "all": (*EXACT, "compiled-attention", "compiled-residual", "attention"),
@@ -269,63 +274,14 @@ def _fuse_activation(parent: nn.Module) -> None:
 def _is_behind(parent: nn.Module, linear: Int8Linear, name: str) -> bool:
     """Whether the function `name` is applied to what `linear` answers and to nothing else; it is taken out if so."""
     activation = getattr(parent, name)
-    x, y = _noise(linear.in_features), _noise(linear.out_features)
-    before = _output(parent, x, answers={linear: y})
+    x, y = noise(linear.in_features), noise(linear.out_features)
+    before = answer_of(parent, x, answers={linear: y})
     setattr(parent, name, nn.Identity())
-    after = _output(parent, x, answers={linear: activation(y.clone())})
+    after = answer_of(parent, x, answers={linear: activation(y.clone())})
     if before is not None and after is not None and torch.equal(before, after):
         return True
     setattr(parent, name, activation)
     return False
-
-
-def _fuse_residual(parent: nn.Module) -> None:
-    """Let a block that adds its second input to what its Linear returns, and normalizes the sum, add in the matmul."""
-    children = list(parent.children())
-    linears = [child for child in children if isinstance(child, Int8Linear)]
-    norms = [child for child in children if type(child) is nn.LayerNorm]
-    if len(linears) != 1 or len(norms) != 1 or "forward" in parent.__dict__ or not linears[0].is_plain:
-        return
-    parameters = inspect.signature(parent.forward).parameters.values()
-    if [parameter.kind for parameter in parameters] != 2 * [inspect.Parameter.POSITIONAL_OR_KEYWORD]:
-        return
-    (linear,), (norm,) = linears, norms
-    if norm.normalized_shape != (linear.out_features,):
-        return
-    x, y, residual = _noise(linear.in_features), _noise(linear.out_features), _noise(linear.out_features, seed=1)
-    found = _output(parent, x, residual, answers={linear: y})
-    if found is not None and torch.equal(found, norm(y + residual)):
-        parent.forward = NormalizedSum(linear, norm, *(parameter.name for parameter in parameters))
-
-
-class NormalizedSum:
-    """The `forward` of a residual block: `norm(linear(x) + residual)`, where the matmul adds. `names`: of its two arguments.
-
-    `in_place`: the forwards in which nobody reads the residual afterwards. oneDNN then adds to it where it lies, for
-    nothing; a sum in memory of its own takes as long as a third of the matmul.
-    """
-
-    def __init__(self, linear: Int8Linear, norm: nn.LayerNorm, *names: str) -> None:
-        self.linear, self.norm = linear, norm
-        self.in_place: KnownForward | None = None
-        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        self.signature = inspect.Signature([inspect.Parameter(name, kind) for name in names])
-
-    def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        x, residual = self.signature.bind(*args, **kwargs).args if kwargs else args
-        first_token = self.linear.first_token
-        if first_token is not None and first_token.under_way:
-            return of_first_token(self._sum, x, residual)
-        return self._sum(x, residual)
-
-    def _sum(self, x: Tensor, residual: Tensor) -> Tensor:
-        norm = self.norm
-        if self.in_place is None or not self.in_place.under_way:
-            y: Tensor = norm(self.linear(x, residual))
-            return y
-        # Nobody's hook sees these calls, so they need not be seen: after a matmul, which empties caches, steps take long.
-        y = self.linear.forward(x, residual, overwrite=True)
-        return F.layer_norm(y, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
 def _post_op(module: nn.Module) -> PostOp | None:
@@ -333,7 +289,7 @@ def _post_op(module: nn.Module) -> PostOp | None:
     if module._parameters or module._modules or isinstance(module, nn.Dropout | nn.Identity):
         return None
     x, functions = _post_op_examples()
-    y = _output(module, x)
+    y = answer_of(module, x)
     if y is None or y.shape != x.shape:
         return None
     return next((name for name, value in functions.items() if torch.allclose(y, value, atol=1e-6)), None)
@@ -343,24 +299,3 @@ def _post_op(module: nn.Module) -> PostOp | None:
 def _post_op_examples() -> tuple[Tensor, dict[PostOp, Tensor]]:
     x = torch.cat([torch.linspace(-6, 6, 97), torch.tensor([-1e4, -100, -12, -8, 8, 12, 100, 1e4])])  # some clip
     return x, {"gelu": F.gelu(x), "gelu_tanh": F.gelu(x, approximate="tanh"), "relu": F.relu(x)}
-
-
-def _output(module: nn.Module, *inputs: Tensor, answers: Mapping[Int8Linear, Tensor] | None = None) -> Tensor | None:
-    """What `module` returns where int8 layers answer as `answers` says, and else with the mean of their input."""
-
-    def answer(layer: Int8Linear, x: Tensor) -> Tensor:
-        if layer in (answers or {}):
-            return answers[layer].clone()  # type: ignore[index]
-        return x.float().mean(-1, keepdim=True).repeat(*[1] * (x.dim() - 1), layer.out_features)
-
-    try:
-        with torch.inference_mode(), standing_in(module.modules(), answer):
-            y = module(*(x.clone() for x in inputs))  # some write into what they are given
-    except Exception:  # a forward that wants other arguments: not a module this can be done to
-        return None
-    return y if isinstance(y, Tensor) else None
-
-
-@lru_cache(maxsize=16)
-def _noise(features: int, *, seed: int = 0) -> Tensor:
-    return torch.randn(4, features, generator=torch.Generator().manual_seed(seed))

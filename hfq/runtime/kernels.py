@@ -11,15 +11,17 @@ from torch.nn import functional as F
 
 from . import packing
 from .layouts import PANELS
+from .weight_memory import WeightMemory
 
 PostOp = Literal["relu", "gelu", "gelu_tanh"]
 SYMMETRIC_RANGE = 127.5  # compressed-tensors divides a token's absolute maximum by this: (127 + 128) / 2
+SMALLEST = torch.finfo(torch.float32).tiny  # scale: of a token of zeros
 DYNAMIC_ROWS = 1024  # tokens quantized and multiplied at a time: their floats stay out of the peak
 FEW_NUMBERS = 1 << 16  # fewer operations take less time than fewer bytes
 MANY_NUMBERS = 1 << 20  # of a sum that takes memory of its own: a sum after the matmul is faster than oneDNN's in it
-_RANGE = torch.tensor(
-    SYMMETRIC_RANGE, dtype=torch.float32, device="cpu"
-)  # an operation makes a tensor of a number, each time
+# An operation makes a tensor of a number, each time.
+_RANGE = torch.tensor(SYMMETRIC_RANGE, dtype=torch.float32, device="cpu")
+_SMALLEST = torch.tensor(SMALLEST, dtype=torch.float32, device="cpu")
 _NO_ZERO_POINTS = torch.zeros(1, dtype=torch.int32, device="cpu")  # weights are symmetric
 _ONEDNN_POST_OPS: dict[PostOp | None, tuple[str, str]] = {
     None: ("none", ""),
@@ -75,8 +77,11 @@ class OneDnnKernel:
 
     name = "onednn"
 
+    def __init__(self) -> None:
+        self._memory = WeightMemory()
+
     def pack(self, weight: Tensor, scale: Tensor) -> Tensor:
-        return packing.pack(weight)
+        return packing.pack(weight, self._memory)
 
     def unpack(self, packed: Tensor, scale: Tensor, in_features: int) -> Tensor:
         found = packing.unpack(packed, in_features)
@@ -228,7 +233,9 @@ def token_scale(x: Tensor) -> Tensor:
         largest = x.abs().amax(-1, keepdim=True)
     else:
         largest = torch.maximum(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True).neg_())
-    return largest.div_(SYMMETRIC_RANGE if compiling else _RANGE).clamp_(min=torch.finfo(torch.float32).tiny)
+    if compiling:
+        return largest.div_(SYMMETRIC_RANGE).clamp_(min=SMALLEST)
+    return torch.addcdiv(_SMALLEST, largest, _RANGE)  # one step; so little is added that it only shows at zero
 
 
 def quantize_uint8(x: Tensor, scale: float, zero_point: int) -> Tensor:

@@ -16,8 +16,8 @@ class Layout:
     block: int
     group: int
 
-    def arrange(self, weight: Tensor) -> Tensor:
-        """int8 `[out, in]` in this layout."""
+    def arrange(self, weight: Tensor, into: Tensor | None = None) -> Tensor:
+        """int8 `[out, in]` in this layout; in the memory of `into`, int8 `[out * in]`, if that is given."""
         columns = weight.shape[1]
         weight = (
             weight.contiguous()
@@ -26,7 +26,8 @@ class Layout:
         )
         groups = weight.view({2: torch.int16, 4: torch.int32}[self.group])  # each is moved at once
         parts = groups.view(-1, self.block, columns // self.group).transpose(1, 2)
-        return parts.contiguous().view(torch.int8).view(-1, columns, self.block)
+        arranged = parts.contiguous() if into is None else into.view(parts.dtype).view(parts.shape).copy_(parts)
+        return arranged.view(torch.int8).view(-1, columns, self.block)
 
     def restore(self, blocks: Tensor) -> Tensor:
         """What `arrange` was given."""

@@ -55,11 +55,16 @@ class LargestInput:
     def __init__(self) -> None:
         self._tokens = 0
 
-    def see(self, tokens: int) -> None:
-        """Give back what smaller inputs left, if `tokens` are so many more."""
-        if tokens >= 2 * self._tokens:
-            self._tokens = tokens
-            return_freed_memory()
+    @contextmanager
+    def of(self, tokens: int) -> Iterator[None]:
+        """Give back what smaller inputs left, if `tokens` are so many more, and then what is left between theirs."""
+        if tokens < 2 * self._tokens:
+            yield
+            return
+        self._tokens = tokens
+        return_freed_memory()
+        yield
+        return_freed_memory()
 
 
 def free_unused() -> None:

@@ -321,6 +321,13 @@ class SharedMatmul:
             if module._packed is None:
                 module.hand_over(_Slice(self, start, start + module.out_features))
 
+    def products(self, x: Tensor) -> Tensor:
+        """float `[.., in]` to `[.., sum of out]`: what all layers answer, side by side."""
+        if self._packed is None:
+            self.pack()
+        assert self._packed is not None
+        return self._packed(x, None)
+
     def unpack(self) -> Tensor:
         """The rows of all layers, int8 `[sum of out, in]`."""
         assert self._packed is not None
@@ -346,8 +353,7 @@ class SharedMatmul:
     def __call__(self, x: Tensor, layer: int) -> Tensor:
         last = self._last
         if getattr(last, "input", None) is not x or layer in last.served:
-            assert self._packed is not None
-            last.input, last.products, last.served = x, self._packed(x, None), set()
+            last.input, last.products, last.served = x, self.products(x), set()
         last.served.add(layer)
         products = last.products
         if len(last.served) == len(self.modules):

@@ -19,7 +19,6 @@ from .memory import LargestInput
 MOST_TOKENS = 1024  # rows x length of a slice
 MOST_TOKENS_IN_TILES = 2048  # with AMX, where matmuls are over so soon that what is between them counts
 WASTE = 128  # tokens of padding that cost less than one more forward
-WORTHWHILE = 64  # tokens, of which what is left out in a known forward saves more than it takes to ask
 TOKENS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -145,11 +144,12 @@ class SlicedForward:
             return self.forward(*args, **kwargs)
         mask = inputs.get("attention_mask")
         rows, length = inputs["input_ids"].shape
-        self._largest.see(min(rows * length, tokens_at_once()))
         lengths = [length] * rows if mask is None or not self.cuts_padding else row_lengths(mask).tolist()
         parts = slices(lengths)
-        if len(parts) < 2:
-            return self.forward(*args, **kwargs)
+        with self._largest.of(min(rows * length, tokens_at_once())):
+            return self.forward(*args, **kwargs) if len(parts) < 2 else self._in_parts(inputs, lengths, parts)
+
+    def _in_parts(self, inputs: dict[str, Tensor], lengths: list[int], parts: list[list[int]]) -> Any:
         logits: Tensor | None = None
         for part_rows in parts:
             index = torch.tensor(part_rows)
@@ -158,21 +158,21 @@ class SlicedForward:
             part = outputs.get("logits") if isinstance(outputs, dict) and len(outputs) == 1 else None
             if part is None or part.dim() != 2:
                 self.whole = True
-                return self.forward(*args, **kwargs)
+                return self.forward(**inputs)
             if logits is None:
-                logits = part.new_empty(rows, part.shape[1])
+                logits = part.new_empty(len(lengths), part.shape[1])
             logits[index] = part
         outputs["logits"] = logits
         return outputs
 
     def _is_known(self, *args: Any, **kwargs: Any) -> bool:
-        """Whether these are plain inputs of the model that was looked at, and so large that it pays to see that."""
+        """Whether these are plain inputs of the model that was looked at."""
         name = getattr(self.model, "main_input_name", TOKENS[0])
         inputs = dict(zip((name,), args, strict=False)) | kwargs
         plain = len(args) < 2 and (is_token_batch(inputs) or (name == "pixel_values" and inputs.keys() == {name}))
         if not plain or self.model.training or torch.jit.is_tracing() or torch.compiler.is_compiling():
             return False
-        return inputs[name].numel() >= WORTHWHILE and self._structure is not None and self._structure.is_as_it_was()
+        return self._structure is not None and self._structure.is_as_it_was()
 
     def _can_slice(self, inputs: dict[str, Any]) -> bool:
         """Whether these are plain token batches, of a model that is not being trained."""

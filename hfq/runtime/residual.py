@@ -1,0 +1,72 @@
+"""A residual sum as part of the matmul before it, and the norm behind it.
+
+Where nobody reads again what is added, it takes the sum, and then the norm's answer: activations that move through
+memory as they come fill caches with what is not wanted any more.
+"""
+
+import inspect
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .examples import answer_of, noise
+from .first_token import of_first_token
+from .kernels import MANY_NUMBERS
+from .known_forward import KnownForward
+from .modules import Int8Linear
+
+PART = 1 << 18  # numbers that are normalized at a time where they lie, and in caches meanwhile
+
+
+class NormalizedSum:
+    """The `forward` of a residual block: `norm(linear(x) + residual)`, where the matmul adds. `names`: of its two arguments.
+
+    `in_place`: the forwards in which nobody reads the residual afterwards. oneDNN then adds to it where it lies, for
+    nothing; a sum in memory of its own takes as long as a third of the matmul.
+    """
+
+    def __init__(self, linear: Int8Linear, norm: nn.LayerNorm, *names: str) -> None:
+        self.linear, self.norm = linear, norm
+        self.in_place: KnownForward | None = None
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        self.signature = inspect.Signature([inspect.Parameter(name, kind) for name in names])
+
+    def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        x, residual = self.signature.bind(*args, **kwargs).args if kwargs else args
+        first_token = self.linear.first_token
+        if first_token is not None and first_token.under_way:
+            return of_first_token(self._sum, x, residual)
+        return self._sum(x, residual)
+
+    def _sum(self, x: Tensor, residual: Tensor) -> Tensor:
+        norm = self.norm
+        if self.in_place is None or not self.in_place.under_way or torch.is_grad_enabled():
+            y: Tensor = norm(self.linear(x, residual))
+            return y
+        # Nobody's hook sees these calls, so they need not be seen: after a matmul, which empties caches, steps take long.
+        y = self.linear.forward(x, residual, overwrite=True)
+        if y.numel() < MANY_NUMBERS:
+            return functional.layer_norm(y, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        for part in y.view(-1, y.shape[-1]).split(max(1, PART // y.shape[-1])):
+            part.copy_(functional.layer_norm(part, norm.normalized_shape, norm.weight, norm.bias, norm.eps))
+        return y
+
+
+def fuse_residual(parent: nn.Module) -> None:
+    """Let a block that adds its second input to what its Linear returns, and normalizes the sum, add in the matmul."""
+    children = list(parent.children())
+    linears = [child for child in children if isinstance(child, Int8Linear)]
+    norms = [child for child in children if type(child) is nn.LayerNorm]
+    if len(linears) != 1 or len(norms) != 1 or "forward" in parent.__dict__ or not linears[0].is_plain:
+        return
+    parameters = inspect.signature(parent.forward).parameters.values()
+    if [parameter.kind for parameter in parameters] != 2 * [inspect.Parameter.POSITIONAL_OR_KEYWORD]:
+        return
+    (linear,), (norm,) = linears, norms
+    if norm.normalized_shape != (linear.out_features,):
+        return
+    x, y, residual = noise(linear.in_features), noise(linear.out_features), noise(linear.out_features, seed=1)
+    found = answer_of(parent, x, residual, answers={linear: y})
+    if found is not None and torch.equal(found, norm(y + residual)):
+        parent.forward = NormalizedSum(linear, norm, *(parameter.name for parameter in parameters))
