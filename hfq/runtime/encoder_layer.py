@@ -24,6 +24,7 @@ from .modules import Int8Linear, SharedMatmul
 from .residual import NormalizedSum
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+_ARGUMENTS = [argument.name for argument in _ATTENTION._schema.arguments]
 _MASK = "attention_mask"
 
 
@@ -111,10 +112,10 @@ def _read(layer: nn.Module, known: KnownForward) -> EncoderLayer:
     answers, seen = _Answers(_linears(layer)), _Attention()
     with torch.inference_mode(), standing_in(answers.layers, answers), seen:
         layer.forward(_hidden(answers.layers[0]), None)
-    (query, scale) = seen.only
+    query, scale, causal = seen.only
     *projected, first, inner, last = answers.order
     projection = projected[0].shared_matmul
-    if projection is None or list(projection.modules) != projected:
+    if projection is None or list(projection.modules) != projected or causal:
         raise NotImplementedError
     sums = {found.linear: found for found in _sums(layer)}
     attention = next(module for module in layer.modules() if projected[0] in module._modules.values())
@@ -164,17 +165,18 @@ class _Attention(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[Tensor, float | None]] = []
+        self.calls: list[tuple[Tensor, float | None, bool]] = []
 
     @property
-    def only(self) -> tuple[Tensor, float | None]:
-        """Query and scale of the one that there was."""
+    def only(self) -> tuple[Tensor, float | None, bool]:
+        """Of the one that there was, the query, the scale, and whether it is causal."""
         (call,) = self.calls
         return call
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _ATTENTION:
-            self.calls.append((args[0], (kwargs or {}).get("scale")))
+            named = {**dict(zip(_ARGUMENTS, args, strict=False)), **(kwargs or {})}
+            self.calls.append((named["query"], named.get("scale"), named.get("is_causal", False)))
         return func(*args, **(kwargs or {}))
 
 

@@ -1,7 +1,7 @@
 """Forwards that are known: of plain inputs, by a model that is as it was when it was looked at, and that nobody watches.
 
-What one forward showed of a model holds for these. So layers may leave out what nobody reads (`hfq.runtime.first_token`)
-and write over what nobody reads again (`hfq.runtime.fusion`).
+What one forward showed of a model holds for these. So layers may leave out what nobody reads (`hfq.runtime.first_token`),
+write over what nobody reads again (`hfq.runtime.residual`), and follow each other directly (`hfq.runtime.encoder_layer`).
 """
 
 import operator

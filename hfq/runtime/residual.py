@@ -12,11 +12,11 @@ from torch.nn import functional
 
 from .examples import answer_of, noise
 from .first_token import of_first_token
-from .kernels import MANY_NUMBERS
 from .known_forward import KnownForward
 from .modules import Int8Linear
 
-PART = 1 << 18  # numbers that are normalized at a time where they lie, and in caches meanwhile
+MANY = 1 << 20  # numbers, of which another copy would fill caches with what is wanted no more
+PART = 1 << 18  # of them that are normalized at a time where they lie, in caches meanwhile
 
 
 class NormalizedSum:
@@ -46,7 +46,7 @@ class NormalizedSum:
             return y
         # Nobody's hook sees these calls, so they need not be seen: after a matmul, which empties caches, steps take long.
         y = self.linear.forward(x, residual, overwrite=True)
-        if y.numel() < MANY_NUMBERS:
+        if y.numel() < MANY:
             return functional.layer_norm(y, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
         for part in y.view(-1, y.shape[-1]).split(max(1, PART // y.shape[-1])):
             part.copy_(functional.layer_norm(part, norm.normalized_shape, norm.weight, norm.bias, norm.eps))
