@@ -82,6 +82,13 @@ def test_last_layer_leaves_out_what_the_head_does_not_read(
     assert relative_error(logits(model, BATCHES), logits(whole, BATCHES)) < 0.02
 
 
+def test_tokens_that_are_taken_together_are_all_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"num_hash_buckets": 64, "num_hash_functions": 4, "local_transformer_stride": 8, "downsampling_rate": 4}
+    net = tiny("Canine", max_position_embeddings=128, type_vocab_size=2, **sizes)
+    model, whole = with_and_without(quantized(net, Candidate("static"), BATCHES), monkeypatch)
+    assert relative_error(logits(model, BATCHES), logits(whole, BATCHES)) < 0.02
+
+
 def test_images_are_classified_by_their_first_token_too(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
     torch.manual_seed(0)

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from models import int8_linears, logits, quantized, relative_error, tiny, token_batches
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import BertForSequenceClassification, ViTConfig, ViTForImageClassification
 from transformers.models.bert.modeling_bert import BertLayer
 
 from hfq.quantization.convert import int8_linear
@@ -395,6 +396,13 @@ def overwritten(model: nn.Module, **how: Any) -> int:
     return seen.tensors
 
 
+def as_of_transformers(kind: type[nn.Module]) -> type[nn.Module]:
+    """Its forward counts as code that does nothing but answer, as transformers' is known to."""
+    kind.forward.__module__ = BertLayer.forward.__module__
+    return kind
+
+
+@as_of_transformers
 class ReadAgain(BertLayer):
     """One that adds what it is given once more, at its end."""
 
@@ -418,7 +426,7 @@ def test_a_sum_takes_the_memory_of_what_nobody_reads_again() -> None:
 
 @pytest.mark.parametrize("looks", ["hook", "forward", "hidden states"])
 def test_who_looks_at_a_residual_afterwards_sees_what_was_added(looks: str) -> None:
-    model = quantized(tiny("Bert"), Candidate("static"), BATCHES)
+    model = quantized(tiny("Bert", num_hidden_layers=3), Candidate("static"), BATCHES)
     fuse(model)
     layer = model.bert.encoder.layer[1]
     seen: list[Tensor] = []
@@ -457,6 +465,7 @@ def test_encoder_layers_run_their_steps_directly(family: str, layers: int, appro
     assert relative_error(logits(model, [unpadded]), expected) < 0.02
 
 
+@as_of_transformers
 class Halved(BertLayer):
     """One that does something more at its end."""
 
@@ -464,6 +473,7 @@ class Halved(BertLayer):
         return 0.5 * super().forward(hidden_states, attention_mask, *others, **how)
 
 
+@as_of_transformers
 class Unmasked(BertLayer):
     """One that does not look at padding."""
 
@@ -480,7 +490,74 @@ class Swapped(BertLayer):
         attention.query, attention.key = attention.key, attention.query
 
 
-@pytest.mark.parametrize(("kind", "layers"), [(Halved, 1), (Unmasked, 1), (Swapped, 2)])
+class Remembers(BertLayer):
+    """One of somebody's own, that keeps what it is given."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *others: Any, **how: Any) -> Any:
+        self.given = hidden_states
+        return super().forward(hidden_states, attention_mask, *others, **how)
+
+
+def test_code_of_the_users_own_runs_and_keeps_what_it_is_given() -> None:
+    net = tiny("Bert", num_hidden_layers=3)
+    net.bert.encoder.layer[1].__class__ = Remembers
+    model = quantized(net, Candidate("static"), BATCHES)
+    fuse(model)
+    logits(model, BATCHES)
+    with torch.inference_mode():
+        model(**BATCHES[0])
+        given = model.bert.encoder.layer[1].given
+        assert torch.equal(given, model(**BATCHES[0], output_hidden_states=True).hidden_states[1])
+
+
+class InAnObject(BertForSequenceClassification):
+    """Answers in an object of its own."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Any:
+        embedded = self.bert.embeddings(input_ids)
+        mask = (
+            None
+            if attention_mask is None
+            else attention_mask[:, None, None].bool().expand(-1, 1, len(input_ids[0]), -1)
+        )
+        hidden = self.bert.encoder(embedded, mask).last_hidden_state
+        return SimpleNamespace(logits=self.classifier(self.bert.pooler(hidden)), embedded=embedded)
+
+
+def test_what_a_model_returns_in_an_object_of_its_own_is_not_written_over() -> None:
+    as_of_transformers(InAnObject)
+    net = InAnObject(tiny("Bert").config).eval().requires_grad_(False)
+    model = quantized(net, Candidate("static"), BATCHES)
+    fuse(model)
+    logits(model, BATCHES)
+    with torch.inference_mode():
+        assert torch.equal(model(**BATCHES[0]).embedded, model.bert.embeddings(BATCHES[0]["input_ids"]))
+
+
+@pytest.mark.parametrize("change", ["weight", "class", "dropout"])
+def test_a_layer_that_runs_directly_is_what_it_was_changed_to(change: str) -> None:
+    model = quantized(tiny("Bert"), Candidate("static"), BATCHES)
+    other = quantized(tiny("Bert", seed=1), Candidate("static"), BATCHES)
+    fuse(model)
+    before = logits(model, BATCHES)
+    attention = model.bert.encoder.layer[0].attention.self
+    if change == "weight":
+        attention.query.load_state_dict(other.bert.encoder.layer[0].attention.self.query.state_dict())
+    elif change == "class":
+        attention.__class__ = type("Doubled", (type(attention),), {"forward": doubled})
+    else:
+        attention.train()
+    found = logits(model, BATCHES)
+    assert relative_error(found, before) > 0.001
+    if change != "dropout":
+        assert relative_error(found, logits(copy.deepcopy(model), BATCHES)) < 1e-6
+
+
+def doubled(self: nn.Module, hidden: Tensor, *others: Any, **how: Any) -> Any:
+    return type(self).__mro__[1].forward(self, 2 * hidden, *others, **how)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("kind", "layers"), [(Halved, 1), (Unmasked, 1), (Swapped, 2), (Remembers, 1)])
 def test_layers_of_other_steps_run_as_they_are(kind: type[BertLayer], layers: int) -> None:
     net = tiny("Bert", num_hidden_layers=1)
     net.bert.encoder.layer.append(kind(net.config, layer_idx=1).eval().requires_grad_(False))

@@ -1,5 +1,7 @@
 """A weight that is packed without oneDNN's help is what oneDNN makes of it, and one it would lay out in another way is its own."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -60,3 +62,25 @@ def test_part_of_a_weight_that_begins_anywhere_is_packed_as_well() -> None:
     part = memory[3:].view(256, 256)
     kernel, scale = OneDnnKernel(), torch.ones(256)
     assert torch.equal(kernel.unpack(pack(part, WeightMemory()), scale, 256), part)
+
+
+def resident_mib() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
+
+
+def test_weights_of_models_that_are_gone_take_no_memory() -> None:
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not Path("/proc/self/status").exists():
+        pytest.skip("weights share memory where their layout is known, and Linux says how much is resident")
+    kernel, scale, kept = OneDnnKernel(), torch.ones(2048), []
+    weights = [weight_of(2048, 2048) for _ in range(6)]
+    kernel.pack(weights[0], scale)
+    before = resident_mib()
+    for _ in range(6):  # each time a model of 24 MiB that goes, and one of 4 that stays
+        gone = [kernel.pack(weight, scale) for weight in weights]
+        kernel.end_block()
+        kept.append(kernel.pack(weights[0], scale))
+        kernel.end_block()
+        del gone
+    assert resident_mib() - before < 6 * 4 + 40
+    assert all(torch.equal(kernel.unpack(packed, scale, 2048), weights[0]) for packed in kept)

@@ -130,7 +130,7 @@ def fused_attention(
     if query.dtype != torch.bfloat16 or key.dtype != torch.bfloat16 or value.dtype != torch.bfloat16:
         query, key, value = (tensor.to(torch.bfloat16) for tensor in (query, key, value))
     y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-    return y.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format)
+    return y.transpose(1, 2).to(dtype).contiguous()
 
 
 def _dtype_of(module: torch.nn.Module, default: torch.dtype) -> torch.dtype:

@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .attention import NAME
 from .examples import noise
 from .flow import standing_in
-from .known_forward import KnownForward
+from .known_forward import KnownForward, runs_known_code
 from .modules import Int8Linear, SharedMatmul
 from .residual import NormalizedSum
 
@@ -73,10 +73,11 @@ class EncoderLayer:
         parts = (products or self.projection.products)(hidden).view(batch, length, 3 * self.heads, -1).transpose(1, 2)
         query, key, value = parts.split(self.heads, 1)
         del parts
-        if query.dtype != hidden.dtype and (mask is None or mask.dtype == torch.bool):  # narrowed for this attention
+        plain = not getattr(self.attention, "is_causal", True) if mask is None else mask.dtype == torch.bool
+        if query.dtype != hidden.dtype and plain:  # narrowed for this attention
             y = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scale)
             del query, key, value
-            y = y.transpose(1, 2).to(hidden.dtype, memory_format=torch.contiguous_format)
+            y = y.transpose(1, 2).to(hidden.dtype)
         else:
             attend = ALL_ATTENTION_FUNCTIONS[self.implementation]
             y = attend(self.attention, query, key, value, mask, dropout=0.0, scaling=self.scale)[0]
@@ -100,7 +101,8 @@ def _has_steps(layer: nn.Module) -> bool:
     """Whether it is made of what these steps need. Embeddings have less, and an encoder mostly more."""
     if "forward" in layer.__dict__ or len(_linears(layer)) != 6 or len(_sums(layer)) != 2:
         return False
-    return list(inspect.signature(layer.forward).parameters)[1:2] == [_MASK]
+    named = list(inspect.signature(layer.forward).parameters)[1:2] == [_MASK]
+    return named and all(map(runs_known_code, layer.modules()))  # other code may do more than answer
 
 
 def _read(layer: nn.Module, known: KnownForward) -> EncoderLayer:

@@ -33,7 +33,8 @@ class Flow:
     `outputs`: every tensor that the model returned. `attended`: the memory that each call of torch's attention read as
     query, key and value. `computed_from`: what any other operation read that does more than to look at it in another shape.
     `reads`: the memory that operations and layers read, in order. `made`: what operations answered with in new memory.
-    `sums`: layer, the memory of what was added to its answer, and the number of reads until then.
+    `sums`: layer, the memory of what was added to its answer, and the number of reads until then. `opaque`: it returned
+    what may hold further tensors.
     """
 
     calls: list[tuple[Int8Linear, Tensor, Tensor]] = field(default_factory=list)
@@ -45,6 +46,7 @@ class Flow:
     reads: list[int] = field(default_factory=list)
     made: set[int] = field(default_factory=set)
     sums: list[tuple[Int8Linear, int, int]] = field(default_factory=list)
+    opaque: bool = False
 
     @property
     def forms(self) -> list[tuple[torch.Size, torch.dtype]]:
@@ -89,6 +91,8 @@ class Flow:
 
     def last_readers(self) -> set[Int8Linear]:
         """Layers whose answer is added to what the forward made and nobody reads again."""
+        if self.opaque:
+            return set()
         returned = set(map(_memory, self.outputs))
         read_again = {
             layer
@@ -124,11 +128,19 @@ def trace(model: nn.Module, example: Mapping[str, Any]) -> Flow | None:
 
     try:
         with torch.inference_mode(), standing_in(model.modules(), answer), _Operations(flow):
-            flow.outputs = [leaf for leaf in tree_leaves(model(**example)) if isinstance(leaf, Tensor)]
+            leaves = tree_leaves(model(**example))
+            flow.outputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+            flow.opaque = any(not isinstance(leaf, Tensor | int | float | str | None) for leaf in leaves)
     except Exception:  # the model's own code: an example that does not fit only means that nothing is fused
         return None
     flow.read_by_others += flow.outputs
     return flow
+
+
+def last_readers(model: nn.Module, example: Mapping[str, Tensor]) -> set[Int8Linear]:
+    """Layers whose answer is added to what nobody reads again: on `example`, and on more tokens, some of them padding."""
+    flows = [trace(model, inputs) for inputs in (example, _varied(example))]
+    return set.intersection(*(set() if flow is None else flow.last_readers() for flow in flows))
 
 
 def read_for_first_token(model: nn.Module, example: Mapping[str, Tensor], flow: Flow) -> list[Int8Linear]:
@@ -143,7 +155,7 @@ def read_for_first_token(model: nn.Module, example: Mapping[str, Tensor], flow: 
         layer for layer, given, _ in flow.calls if given.dim() == 3 and layer in alone and readers[id(given)] == 1
     ]
     try:
-        found = _first_token_alone(model, example, layers)
+        found = _first_token_alone(model, _longer(example), _first_token_alone(model, example, layers))
         return found if found and _is_enough(model, example, found) else []
     except Exception:  # the model's own code, which wants other inputs
         return []
@@ -206,6 +218,11 @@ def _is_enough(model: nn.Module, example: Mapping[str, Tensor], layers: Sequence
     inputs = _varied(example)
     with torch.inference_mode():
         return all(map(_are_close, _outputs(model, inputs, _example_answer), _outputs(model, inputs, answer)))
+
+
+def _longer(example: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """More tokens: a model that takes a few of them together has none beyond the first, if there are only a few."""
+    return {"input_ids": example["input_ids"].repeat(1, 8)} if "input_ids" in example else example
 
 
 def _are_close(expected: Tensor, found: Tensor) -> bool:

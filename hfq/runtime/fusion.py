@@ -20,8 +20,8 @@ from ..errors import UsageError
 from . import attention
 from .encoder_layer import run_directly
 from .examples import answer_of, noise
-from .flow import Flow, ignores_padding, read_for_first_token, trace
-from .known_forward import KnownForward
+from .flow import Flow, ignores_padding, last_readers, read_for_first_token, trace
+from .known_forward import KnownForward, runs_known_code
 from .memory import return_freed_memory
 from .modules import PACKING, Int8Linear, PostOp, SharedMatmul, input_codes, pack_all
 from .narrowing import Narrowing
@@ -182,7 +182,7 @@ def _tell_of_known_forwards(
     """
     layers = read_for_first_token(model, example, flow) if "first-token" in wanted else []
     forwards = [module.__dict__.get("forward") for module in model.modules()]
-    last = flow.last_readers()
+    last = last_readers(model, example) if all(map(runs_known_code, model.modules())) else set()
     sums = [forward for forward in forwards if isinstance(forward, NormalizedSum) and forward.linear in last]
     known = KnownForward() if layers or sums else None
     for layer in layers:

@@ -42,6 +42,9 @@ class Kernel(Protocol):
     def pack(self, weight: Tensor, scale: Tensor) -> Tensor:
         """int8 `[out, in]` and float32 `[out]` to the layout that `static` and `dynamic` read."""
 
+    def end_block(self) -> None:
+        """Keep what is packed from now on apart from what was: of another model, which lives for another time."""
+
     def unpack(self, packed: Tensor, scale: Tensor, in_features: int) -> Tensor:
         """The int8 `[out, in]` weight that `pack` was given, bit for bit."""
 
@@ -82,6 +85,9 @@ class OneDnnKernel:
 
     def pack(self, weight: Tensor, scale: Tensor) -> Tensor:
         return packing.pack(weight, self._memory)
+
+    def end_block(self) -> None:
+        self._memory.end_block()
 
     def unpack(self, packed: Tensor, scale: Tensor, in_features: int) -> Tensor:
         found = packing.unpack(packed, in_features)
@@ -162,6 +168,9 @@ class PortableKernel:
 
     def pack(self, weight: Tensor, scale: Tensor) -> Tensor:
         return weight.clone()  # out of the mapped checkpoint file
+
+    def end_block(self) -> None:
+        """Each weight is apart."""
 
     def unpack(self, packed: Tensor, scale: Tensor, in_features: int) -> Tensor:
         return PANELS.restore(packed) if packed.dim() == 3 else packed

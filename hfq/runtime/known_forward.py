@@ -34,10 +34,10 @@ class KnownForward:
         return not torch.compiler.is_dynamo_compiling() and getattr(self._thread, "running", False)
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """For the length of the block, forwards of this thread are known."""
+    def running(self, known: bool = True) -> Iterator[None]:
+        """For the length of the block, forwards of this thread are known, or not."""
         before = self.under_way
-        self._thread.running = True
+        self._thread.running = known
         try:
             yield
         finally:
@@ -51,20 +51,24 @@ class Structure:
         self._modules = list(model.modules())
         self._children = [(module, list(module._modules.values())) for module in self._modules if module._modules]
         self._forwards = self._own_forwards()
+        self._training = self._which_train()
         self._config = getattr(model, "config", None)
         self._answers = self._what_is_answered()
 
     def is_as_it_was(self) -> bool:
-        """Whether modules have the same children and forwards, nobody's hook sees what they answer, and no more is answered."""
+        """Whether modules have the same children, forwards and mode, nobody sees what they answer, and no more is answered."""
         seen = bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
         seen = seen or any(map(_is_users, self._hooks()))
         same = all(list(module._modules.values()) == children for module, children in self._children)
-        same = same and self._own_forwards() == self._forwards
+        same = same and self._own_forwards() == self._forwards and self._which_train() == self._training
         return not seen and same and self._answers == self._what_is_answered()
 
     def _own_forwards(self) -> list[Any]:
-        """What stands in for the `forward` of the class, in modules inside the model."""
-        return [module.__dict__.get("forward") for module in self._modules[1:]]
+        """What runs in modules inside the model: the `forward` of the class, or what stands in for it."""
+        return [module.__dict__.get("forward") or type(module).forward for module in self._modules[1:]]
+
+    def _which_train(self) -> list[bool]:
+        return [module.training for module in self._modules]
 
     def _hooks(self) -> Iterator[Callable[..., Any]]:
         for hooks in _HOOKS:
@@ -76,6 +80,13 @@ class Structure:
         return tuple(bool(getattr(self._config, name, False)) for name in names)
 
 
+def runs_known_code(module: nn.Module) -> bool:
+    """Whether its `forward` is of a library that is known to keep nothing of what it sees, and do nothing but answer."""
+    found = (type(module).forward, module.__dict__.get("forward"))
+    return all(getattr(forward, "__module__", "").partition(".")[0] in _KNOWN for forward in found if forward)
+
+
+_KNOWN = ("torch", "transformers", "hfq")
 _HOOKS = operator.attrgetter("_forward_hooks"), operator.attrgetter("_forward_pre_hooks")
 
 

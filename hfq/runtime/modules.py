@@ -323,10 +323,14 @@ class SharedMatmul:
 
     def products(self, x: Tensor) -> Tensor:
         """float `[.., in]` to `[.., sum of out]`: what all layers answer, side by side."""
-        if self._packed is None:
-            self.pack()
-        assert self._packed is not None
-        return self._packed(x, None)
+        packed = self._packed
+        if packed is None or any(module._packed is None for module in self.modules):  # one has a new weight
+            with PACKING:
+                if any(module._packed is None for module in self.modules):
+                    self.pack()
+                packed = self._packed
+        assert packed is not None
+        return packed(x, None)
 
     def unpack(self) -> Tensor:
         """The rows of all layers, int8 `[sum of out, in]`."""
@@ -402,6 +406,7 @@ def pack_all(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, PackedModule):
             module.pack()
+    select_kernel().end_block()
 
 
 def packed_linears(model: nn.Module) -> list["PackedLinear"]:

@@ -133,9 +133,9 @@ class SlicedForward:
             self.know(None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.known is None or not self._is_known(*args, **kwargs):
+        if self.known is None:
             return self._in_slices(*args, **kwargs)
-        with self.known.running():
+        with self.known.running(self._is_known(*args, **kwargs)):
             return self._in_slices(*args, **kwargs)
 
     def _in_slices(self, *args: Any, **kwargs: Any) -> Any:

@@ -29,6 +29,11 @@ class WeightMemory:
     def __reduce__(self) -> tuple[Any, ...]:
         return WeightMemory, ()
 
+    def end_block(self) -> None:
+        """Take what comes next from another block."""
+        with self._lock:
+            self._block = None
+
     def take(self, count: int) -> Tensor:
         """int8 `[count]`, zeros."""
         if not hasattr(mmap, "MADV_HUGEPAGE"):  # not Linux
