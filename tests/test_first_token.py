@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import (
 )
 
 import hfq
-from hfq.runtime.compiler import Rebuilt
+from hfq.runtime.compiler import Rebuilt, trace
 from hfq.runtime.fusion import EXACT, fuse
 from hfq.runtime.selection import select_kernel
 from hfq.runtime.skeleton import take_apart
@@ -183,3 +184,14 @@ def test_copies_compute_no_more_either(monkeypatch: pytest.MonkeyPatch) -> None:
         twin.bert.pooler = mean_of_tokens()
         assert not torch.equal(logits(twin, BATCHES), expected)
     assert torch.equal(logits(model, BATCHES), expected)
+
+
+def test_what_is_compiled_of_a_large_batch_is_for_any_size() -> None:
+    model = quantized(tiny(max_position_embeddings=1200), Candidate("static"), BATCHES)
+    fuse(model)
+    logits(model, BATCHES)
+    parts = take_apart(model)
+    assert parts is not None
+    inputs = torch.ones(2, 16, 1100, dtype=torch.int64)  # a million numbers in each layer
+    program = trace(Rebuilt(parts[0], ["attention_mask", "input_ids"]), inputs, parts[1])
+    assert not any(re.search(r"size\(\)\[1\]", guard) for guard in program._guards_code)
