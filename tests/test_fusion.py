@@ -569,7 +569,7 @@ def test_layers_of_other_steps_run_as_they_are(kind: type[BertLayer], layers: in
     assert relative_error(logits(model, BATCHES), before) < 0.02
 
 
-def test_layers_that_run_directly_still_call_hooks_and_take_another_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_that_run_directly_still_call_hooks_and_take_another_attention() -> None:
     model = quantized(tiny("Bert"), Candidate("static"), BATCHES)
     fuse(model)
     expected = logits(model, BATCHES)

@@ -137,7 +137,7 @@ class _Compiled:
         if self._graphs is None or not self._graphs.has_loaded():
             self._graphs = None
             lay_out_for_kernels(self._model)
-        warnings.warn(f"hfq.compile failed: the model runs uncompiled, with the same answers. {error}", stacklevel=3)
+        warnings.warn(f"hfq.compile failed: the model runs uncompiled, with the same answers. {error}", stacklevel=4)
 
 
 def _uncompiled(model: nn.Module) -> types.MethodType:

@@ -53,7 +53,7 @@ class EncoderLayer:
         self.attended, self.inner, self.outer = attended, inner, outer
 
     def __call__(self, *args: Any, **named: Any) -> Any:
-        if self.known.under_way and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if self.known.runs_directly:
             others = [*args[2:], *(value for name, value in named.items() if name != _MASK)]
             plain = len(args) > 0 and all(value is None or value is False for value in others)
             if plain and self.implementation in (NAME, "sdpa"):

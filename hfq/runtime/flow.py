@@ -137,10 +137,10 @@ def trace(model: nn.Module, example: Mapping[str, Any]) -> Flow | None:
     return flow
 
 
-def last_readers(model: nn.Module, example: Mapping[str, Tensor]) -> set[Int8Linear]:
-    """Layers whose answer is added to what nobody reads again: on `example`, and on more tokens, some of them padding."""
-    flows = [trace(model, inputs) for inputs in (example, _varied(example))]
-    return set.intersection(*(set() if flow is None else flow.last_readers() for flow in flows))
+def last_readers(model: nn.Module, example: Mapping[str, Tensor], flow: Flow) -> set[Int8Linear]:
+    """Layers whose answer is added to what nobody reads again: in `flow`, of `example`, and on more tokens, some padding."""
+    more = trace(model, _varied(example))
+    return set() if more is None else flow.last_readers() & more.last_readers()
 
 
 def read_for_first_token(model: nn.Module, example: Mapping[str, Tensor], flow: Flow) -> list[Int8Linear]:

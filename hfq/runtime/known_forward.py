@@ -33,6 +33,11 @@ class KnownForward:
         # torch.compile has forwards of its own, which start below what calls `running`.
         return not torch.compiler.is_dynamo_compiling() and getattr(self._thread, "running", False)
 
+    @property
+    def runs_directly(self) -> bool:
+        """Whether this thread is in one that nobody traces or differentiates: modules' own code may be passed over."""
+        return self.under_way and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
     @contextmanager
     def running(self, known: bool = True) -> Iterator[None]:
         """For the length of the block, forwards of this thread are known, or not."""
