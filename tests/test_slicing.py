@@ -71,6 +71,18 @@ def test_a_large_batch_is_cut_and_a_small_even_one_is_not() -> None:
     assert shapes_of(model, lambda m: m(input_ids=ids[:8]).logits)[0] == [(8, 64)]
 
 
+@pytest.mark.parametrize("rows, longest, computed", [(1, 9, 16), (4, 16, 16), (3, 17, 32), (2, 49, 60), (1, 0, 1)])
+def test_padding_that_no_row_needs_is_cut_off_to_a_multiple_of_16(rows: int, longest: int, computed: int) -> None:
+    model = tiny()
+    batch = {name: tensor[:rows] for name, tensor in ragged().items()}
+    batch["attention_mask"] = (torch.arange(60) < longest).long().repeat(rows, 1)
+    whole, expected = shapes_of(model, lambda m: m(**batch).logits)
+    take_slices(model)
+    parts, found = shapes_of(model, lambda m: m(**batch).logits)
+    assert whole == [(rows, 60)] and parts == [(rows, computed)]
+    assert longest == 0 or relative_error(found, expected) < 1e-4
+
+
 def test_left_padding_is_never_cut_off() -> None:
     model = tiny()
     batch = ragged(left=True)

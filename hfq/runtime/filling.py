@@ -12,16 +12,16 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from .memory import checkpoint_files
 from .modules import Int8Embedding, PackedModule, frozen
 
 Place = tuple[nn.Module, str]
 
 
-def fill_modules(model: Any, files: Sequence[str]) -> Callable[[], None]:
+def fill_modules(model: Any, files: Sequence[str]) -> Callable[[Sequence[range]], None]:
     """Fill the int8 modules of `model`, a transformers model, if `files` hold exactly their tensors.
 
-    Returns: what ends the loading: until it is called, modules that were filled show the loader no state.
+    Returns: what ends the loading, given `checkpoint_files()`: until it is called, modules that were filled show the
+    loader no state.
     """
     modules = {name: m for name, m in model.named_modules() if isinstance(m, PackedModule | Int8Embedding)}
     places = {
@@ -34,7 +34,7 @@ def fill_modules(model: Any, files: Sequence[str]) -> Callable[[], None]:
     with torch._C.DisableTorchFunction():  # the loader's context for new tensors, on meta and slow: here are old ones
         tensors = _read(files, re.compile(pattern), places)
         if tensors is None or model.all_tied_weights_keys:
-            return lambda: None
+            return lambda mapped: None
         for name, (module, key) in places.items():
             parameter = module._parameters[key] = frozen(tensors[name])
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # or transformers draws it at random
@@ -42,23 +42,22 @@ def fill_modules(model: Any, files: Sequence[str]) -> Callable[[], None]:
         module._save_to_state_dict = lambda *_: None  # type: ignore[method-assign]
     model._keys_to_ignore_on_load_unexpected.add(pattern)
 
-    def end() -> None:
+    def end(mapped: Sequence[range]) -> None:
         model._keys_to_ignore_on_load_unexpected.discard(pattern)
         for module in modules.values():
             del module._save_to_state_dict
-        if not _may_stay_mapped(model, places):
+        if not _may_stay_mapped(model, places, mapped):
             for name, (module, key) in places.items():
                 module._parameters[key] = frozen(tensors[name].clone())
 
     return end
 
 
-def _may_stay_mapped(model: nn.Module, places: Mapping[str, Place]) -> bool:
+def _may_stay_mapped(model: nn.Module, places: Mapping[str, Place], mapped: Sequence[range]) -> bool:
     """Whether the loader left its tensors in mapped files: with `disable_mmap` it reads them into memory."""
     ours = {id(module._parameters[key]) for module, key in places.values()}
     theirs = [parameter.data_ptr() for parameter in model.parameters() if id(parameter) not in ours]
-    files = checkpoint_files()
-    return not files or not theirs or any(address in file for address in theirs for file in files)
+    return not mapped or not theirs or any(address in file for address in theirs for file in mapped)
 
 
 def _pattern(modules: Mapping[str, nn.Module]) -> str:

@@ -12,7 +12,7 @@ from ..source import Checkpoint, pull
 from ..tasks import TASKS, find_architecture, find_task
 from .conv import Int8Conv
 from .fusion import finish_fusing, fuse
-from .memory import return_freed_memory
+from .memory import checkpoint_files, return_freed_memory
 from .modules import Int8Linear, note_files, pack_all
 from .swap import is_int8, swap_modules, transformers_part
 
@@ -111,6 +111,6 @@ def _fill(skeleton: nn.Module, checkpoint: Checkpoint) -> nn.Module:
         raise SourceError(
             f"{checkpoint.path} does not fit model, a {type(skeleton).__name__}: {' '.join(str(error).split())}"
         ) from error
-    note_files(model)
+    note_files(model, checkpoint_files())
     fuse(model)
     return model

@@ -23,7 +23,7 @@ from .kernels import (
     quantize_uint8,
 )
 from .known_forward import KnownForward
-from .memory import checkpoint_files, drop_file_pages, keep_freed_memory
+from .memory import drop_file_pages, keep_freed_memory
 from .narrowing import Narrowing
 from .selection import select_kernel
 
@@ -422,13 +422,12 @@ def unpack_all(model: nn.Module) -> None:
             module.unpack()
 
 
-def note_files(model: nn.Module) -> None:
-    """Have int8 layers know which of their weights lie in mapped checkpoint files: packing lets go of those pages."""
-    files = checkpoint_files()
+def note_files(model: nn.Module, mapped: Sequence[range]) -> None:
+    """Have int8 layers know which of their weights lie in `mapped` files: packing lets go of those pages."""
     for module in model.modules():
         if isinstance(module, PackedModule) and module._packed is None:
             address = module.weight.data_ptr()
-            module._in_file_at = address if any(address in file for file in files) else None
+            module._in_file_at = address if any(address in file for file in mapped) else None
 
 
 def _bias(module: Int8Linear) -> Tensor:

@@ -11,6 +11,7 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 
 from .filling import fill_modules
 from .fusion import fuse
+from .memory import checkpoint_files
 from .modules import note_files
 from .swap import is_int8, must_be_widened, swap_modules
 
@@ -39,15 +40,20 @@ class Int8HfQuantizer(CompressedTensorsHfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.runs_int8:
-            self.end_filling()
+            mapped = checkpoint_files()
+            self.end_filling(mapped)
             del self.end_filling  # the model keeps its quantizer, and copies and pickles it
             model.requires_grad_(False)
-            note_files(model)
+            note_files(model, mapped)
             fuse(model, at_first_forward=True)
             if self.quantization_config.dequantize:  # to_dict() leaves it out, and stock could not open the copy
                 settings = {**self.quantization_config.to_dict(), "dequantize": True}
                 model.config.quantization_config = settings
         return super()._process_model_after_weight_loading(model, **kwargs)
+
+    def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
+        if not self.runs_int8:  # with no name of its own to add, the parent still goes over every parameter
+            super().update_parallel_plan(model, plan)
 
     def get_load_operations(self) -> dict:
         return {} if self.runs_int8 else super().get_load_operations()

@@ -18,7 +18,8 @@ from .memory import LargestInput
 
 MOST_TOKENS = 1024  # rows x length of a slice
 MOST_TOKENS_IN_TILES = 2048  # with AMX, where matmuls are over so soon that what is between them counts
-WASTE = 128  # tokens of padding that cost less than one more forward
+WASTE = 8  # one token in so many may be padding, which costs less than one more forward
+KEYS = 16  # torch's attention takes as long for the 15 keys beyond a multiple of these as for the 64 before them
 TOKENS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -66,7 +67,7 @@ def slices(lengths: list[int], most_tokens: int | None = None) -> list[list[int]
         length = lengths[row]
         if found:
             waste += (length - longest) * len(found[-1])
-        if not found or waste > WASTE or (len(found[-1]) + 1) * length > most_tokens:
+        if not found or waste > most_tokens // WASTE or (len(found[-1]) + 1) * length > most_tokens:
             found.append([])
             waste = 0
         found[-1].append(row)
@@ -144,10 +145,17 @@ class SlicedForward:
             return self.forward(*args, **kwargs)
         mask = inputs.get("attention_mask")
         rows, length = inputs["input_ids"].shape
-        lengths = [length] * rows if mask is None or not self.cuts_padding else row_lengths(mask).tolist()
+        lengths = [length] * rows if mask is None or not self.cuts_padding else self._lengths(mask)
         parts = slices(lengths)
+        whole = len(parts) < 2 and max(lengths, default=length) == length
         with self._largest.of(min(rows * length, tokens_at_once())):
-            return self.forward(*args, **kwargs) if len(parts) < 2 else self._in_parts(inputs, lengths, parts)
+            return self.forward(*args, **kwargs) if whole else self._in_parts(inputs, lengths, parts)
+
+    def _lengths(self, mask: Tensor) -> list[int]:
+        """What is left of each row without the padding that is worth cutting off."""
+        lengths = -(-row_lengths(mask) // KEYS) * KEYS
+        found: list[int] = lengths.clamp(max=mask.shape[1]).tolist()
+        return found
 
     def _in_parts(self, inputs: dict[str, Tensor], lengths: list[int], parts: list[list[int]]) -> Any:
         logits: Tensor | None = None
