@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -174,7 +175,7 @@ def ignores_padding(model: nn.Module, example: Mapping[str, Tensor]) -> bool:
 
     def answer(layer: Int8Linear, x: Tensor) -> Tensor:
         seen.append(x[:, : ids.shape[1]] if x.dim() == 3 else x)
-        return _example_answer(layer, x)
+        return example_answer(layer, x)
 
     try:
         with torch.inference_mode():
@@ -194,7 +195,7 @@ def _first_token_alone(
     answers: dict[Int8Linear, Tensor] = {}
 
     def answer(layer: Int8Linear, x: Tensor) -> Tensor:
-        answers[layer] = _example_answer(layer, x).requires_grad_()
+        answers[layer] = example_answer(layer, x).requires_grad_()
         return answers[layer]
 
     with torch.inference_mode(False), torch.enable_grad():
@@ -212,17 +213,17 @@ def _is_enough(model: nn.Module, example: Mapping[str, Tensor], layers: Sequence
     """
 
     def answer(layer: Int8Linear, x: Tensor) -> Tensor:
-        y = _example_answer(layer, x)
+        y = example_answer(layer, x)
         return y[:, :1].expand(y.shape) if layer in layers else y
 
     inputs = _varied(example)
     with torch.inference_mode():
-        return all(map(_are_close, _outputs(model, inputs, _example_answer), _outputs(model, inputs, answer)))
+        return all(map(_are_close, _outputs(model, inputs, example_answer), _outputs(model, inputs, answer)))
 
 
 def _longer(example: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """More tokens: a model that takes a few of them together has none beyond the first, if there are only a few."""
-    return {"input_ids": example["input_ids"].repeat(1, 8)} if "input_ids" in example else example
+    """A row of more tokens: a model that takes a few of them together has none beyond the first, if there are only a few."""
+    return {"input_ids": example["input_ids"][:1].repeat(1, 8)} if "input_ids" in example else example
 
 
 def _are_close(expected: Tensor, found: Tensor) -> bool:
@@ -242,11 +243,21 @@ def _varied(example: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def _example_answer(layer: Int8Linear, x: Tensor) -> Tensor:
-    """Numbers that depend on each token's own, all of them, and differ. A norm leaves what they depend on, too."""
-    given = x.float() @ torch.linspace(-1, 1, layer.in_features)[:, None].cos() / layer.in_features**0.5
-    channels = torch.linspace(-1, 1, layer.out_features)
-    return given * (9 * channels + 1).sin() + channels
+def example_answer(layer: Int8Linear, x: Tensor, number: int = 1) -> Tensor:
+    """Numbers that depend on each token's own, all of them, and differ. A norm leaves what they depend on, too.
+
+    `number`: of a function, where layers are to be told apart.
+    """
+    read, written, offset = _waves(number, layer.in_features, layer.out_features)
+    return x.float() @ read * written + offset
+
+
+@lru_cache(maxsize=64)  # layers are alike
+def _waves(number: int, in_features: int, out_features: int) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.inference_mode(False):  # they may be part of a gradient
+        channels = torch.linspace(-number, number, out_features)
+        read = torch.linspace(-1, number, in_features)[:, None].cos() / in_features**0.5
+        return read, (9 * channels + number).sin(), channels
 
 
 def _outputs(model: nn.Module, inputs: Mapping[str, Tensor], answer: Answer) -> list[Tensor]:

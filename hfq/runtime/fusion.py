@@ -182,8 +182,10 @@ def _tell_of_known_forwards(
     """
     layers = read_for_first_token(model, example, flow) if "first-token" in wanted else []
     forwards = [module.__dict__.get("forward") for module in model.modules()]
-    last = last_readers(model, example, flow) if all(map(runs_known_code, model.modules())) else set()
-    sums = [forward for forward in forwards if isinstance(forward, NormalizedSum) and forward.linear in last]
+    sums = [forward for forward in forwards if isinstance(forward, NormalizedSum)]
+    if sums:
+        last = last_readers(model, example, flow) if all(map(runs_known_code, model.modules())) else set()
+        sums = [block for block in sums if block.linear in last]
     known = KnownForward() if layers or sums else None
     for layer in layers:
         layer.first_token = known
