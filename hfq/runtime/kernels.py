@@ -238,7 +238,7 @@ def token_scale(x: Tensor) -> Tensor:
     """Symmetric int8 scale of each row: float32 `[.., in]` to `[.., 1]`, never zero."""
     compiling = torch.compiler.is_compiling()
     # amax and amin are vectorized; an infinity norm over the last dimension is not, and takes 10 to 20 times as long.
-    if x.numel() < FEW_NUMBERS and not compiling:
+    if not compiling and x.numel() < FEW_NUMBERS:  # in this order, or a graph is for few numbers or for many
         largest = x.abs().amax(-1, keepdim=True)
     else:
         largest = torch.maximum(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True).neg_())
