@@ -255,8 +255,8 @@ def example_answer(layer: Int8Linear, x: Tensor, number: int = 1) -> Tensor:
 @lru_cache(maxsize=64)  # layers are alike
 def _waves(number: int, in_features: int, out_features: int) -> tuple[Tensor, Tensor, Tensor]:
     with torch.inference_mode(False):  # they may be part of a gradient
-        channels = torch.linspace(-number, number, out_features)
-        read = torch.linspace(-1, number, in_features)[:, None].cos() / in_features**0.5
+        channels = torch.linspace(-number, number, out_features, dtype=torch.float32)
+        read = torch.linspace(-1, number, in_features, dtype=torch.float32)[:, None].cos() / in_features**0.5
         return read, (9 * channels + number).sin(), channels
 
 

@@ -145,17 +145,11 @@ class SlicedForward:
             return self.forward(*args, **kwargs)
         mask = inputs.get("attention_mask")
         rows, length = inputs["input_ids"].shape
-        lengths = [length] * rows if mask is None or not self.cuts_padding else self._lengths(mask)
+        lengths = [length] * rows if mask is None or not self.cuts_padding else _kept_lengths(mask)
         parts = slices(lengths)
-        whole = len(parts) < 2 and max(lengths, default=length) == length
+        uncut = len(parts) < 2 and max(lengths, default=length) == length
         with self._largest.of(min(rows * length, tokens_at_once())):
-            return self.forward(*args, **kwargs) if whole else self._in_parts(inputs, lengths, parts)
-
-    def _lengths(self, mask: Tensor) -> list[int]:
-        """What is left of each row without the padding that is worth cutting off."""
-        lengths = -(-row_lengths(mask) // KEYS) * KEYS
-        found: list[int] = lengths.clamp(max=mask.shape[1]).tolist()
-        return found
+            return self.forward(*args, **kwargs) if uncut else self._in_parts(inputs, lengths, parts)
 
     def _in_parts(self, inputs: dict[str, Tensor], lengths: list[int], parts: list[list[int]]) -> Any:
         logits: Tensor | None = None
@@ -187,3 +181,10 @@ class SlicedForward:
         if self.whole or self.model.training or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return False
         return is_token_batch(inputs)
+
+
+def _kept_lengths(mask: Tensor) -> list[int]:
+    """What is left of each row without the padding that is worth cutting off."""
+    lengths = -(-row_lengths(mask) // KEYS) * KEYS
+    found: list[int] = lengths.clamp(max=mask.shape[1]).tolist()
+    return found
