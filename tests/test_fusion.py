@@ -226,6 +226,43 @@ def test_only_an_activation_behind_the_layer_is_fused(linear_first: bool, inplac
     assert torch.allclose(model(x.clone()), before, atol=1e-6)
 
 
+def test_parents_of_one_class_are_told_apart() -> None:
+    model = nn.Sequential(
+        *(Activated(linear_first=first, inplace=False) for first in (False, True, True)),
+        Activated(linear_first=True, inplace=False),
+    )
+    model[2].act = nn.Tanh()
+    model[3].register_forward_hook(lambda block, _, y: y + block.act(y - 1))  # needs the function once more
+    x = torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
+    before = model(x.clone())
+    fuse(model)
+    assert fused_activations(model) == ["1.dense"]
+    assert torch.allclose(model(x.clone()), before, atol=1e-6)
+
+
+class Normalized(nn.Module):
+    """A layer, an activation function and a norm of float32 weights, which takes no float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.dense = int8_linear(nn.Linear(8, 8), LayerScheme.static((-3.0, 3.0)))
+        self.act = nn.GELU()
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.act(self.dense(x)))
+
+
+def test_an_activation_before_float_weights_is_fused() -> None:
+    model = Normalized()
+    x = torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
+    before = model(x)
+    fuse(model)
+    assert fused_activations(model) == ["dense"]
+    assert torch.allclose(model(x), before, atol=1e-5)
+
+
 def layers_that_share_a_matmul(model: nn.Module) -> list[str]:
     """Int8 layers whose output is part of the same memory as another's."""
     made: dict[str, Tensor] = {}

@@ -43,6 +43,7 @@ class Int8Conv(PackedModule):
         groups: int,
         bias: bool,
         activation: ConvActivation,
+        device: torch.device | None = None,
     ) -> None:
         super().__init__()
         self.in_channels = in_channels
@@ -53,16 +54,18 @@ class Int8Conv(PackedModule):
         self._geometry: Geometry = (stride, even, dilation, groups)
         self.activation = activation
         self.weight_shape = (out_channels, in_channels // groups, *kernel_size)
-        self._parameters["weight"] = frozen(torch.empty(self.weight_shape, dtype=torch.int8))
-        self.weight_scale = frozen(torch.empty(out_channels, 1, *(1 for _ in kernel_size)))
+        self._parameters["weight"] = frozen(torch.empty(self.weight_shape, dtype=torch.int8, device=device))
+        self.weight_scale = frozen(torch.empty(out_channels, 1, *(1 for _ in kernel_size), device=device))
         if activation == "static":
-            self.input_scale = frozen(torch.empty(1))
-            self.input_zero_point = frozen(torch.empty(1, dtype=torch.int8))
-        self.register_parameter("bias", frozen(torch.empty(out_channels)) if bias else None)
+            self.input_scale = frozen(torch.empty(1, device=device))
+            self.input_zero_point = frozen(torch.empty(1, dtype=torch.int8, device=device))
+        self.register_parameter("bias", frozen(torch.empty(out_channels, device=device)) if bias else None)
         self._packed: _PackedConv | None = None
 
     @classmethod
-    def like(cls, layer: nn.Conv1d | nn.Conv2d, *, activation: ConvActivation) -> "Int8Conv":
+    def like(
+        cls, layer: nn.Conv1d | nn.Conv2d, *, activation: ConvActivation, device: torch.device | None = None
+    ) -> "Int8Conv":
         """A twin of the shape of `layer`, its tensors yet to be filled."""
         return cls(
             layer.in_channels,
@@ -74,6 +77,7 @@ class Int8Conv(PackedModule):
             groups=layer.groups,
             bias=layer.bias is not None,
             activation=activation,
+            device=device,
         )
 
     @property
@@ -166,11 +170,19 @@ class Int8Conv1D(Int8Linear):
     the weight out, so that scale times weight is the float weight. The kernels get it turned, when it is packed.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool, activation: Activation) -> None:
-        super().__init__(in_features, out_features, bias=bias, activation=activation)
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        activation: Activation,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias=bias, activation=activation, device=device)
         self.weight_shape = (in_features, out_features)
-        self.weight = frozen(torch.empty(self.weight_shape, dtype=torch.int8))
-        self.weight_scale = frozen(torch.empty(1, out_features))
+        self.weight = frozen(torch.empty(self.weight_shape, dtype=torch.int8, device=device))
+        self.weight_scale = frozen(torch.empty(1, out_features, device=device))
 
     @property
     def is_plain(self) -> bool:

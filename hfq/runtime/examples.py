@@ -27,6 +27,6 @@ def answer_of(module: nn.Module, *inputs: Tensor, answers: Mapping[Int8Linear, T
 
 
 @lru_cache(maxsize=16)
-def noise(features: int, *, seed: int = 0) -> Tensor:
-    """float32 `[4, features]`."""
-    return torch.randn(4, features, generator=torch.Generator().manual_seed(seed))
+def noise(features: int, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`[4, features]`."""
+    return torch.randn(4, features, generator=torch.Generator().manual_seed(seed), dtype=dtype)

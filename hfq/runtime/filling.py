@@ -5,16 +5,19 @@ what is exactly as expected is read here. Anything else is left to the loader, w
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
+from ..errors import SourceError
+from ..safetensors_header import read_header
 from .modules import Int8Embedding, PackedModule, frozen
 
 Place = tuple[nn.Module, str]
+_TYPES = {"I8": torch.int8, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def fill_modules(model: Any, files: Sequence[str]) -> Callable[[Sequence[range]], None]:
@@ -72,16 +75,36 @@ def _read(files: Sequence[str], names: re.Pattern[str], places: Mapping[str, Pla
     for path in files:
         if not path.endswith(".safetensors"):
             return None
-        with safe_open(path, framework="pt") as file:
-            for name in filter(names.match, file.keys()):
-                if name not in places or name in found:
-                    return None
-                found[name] = file.get_tensor(name)
+        try:
+            tensors = dict(_tensors(path, names))
+        except (SourceError, RuntimeError, KeyError):  # damaged, not aligned, or of another type
+            return None
+        if not found.keys().isdisjoint(tensors):
+            return None
+        found.update(tensors)
     if found.keys() != places.keys() or any(
         _form(found[name]) != _form(m._parameters[k]) for name, (m, k) in places.items()
     ):
         return None
     return found
+
+
+def _tensors(path: str, names: re.Pattern[str]) -> Iterator[tuple[str, Tensor]]:
+    """Those of `names`, as views of one mapped file: safetensors' own take three times as long to make.
+
+    Raises:
+        SourceError: it is not a whole safetensors file.
+        RuntimeError: a tensor begins where its type may not.
+        KeyError: one has a type that no int8 module has.
+    """
+    tensors = read_header(Path(path))
+    size = Path(path).stat().st_size
+    start = size - max((tensor.end for tensor in tensors.values()), default=0)
+    file = torch.from_file(path, shared=False, size=size, dtype=torch.uint8)
+    for name in filter(names.match, tensors):
+        tensor = tensors[name]
+        content = file[start + tensor.begin : start + tensor.end]
+        yield name, content.view(_TYPES[tensor.dtype]).view(tensor.shape)
 
 
 def _form(tensor: Any) -> tuple[torch.Size, torch.dtype]:

@@ -113,18 +113,26 @@ class Int8Linear(PackedModule):
     Inference only: no gradient flows through it.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool, activation: Activation) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        activation: Activation,
+        device: torch.device | None = None,
+    ) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
         self.activation = activation
         self.weight_shape = (out_features, in_features)
-        self.weight = frozen(torch.empty(self.weight_shape, dtype=torch.int8))
-        self.weight_scale = frozen(torch.empty(out_features, 1))
+        self.weight = frozen(torch.empty(self.weight_shape, dtype=torch.int8, device=device))
+        self.weight_scale = frozen(torch.empty(out_features, 1, device=device))
         if activation == "static":
-            self.input_scale = frozen(torch.empty(1))
-            self.input_zero_point = frozen(torch.empty(1, dtype=torch.int8))
-        self.register_parameter("bias", frozen(torch.empty(out_features)) if bias else None)
+            self.input_scale = frozen(torch.empty(1, device=device))
+            self.input_zero_point = frozen(torch.empty(1, dtype=torch.int8, device=device))
+        self.register_parameter("bias", frozen(torch.empty(out_features, device=device)) if bias else None)
         self.post_op: PostOp | None = None
         self.first_token: KnownForward | None = None
         self.narrowing: Narrowing | None = None
@@ -368,13 +376,20 @@ class SharedMatmul:
 class Int8Embedding(nn.Module):
     """Embedding with int8 rows: `weight` int8 `[rows, dim]`, `weight_scale` float32 `[rows, 1]`."""
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, *, padding_idx: int | None = None) -> None:
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        padding_idx: int | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         super().__init__()
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
         self.padding_idx = padding_idx
-        self.weight = frozen(torch.empty(num_embeddings, embedding_dim, dtype=torch.int8))
-        self.weight_scale = frozen(torch.empty(num_embeddings, 1))
+        self.weight = frozen(torch.empty(num_embeddings, embedding_dim, dtype=torch.int8, device=device))
+        self.weight_scale = frozen(torch.empty(num_embeddings, 1, device=device))
 
     def forward(self, ids: Tensor) -> Tensor:
         """integer ids `[..]` to float `[.., dim]`, in the dtype of the scales."""

@@ -1,5 +1,6 @@
 """Put int8 modules where a checkpoint's `quantization_config` says so, before its tensors are loaded."""
 
+import torch
 from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationConfig,
@@ -17,9 +18,11 @@ from .modules import Activation, Int8Embedding, Int8Linear
 
 def swap_modules(model: nn.Module, config: QuantizationConfig) -> None:
     """Replace, in place, each layer that `config` names by its int8 twin, whose tensors are still to be loaded."""
-    for scheme in config.config_groups.values():
-        for name, module in list(match_named_modules(model, scheme.targets, config.ignore)):
-            model.set_submodule(name, _int8_twin(module, scheme))
+    device = torch.get_default_device()
+    with torch._C.DisableTorchFunction():  # which is how that one is set, and slow
+        for scheme in config.config_groups.values():
+            for name, module in list(match_named_modules(model, scheme.targets, config.ignore)):
+                model.set_submodule(name, _int8_twin(module, scheme, device))
 
 
 def stored_type(module: nn.Module) -> str:
@@ -53,19 +56,21 @@ def is_int8(config: QuantizationConfig) -> bool:
     return all(_runs(scheme) for scheme in config.config_groups.values())
 
 
-def _int8_twin(module: nn.Module, scheme: QuantizationScheme) -> nn.Module:
+def _int8_twin(module: nn.Module, scheme: QuantizationScheme, device: torch.device) -> nn.Module:
     activation: Activation = "weight-only"
     if scheme.input_activations is not None:
         activation = "dynamic" if scheme.input_activations.dynamic else "static"
     if isinstance(module, nn.Embedding):
-        return Int8Embedding(module.num_embeddings, module.embedding_dim, padding_idx=module.padding_idx)
+        rows, size = module.num_embeddings, module.embedding_dim
+        return Int8Embedding(rows, size, padding_idx=module.padding_idx, device=device)
     if isinstance(module, Conv1D):
-        return Int8Conv1D(*module.weight.shape, bias=True, activation=activation)
+        return Int8Conv1D(*module.weight.shape, bias=True, activation=activation, device=device)
     if isinstance(module, nn.Conv1d | nn.Conv2d):
-        return Int8Conv.like(module, activation="static" if activation == "static" else "weight-only")
+        return Int8Conv.like(module, activation="static" if activation == "static" else "weight-only", device=device)
     if not isinstance(module, nn.Linear):
         raise TypeError(f"{type(module).__name__} has no int8 twin.")
-    return Int8Linear(module.in_features, module.out_features, bias=module.bias is not None, activation=activation)
+    bias = module.bias is not None
+    return Int8Linear(module.in_features, module.out_features, bias=bias, activation=activation, device=device)
 
 
 def _runs(scheme: QuantizationScheme) -> bool:
