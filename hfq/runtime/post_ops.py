@@ -1,0 +1,110 @@
+"""An activation function as part of the matmul before it: a post-op, in oneDNN's words.
+
+Which function a module computes, and that its parent gives it what a layer answers and nothing else, is found by asking
+them: no list of classes. Only siblings are looked at.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .examples import answer_of, noise
+from .modules import Int8Linear, PostOp
+
+_EXAMPLES = (*(i / 8 for i in range(-48, 49)), -1e4, -100, -12, -8, 8, 12, 100, 1e4)  # some functions clip
+_POST_OPS: dict[PostOp, Callable[[float], float]] = {  # Hendrycks and Gimpel 2016, arXiv:1606.08415
+    "gelu": lambda x: x / 2 * (1 + math.erf(x / math.sqrt(2))),
+    "gelu_tanh": lambda x: x / 2 * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "relu": lambda x: max(x, 0.0),
+}
+
+
+def fuse_activations(model: nn.Module) -> None:
+    """Replace activation functions by post-ops of the Linear before each, a sibling. Parents that are alike are tried once."""
+    tried: list[tuple[list[Any], list[tuple[str, str, PostOp]]]] = []
+    for parent in list(model.modules()):
+        linears = [name for name, child in parent.named_children() if isinstance(child, Int8Linear)]
+        functions = [name for name, child in parent.named_children() if _may_be_activation(child)]
+        if not linears or not functions:
+            continue
+        form = _form(parent)
+        found = next((found for other, found in tried if _are_alike(form, other)), None)
+        if found is None:
+            found = _find_activations(parent, linears, functions)
+            tried.append((form, found))
+        for linear, function, post_op in found:
+            getattr(parent, linear).post_op = post_op
+            setattr(parent, function, nn.Identity())
+
+
+def _find_activations(
+    parent: nn.Module, linears: Sequence[str], functions: Sequence[str]
+) -> list[tuple[str, str, PostOp]]:
+    """Which of `functions` can be post-ops, of which of `linears`: names of children of `parent`."""
+    free = [name for name in linears if getattr(parent, name).is_plain]
+    found: list[tuple[str, str, PostOp]] = []
+    for function in functions:
+        post_op = _post_op(getattr(parent, function))
+        linear = next((name for name in free if post_op and _is_behind(parent, getattr(parent, name), function)), None)
+        if post_op and linear:
+            free.remove(linear)
+            found.append((linear, function, post_op))
+    return found
+
+
+def _form(parent: nn.Module) -> list[Any]:
+    """What the forward of `parent` depends on beside weights, as it is now."""
+    children = parent.named_children()
+    own = {name: value for name, value in vars(parent).items() if name != "_modules"}
+    return [type(parent), own, *((name, type(child), _without_weights(child)) for name, child in children)]
+
+
+def _without_weights(child: nn.Module) -> dict[str, Any]:
+    weights = ("_parameters", "_in_file_at") if isinstance(child, Int8Linear) else ()
+    return {name: value for name, value in vars(child).items() if name not in weights}
+
+
+def _are_alike(form: list[Any], other: list[Any]) -> bool:
+    try:
+        return form == other
+    except (RuntimeError, ValueError):  # tensors and arrays do not say in one word whether they are equal
+        return False
+
+
+def _may_be_activation(module: nn.Module) -> bool:
+    return not (module._parameters or module._modules or isinstance(module, nn.Dropout | nn.Identity))
+
+
+def _is_behind(parent: nn.Module, linear: Int8Linear, name: str) -> bool:
+    """Whether the function `name` is applied to what `linear` answers and to nothing else; it is taken out if so."""
+    activation = getattr(parent, name)
+    for dtype in (torch.float64, torch.float32):  # without oneDNN if that will do, as below
+        x, y = noise(linear.in_features, dtype=dtype), noise(linear.out_features, dtype=dtype)
+        before = answer_of(parent, x, answers={linear: y})
+        if before is None:
+            continue
+        setattr(parent, name, nn.Identity())
+        after = answer_of(parent, x, answers={linear: activation(y.clone())})
+        if after is not None and torch.equal(before, after):
+            return True
+        setattr(parent, name, activation)
+        return False
+    return False
+
+
+def _post_op(module: nn.Module) -> PostOp | None:
+    """Which function a parameterless module computes, found by asking it.
+
+    In float64, which is torch's own loop: oneDNN's of float32 takes milliseconds to get ready.
+    """
+    y = answer_of(module, torch.tensor(_EXAMPLES, dtype=torch.float64))
+    if y is None or y.shape != (len(_EXAMPLES),) or not y.is_floating_point():
+        return None
+    pairs = list(zip(_EXAMPLES, y.tolist(), strict=True))
+    for name, function in _POST_OPS.items():
+        if all(math.isclose(function(x), answer, rel_tol=1e-5, abs_tol=1e-6) for x, answer in pairs):
+            return name
+    return None
