@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .kernels import quantize_uint8
-from .modules import Activation, Int8Linear, PackedModule, frozen, input_codes
+from .modules import Int8Linear, PackedModule, frozen, input_codes
 from .selection import select_kernel
 
 ConvActivation = Literal["static", "weight-only"]
@@ -170,20 +170,6 @@ class Int8Conv1D(Int8Linear):
     the weight out, so that scale times weight is the float weight. The kernels get it turned, when it is packed.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        bias: bool,
-        activation: Activation,
-        device: torch.device | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, bias=bias, activation=activation, device=device)
-        self.weight_shape = (in_features, out_features)
-        self.weight = frozen(torch.empty(self.weight_shape, dtype=torch.int8, device=device))
-        self.weight_scale = frozen(torch.empty(1, out_features, device=device))
-
     @property
     def is_plain(self) -> bool:
         """Never: what is shared is stacked and taken apart as `Int8Linear` lays weights out."""
@@ -191,6 +177,10 @@ class Int8Conv1D(Int8Linear):
 
     def weight_rows(self) -> tuple[Tensor, Tensor]:
         return self.weight.detach().t().contiguous(), self.weight_scale.detach().float().reshape(-1)
+
+    @staticmethod
+    def stored_shapes(in_features: int, out_features: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (in_features, out_features), (1, out_features)
 
     @staticmethod
     def as_stored(weight: Tensor) -> Tensor:

@@ -126,9 +126,9 @@ class Int8Linear(PackedModule):
         self.in_features = in_features
         self.out_features = out_features
         self.activation = activation
-        self.weight_shape = (out_features, in_features)
+        self.weight_shape, scale_shape = self.stored_shapes(in_features, out_features)
         self.weight = frozen(torch.empty(self.weight_shape, dtype=torch.int8, device=device))
-        self.weight_scale = frozen(torch.empty(out_features, 1, device=device))
+        self.weight_scale = frozen(torch.empty(scale_shape, device=device))
         if activation == "static":
             self.input_scale = frozen(torch.empty(1, device=device))
             self.input_zero_point = frozen(torch.empty(1, dtype=torch.int8, device=device))
@@ -208,6 +208,11 @@ class Int8Linear(PackedModule):
     def weight_rows(self) -> tuple[Tensor, Tensor]:
         """int8 `[out, in]` and float32 `[out]`, as kernels take them."""
         return self.weight.detach(), self.weight_scale.detach().float().reshape(-1)
+
+    @staticmethod
+    def stored_shapes(in_features: int, out_features: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of `weight` and `weight_scale` in the state."""
+        return (out_features, in_features), (out_features, 1)
 
     @staticmethod
     def as_stored(weight: Tensor) -> Tensor:
