@@ -28,5 +28,5 @@ def answer_of(module: nn.Module, *inputs: Tensor, answers: Mapping[Int8Linear, T
 
 @lru_cache(maxsize=16)
 def noise(features: int, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """`[4, features]`."""
+    """`dtype`, `[4, features]`."""
     return torch.randn(4, features, generator=torch.Generator().manual_seed(seed), dtype=dtype)
