@@ -35,6 +35,15 @@ class Pieces(nn.Module):
         own = [part.unflatten(-1, (HEADS, SIZE)).transpose(1, 2) for part in (x * 1.5).chunk(3, -1)]
         each = seen.expand(-1, -1, length, -1) & (torch.arange(length) != 1)  # laid out for each query, and alike
         causal = each & torch.ones(length, length, dtype=torch.bool).tril()
+        distances = added[:, :length, :length].expand(x.shape[0], -1, -1, -1).contiguous()
+        unseen = torch.where(seen.expand(-1, -1, length, -1), 0.0, torch.finfo(torch.float32).min)
+        changing = added[:, :length, :length] * 2
+        of_first, weights = attended_by_matmuls(*qkv, changing)
+        changing.neg_()
+        of_changed, _ = attended_by_matmuls(*qkv, changing)
+        of_own, _ = attended_by_matmuls(*qkv, distances, unseen)
+        copied = added[:, :length, :length].expand(x.shape[0], -1, -1, -1).contiguous()
+        copied.neg_()
         later = table.view(2, -1, 3 * FEATURES)[1:]  # starts in the middle of its memory
         answers = {
             "attention": attended(*qkv),
@@ -45,6 +54,18 @@ class Pieces(nn.Module):
             "attention with later keys unseen": attended(*qkv, causal),
             "attention of the first token as codes": codes_of(attended(*qkv, causal)[:, :1], codes),
             "attention that alone reads its numbers": attended(*own, seen),
+            "attention by matmuls": of_own,
+            "attention by matmuls of the distance alone": attended_by_matmuls(*qkv, distances)[0],
+            "attention by matmuls, its sums halved": attended_by_matmuls(*qkv, distances, unseen, then=0.5)[0],
+            "attention by matmuls as codes": codes_of(attended_by_matmuls(*qkv, distances, unseen)[0], codes),
+            "attention by matmuls of the first token as codes": codes_of(
+                attended_by_matmuls(*qkv, distances, unseen)[0][:, :1], codes
+            ),
+            "attention by matmuls whose weights are read": of_first,
+            "weights of attention": weights,
+            "attention by matmuls, of what was changed since": of_changed,
+            "attention by matmuls, of a copy that was changed": attended_by_matmuls(*qkv, copied)[0],
+            "attention by matmuls, of what comes after them": attended_by_matmuls(*qkv, mask, late=True)[0],
             "gelu as codes": codes_of(gelu(y) if torch.compiler.is_compiling() else F.gelu(y), codes),
             "numbers as codes": codes_of(x[..., :90], codes),
             "sum, normed": normed,
@@ -86,6 +107,18 @@ def attended(
 ) -> Tensor:
     """Attention in rows of all heads."""
     return F.scaled_dot_product_attention(query, key, value, mask, scale=scale).transpose(1, 2).flatten(2)
+
+
+def attended_by_matmuls(
+    query: Tensor, key: Tensor, value: Tensor, *added: Tensor, then: float = 1, late: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The same, written out as in MPNet, and the weights of values."""
+    scores = torch.matmul(query, key.transpose(-1, -2)) / SIZE**0.5
+    scores += added[0] * 0.7 if late else added[0]
+    for x in added[1:]:
+        scores = x + scores
+    weights = (scores * then if then != 1 else scores).softmax(-1)
+    return torch.matmul(weights, value).permute(0, 2, 1, 3).contiguous().flatten(2), weights
 
 
 def codes_of(x: Tensor, codes: Tensor) -> Tensor:

@@ -21,12 +21,13 @@ def register() -> None:
     replace_lowering(torch.ops.hfq.attention.default, _attention)
 
 
-def _attention(query: Any, key: Any, value: Any, mask: Any, codes: Any, scale: float) -> Any:
+def _attention(query: Any, key: Any, value: Any, mask: Any, bias: Any, codes: Any, scale: float) -> Any:
     batch, heads, length, size = query.get_size()
     tensors = {name: in_rows(x) for name, x in (("query", query), ("key", key), ("value", value))}
-    if mask is not None:
-        mask.realize()  # before it is expanded, once for all layers
-        tensors["mask"] = in_rows(lowering.expand(mask, [batch, heads, length, key.get_size()[2]]))
+    for name, x in (("mask", mask), ("bias", bias)):
+        if x is not None:
+            x.realize()  # before it is expanded, once for all layers
+            tensors[name] = in_rows(lowering.expand(x, [batch, heads, length, key.get_size()[2]]))
     if codes is not None:
         tensors["codes"] = ir.ExternKernel.realize_input(codes)
     dtype = torch.float32 if codes is None else torch.uint8
@@ -48,7 +49,7 @@ _POWER_OF_TWO = {
 
 
 class AttentionTemplate(Template):
-    """`softmax(q k^T * scale + mask) v`. Every head of every row is a task; a long one is several, if there are few.
+    """`softmax(q k^T * scale + mask + bias) v`. Every head of every row is a task; a long one is several, if there are few.
 
     A row that sees no key gets zeros. Keys are laid out in columns, keys and values are padded with zeros, and `narrow`
     ones, bfloat16, are laid out for products of pairs.
@@ -69,7 +70,7 @@ extern "C" {{definition}}
     constexpr int64_t LANES = Vector::size(), ROWS = 64, D = {{kernel.size(tensors["query"], 3)}};
     constexpr int64_t PAIR = sizeof(float) / sizeof(Number);
     constexpr int threads = {{threads}};
-    constexpr float never = -std::numeric_limits<float>::infinity();
+    constexpr float never = -std::numeric_limits<float>::infinity(), least = std::numeric_limits<float>::lowest();
     // Scores are exponents, of 2 with AVX-512 and else of e. They are bounded: the power of what is below is as good as 0,
     // and that of minus infinity would be none.
 #if defined(CPU_CAPABILITY_AVX512)
@@ -180,22 +181,24 @@ extern "C" {{definition}}
 {%- endif %}
                 }
             auto look = [&](int64_t l) {  // what is added to the scores of query l
-                for (int64_t s = 0; s < S; s++)
+                for (int64_t s = 0; s < S; s++) {
 {%- if adds %}
-                    added[s] = mask_at[l * {{strides["mask"][2]}} + s] * unit;
+                    const float x = mask_at[l * {{strides["mask"][2]}} + s]{% if "bias" in at %} + bias_at[l * {{strides["bias"][2]}} + s]{% endif %};
+                    added[s] = x == never ? never : std::max(x * unit, least);
 {%- elif "mask" in at %}
                     added[s] = mask_at[l * {{strides["mask"][2]}} + s] ? 0 : never;
 {%- else %}
                     added[s] = 0;
 {%- endif %}
+                }
                 for (int64_t s = S; s < keys; s++) added[s] = never;
             };
             bool alike = true;  // as an encoder's queries mostly are, in a mask that is laid out for each
-{%- if "mask" in at %}
-            for (int64_t l = first + 1; l < last && alike && {{strides["mask"][2]}} != 0; l++)
+{%- for name in ("mask", "bias") if name in at %}
+            for (int64_t l = first + 1; l < last && alike && {{strides[name][2]}} != 0; l++)
                 alike = !std::memcmp(
-                    mask_at + l * {{strides["mask"][2]}}, mask_at + first * {{strides["mask"][2]}}, S * sizeof(*mask_at));
-{%- endif %}
+                    {{name}}_at + l * {{strides[name][2]}}, {{name}}_at + first * {{strides[name][2]}}, S * sizeof(*{{name}}_at));
+{%- endfor %}
             if (alike) look(first);
 
             for (int64_t l = first; l < last; l += ROWS) {

@@ -30,19 +30,25 @@ def _(x: Tensor, codes: Tensor) -> Tensor:
 
 @torch.library.custom_op("hfq::attention", mutates_args=())
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, codes: Tensor | None, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    codes: Tensor | None,
+    scale: float,
 ) -> Tensor:
-    """`softmax(q k^T * scale + mask) v` of `[batch, heads, length, size]`, to float32 `[batch, length, heads, size]`.
+    """`softmax(q k^T * scale + mask + bias) v` of `[batch, heads, length, size]`, to float32 `[batch, length, heads, size]`.
 
     Query, key and value: float32, or bfloat16 where products are of that, or else float16. `mask`: bool, true where a
-    key is seen, or float32, to be added; broadcast to `[batch, heads, length, keys]`. `codes`: as `quantize` takes them;
-    then the answer is uint8.
+    key is seen, or float32, to be added; broadcast to `[batch, heads, length, keys]`. `bias`: float32, as that. `codes`:
+    as `quantize` takes them; then the answer is uint8.
     """
     raise NotImplementedError("It is compiled, never run")
 
 
 @attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, codes: Tensor | None, scale: float) -> Tensor:
+def _(query: Tensor, key: Tensor, value: Tensor, mask: Any, bias: Any, codes: Tensor | None, scale: float) -> Tensor:
     batch, heads, length, size = query.shape
     return query.new_empty(batch, length, heads, size, dtype=torch.float32 if codes is None else torch.uint8)
 

@@ -15,6 +15,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .attention import compiles_to_bfloat16
 from .layouts import VNNI
+from .own_attention import before_it_is_repeated, read_attention
 
 LANES = 16  # float32 numbers, of which rows are multiples: one AVX-512 register, or two of AVX2
 Node = Any  # of torch.fx, where an argument of a node may be anything
@@ -38,7 +39,7 @@ def rewrite(module: fx.GraphModule, *, fusions: Collection[str]) -> None:
     _simplify(graph)
     _leave_out_tokens(graph)
     graph.eliminate_dead_code()  # who has no other reader is looked for
-    changed = {_origin(node) for node in graph.nodes if _writes(node)}
+    changed = {_origin(node): node for node in graph.nodes if _writes(node)}  # by whom last
     for node in graph.find_nodes(op="call_function", target=_LAYER_NORM):
         if node not in changed:
             _replace_norm(graph, node, changed)
@@ -47,10 +48,12 @@ def rewrite(module: fx.GraphModule, *, fusions: Collection[str]) -> None:
         for target in _NORMS:
             for node in graph.find_nodes(op="call_function", target=target):
                 _narrow_sums(node)
-    for node in graph.find_nodes(op="call_function", target=_ATTENTION) if "compiled-attention" in fusions else ():
-        arguments = _arguments(node)
-        if arguments is not None and changed.isdisjoint(map(_origin, [node, *filter(None, arguments[0])])):
-            _replace_attention(graph, node, *arguments)
+    if "compiled-attention" in fusions:
+        for node in graph.find_nodes(op="call_function", target=_ATTENTION):
+            arguments = _arguments(node)
+            if arguments is not None and changed.keys().isdisjoint(map(_origin, [node, *filter(None, arguments[0])])):
+                _replace_attention(graph, [node], *arguments)
+        _replace_own_attention(graph, changed)
     for node in graph.find_nodes(op="call_function", target=torch.ops.hfq.attention.default):
         for x in node.args[:3]:
             _narrow(graph, x)
@@ -142,7 +145,7 @@ def _origin(node: Node) -> Node:
     return node
 
 
-def _replace_norm(graph: fx.Graph, node: Node, changed: set[Node]) -> None:
+def _replace_norm(graph: fx.Graph, node: Node, changed: Mapping[Node, Node]) -> None:
     """Have the norm `node` answer with the codes that its readers quantize its answers to.
 
     `changed`: what is written to after it was computed.
@@ -158,7 +161,7 @@ def _replace_norm(graph: fx.Graph, node: Node, changed: set[Node]) -> None:
         return
     residual = None
     adds = x.target is _aten.add.Tensor and len(x.users) == 1 and not x.kwargs and _are_alike(*x.args, x)
-    if adds and changed.isdisjoint(map(_origin, x.args)):
+    if adds and changed.keys().isdisjoint(map(_origin, x.args)):
         x, residual = x.args
     quantized = [y for y in readers if _quantizes(y) and y.args[1] is codes]
     both = len(quantized) < len(readers)
@@ -242,35 +245,73 @@ def _are_alike(*nodes: Any) -> bool:
 
 
 def _arguments(node: Node) -> tuple[list[Any], float] | None:
-    """Query, key, value and mask, and the scale; None if torch is to compute it."""
+    """Query, key, value, mask and bias, and the scale; None if torch is to compute it."""
     query, key, value, *others = node.args
     given = dict(zip(("attn_mask", "dropout_p", "is_causal"), others, strict=False)) | node.kwargs
     mask, scale = given.get("attn_mask"), given.get("scale")
     if any(given.get(name) for name in ("dropout_p", "is_causal", "enable_gqa")):
         return None
-    q, k, v = (x.meta["val"] for x in (query, key, value))
-    size = q.shape[-1]
-    suits = (
+    if not _suits(query, key, value) or (mask and mask.meta["val"].dtype not in (torch.bool, torch.float32)):
+        return None
+    size = query.meta["val"].shape[-1]
+    return [query, key, value, mask, None], size**-0.5 if scale is None else float(scale)
+
+
+def _suits(*tensors: Node) -> bool:
+    """Whether they are query, key and value that `hfq::attention` takes."""
+    q, k, v = (x.meta["val"] for x in tensors)
+    return (
         q.dim() == 4
         and all(x.dtype == torch.float32 for x in (q, k, v))
-        and (mask is None or mask.meta["val"].dtype in (torch.bool, torch.float32))
-        and isinstance(size, int)
-        and size % LANES == 0
+        and isinstance(q.shape[-1], int)
+        and q.shape[-1] % LANES == 0
         and _same(q.shape[:2], k.shape[:2])
         and _same(k.shape, v.shape)
     )
-    return ([query, key, value, mask], size**-0.5 if scale is None else float(scale)) if suits else None
 
 
-def _replace_attention(graph: fx.Graph, node: Node, tensors: list[Any], scale: float) -> None:
+def _replace_own_attention(graph: fx.Graph, changed: Mapping[Node, Node]) -> None:
+    """Have attention that the model computes itself computed so, too. `changed`: what is written to, and by whom last."""
+    rows: dict[Node, Node] = {}  # what is added, as it is read: once for all layers
+
+    def in_rows(source: Node, before: Node) -> Node:
+        if source not in rows:
+            with graph.inserting_before(before):
+                rows[source] = graph.call_function(_aten.contiguous.default, (source,))
+            rows[source].meta["val"] = source.meta["val"]
+        return rows[source]
+
+    for node in graph.find_nodes(op="call_function", target=_aten.matmul.default):
+        found = read_attention(node)
+        if found is None or not _suits(found.query, found.key, found.value) or len(found.added) > 2:
+            continue
+        _, softmax, *_, first = found.operations
+        added = list(map(before_it_is_repeated, found.added))
+        # Products are read later than they were, and what was a copy is read where it was copied from.
+        read = [(found.query, first), (found.key, first), (found.value, node), *zip(added, added, strict=True)]
+        stay = all(_origin(x) not in changed or changed[_origin(x)] < since for x, since in read)
+        if (
+            stay
+            and _origin(node) not in changed
+            and all(x.meta["val"].dtype == torch.float32 for x in [*added, softmax])
+        ):
+            mask, bias = [*(in_rows(x, softmax) for x in added), None, None][:2]
+            tensors = [found.query, found.key, found.value, mask, bias]
+            _replace_attention(graph, found.operations[::-1], tensors, found.scale)
+
+
+def _replace_attention(graph: fx.Graph, operations: list[Node], tensors: list[Any], scale: float) -> None:
+    """`operations`: those that compute it, in order."""
+    *before, node = operations
     dead = [node, *_until_quantized(node)]
     last = dead[-1]
     with graph.inserting_before(last):
         if any(map(_is_first, dead)):
-            query, key, value, mask = tensors
-            if mask is not None and mask.meta["val"].shape[-2] != 1:
-                mask = graph.call_function(_aten.slice.Tensor, (mask, -2, 0, 1))
-            tensors = [graph.call_function(_aten.slice.Tensor, (query, 2, 0, 1)), key, value, mask]
+            query, key, value, *added = tensors
+            for i, x in enumerate(added):
+                if x is not None and x.meta["val"].shape[-2] != 1:
+                    added[i] = graph.call_function(_aten.slice.Tensor, (x, -2, 0, 1))
+            tensors = [graph.call_function(_aten.slice.Tensor, (query, 2, 0, 1)), key, value, *added]
         codes = last.args[1] if len(dead) > 1 else None
         found = graph.call_function(torch.ops.hfq.attention.default, (*tensors, codes, scale))
         if codes is None:
@@ -278,7 +319,7 @@ def _replace_attention(graph: fx.Graph, node: Node, tensors: list[Any], scale: f
         else:
             found = graph.call_function(_aten.reshape.default, (found, [-1, last.meta["val"].shape[1]]))
         _stand_in(last, found)
-    for unused in reversed(dead):
+    for unused in reversed([*before, *dead]):
         graph.erase_node(unused)
 
 
@@ -323,13 +364,20 @@ def _until_quantized(node: Node) -> list[Node]:
         found.append(node)
         if swapped and _quantizes(node):
             return found
-        if node.target is _aten.transpose.int and node.args[1:] == (1, 2) and not swapped:
+        if _swaps_heads(node) and not swapped:
             swapped = True
         elif swapped and _is_first(node) and _same(node.args[0].meta["val"].shape[:2], (shape[0], shape[2])):
             continue
         elif node.target not in _KEEP_ORDER or not (swapped or _same(shape, node.meta["val"].shape)):
             return []
     return []
+
+
+def _swaps_heads(node: Node) -> bool:
+    """Whether it turns `[batch, heads, length, size]` into `[batch, length, heads, size]`."""
+    if node.target is _aten.permute.default:
+        return [axis % 4 for axis in node.args[1]] == [0, 2, 1, 3]
+    return node.target is _aten.transpose.int and node.args[1:] == (1, 2)
 
 
 def _same(shape: Any, other: Any) -> bool:
