@@ -23,6 +23,7 @@ from .modules import Int8Linear, SharedMatmul
 from .residual import NormalizedSum
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+_LAYER_NORM = torch.ops.aten.layer_norm.default
 _ARGUMENTS = [argument.name for argument in _ATTENTION._schema.arguments]
 _MASK = "attention_mask"
 
@@ -98,7 +99,7 @@ def run_directly(model: nn.Module, known: KnownForward) -> None:
 
 def _has_steps(layer: nn.Module) -> bool:
     """Whether it is made of what these steps need. Embeddings have less, and an encoder mostly more."""
-    if "forward" in layer.__dict__ or len(_linears(layer)) != 6 or len(_sums(layer)) != 2:
+    if "forward" in layer.__dict__ or len(_linears(layer)) != 6 or len(_norms(layer)) != 2:
         return False
     named = list(inspect.signature(layer.forward).parameters)[1:2] == [_MASK]
     return named and all(map(runs_known_code, layer.modules()))  # other code may do more than answer
@@ -110,19 +111,21 @@ def _read(layer: nn.Module, known: KnownForward) -> EncoderLayer:
     Raises:
         Exception: they are others.
     """
-    answers, seen = _Answers(_linears(layer)), _Attention()
+    answers, seen = _Answers(_linears(layer)), _Operations()
     with torch.inference_mode(), standing_in(answers.layers, answers), seen:
         layer.forward(_hidden(answers.layers[0]), None)
     query, scale, causal = seen.only
     *projected, first, inner, last = answers.order
     projection = projected[0].shared_matmul
-    if projection is None or list(projection.modules) != projected or causal:
+    plain = first.is_plain and last.is_plain
+    if projection is None or list(projection.modules) != projected or causal or not plain:
         raise NotImplementedError
-    sums = {found.linear: found for found in _sums(layer)}
+    norms = {norm.weight.data_ptr(): norm for norm in _norms(layer)}
+    then, at_end = (norms[weight] for weight in seen.norms)
     attention = next(module for module in layer.modules() if projected[0] in module._modules.values())
     return EncoderLayer(
         layer, known, attention=attention, projection=projection, heads=query.shape[1], scale=scale,
-        attended=sums[first], inner=inner, outer=sums[last],
+        attended=NormalizedSum(first, then), inner=inner, outer=NormalizedSum(last, at_end),
     )  # fmt: skip
 
 
@@ -153,12 +156,13 @@ class _Answers:
         return example_answer(layer, x, self.layers.index(layer) + 1)
 
 
-class _Attention(TorchDispatchMode):
-    """Notes calls of torch's attention."""
+class _Operations(TorchDispatchMode):
+    """Notes calls of torch's attention, and of which weights there are norms, by address."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Tensor, float | None, bool]] = []
+        self.norms: list[int] = []
 
     @property
     def only(self) -> tuple[Tensor, float | None, bool]:
@@ -170,6 +174,8 @@ class _Attention(TorchDispatchMode):
         if func is _ATTENTION:
             named = {**dict(zip(_ARGUMENTS, args, strict=False)), **(kwargs or {})}
             self.calls.append((named["query"], named.get("scale"), named.get("is_causal", False)))
+        elif func is _LAYER_NORM:
+            self.norms.append(args[2].data_ptr())
         return func(*args, **(kwargs or {}))
 
 
@@ -177,9 +183,8 @@ def _linears(layer: nn.Module) -> list[Int8Linear]:
     return [module for module in layer.modules() if isinstance(module, Int8Linear)]
 
 
-def _sums(layer: nn.Module) -> list[NormalizedSum]:
-    forwards = (module.__dict__.get("forward") for module in layer.modules())
-    return [forward for forward in forwards if isinstance(forward, NormalizedSum)]
+def _norms(layer: nn.Module) -> list[nn.LayerNorm]:
+    return [module for module in layer.modules() if type(module) is nn.LayerNorm]
 
 
 def _hidden(layer: Int8Linear) -> Tensor:

@@ -23,7 +23,7 @@ from .memory import return_freed_memory
 from .modules import PACKING, Int8Linear, SharedMatmul, input_codes, pack_all
 from .narrowing import Narrowing
 from .post_ops import fuse_activations
-from .residual import NormalizedSum, fuse_residual
+from .residual import fuse_residual
 from .slicing import SlicedForward, slice_batches
 
 
@@ -129,7 +129,8 @@ def _fuse_calls(model: nn.Module, wanted: tuple[str, ...]) -> None:
         if "attention" in wanted and part is model:
             _fuse_attention(model, example, flow)
     forward = model.__dict__.get("forward")
-    if "encoder-layer" in wanted and isinstance(forward, SlicedForward) and forward.known is not None:
+    directly = {"encoder-layer", "residual"}.issubset(wanted)  # it adds in matmuls
+    if directly and isinstance(forward, SlicedForward) and forward.known is not None:
         run_directly(model, forward.known)
         forward.know(forward.known)  # as it is now
 
@@ -178,16 +179,14 @@ def _tell_of_known_forwards(
     Returns: what tells them of forwards in which they may; None if there are none such.
     """
     layers = read_for_first_token(model, example, flow) if "first-token" in wanted else []
-    forwards = [module.__dict__.get("forward") for module in model.modules()]
-    sums = [forward for forward in forwards if isinstance(forward, NormalizedSum)]
-    if sums:
-        last = last_readers(model, example, flow) if all(map(runs_known_code, model.modules())) else set()
-        sums = [block for block in sums if block.linear in last]
-    known = KnownForward() if layers or sums else None
+    adding = set()
+    if "residual" in wanted and all(map(runs_known_code, model.modules())):
+        adding = last_readers(model, example, flow)
+    known = KnownForward() if layers or adding else None
     for layer in layers:
         layer.first_token = known
-    for block in sums:
-        block.in_place = known
+    for layer in adding:
+        layer.in_place = known
     return known
 
 

@@ -109,6 +109,7 @@ class Int8Linear(PackedModule):
     with static activations also `input_scale` float32 `[1]` and `input_zero_point` int8 `[1]`.
     `post_op`: an activation function computed with the matmul (`hfq.runtime.fusion`); not part of the state.
     `first_token`: the forwards in which its answers are read for no further token (`hfq.runtime.first_token`).
+    `in_place`: the forwards in which what is added to its answers is read by nobody afterwards (`hfq.runtime.residual`).
     `narrowing`: says whether they are bfloat16 whatever the input is (`hfq.runtime.narrowing`).
     Inference only: no gradient flows through it.
     """
@@ -135,6 +136,7 @@ class Int8Linear(PackedModule):
         self.register_parameter("bias", frozen(torch.empty(out_features, device=device)) if bias else None)
         self.post_op: PostOp | None = None
         self.first_token: KnownForward | None = None
+        self.in_place: KnownForward | None = None
         self.narrowing: Narrowing | None = None
         self._reader: tuple[Int8Linear] | None = None  # in a tuple: it is another module's child, not ours
         self._group: SharedMatmul | None = None

@@ -12,7 +12,6 @@ from torch.nn import functional
 
 from .examples import answer_of, noise
 from .first_token import of_first_token
-from .known_forward import KnownForward
 from .modules import Int8Linear
 
 MANY = 1 << 20  # numbers, of which another copy would fill caches with what is wanted no more
@@ -22,13 +21,12 @@ PART = 1 << 18  # of them that are normalized at a time where they lie, in cache
 class NormalizedSum:
     """The `forward` of a residual block: `norm(linear(x) + residual)`, where the matmul adds. `names`: of its two arguments.
 
-    `in_place`: the forwards in which nobody reads the residual afterwards. oneDNN then adds to it where it lies, for
+    In forwards in which nobody reads the residual afterwards (`linear.in_place`), oneDNN adds to it where it lies, for
     nothing; a sum in memory of its own takes as long as a third of the matmul.
     """
 
     def __init__(self, linear: Int8Linear, norm: nn.LayerNorm, *names: str) -> None:
         self.linear, self.norm = linear, norm
-        self.in_place: KnownForward | None = None
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         self.signature = inspect.Signature([inspect.Parameter(name, kind) for name in names])
 
@@ -40,8 +38,8 @@ class NormalizedSum:
         return self._sum(x, residual)
 
     def _sum(self, x: Tensor, residual: Tensor) -> Tensor:
-        norm = self.norm
-        if self.in_place is None or not self.in_place.runs_directly:
+        norm, in_place = self.norm, self.linear.in_place
+        if in_place is None or not in_place.runs_directly:
             y: Tensor = norm(self.linear(x, residual))
             return y
         # Nobody's hook sees these calls, so they need not be seen: after a matmul, which empties caches, steps take long.
