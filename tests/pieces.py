@@ -150,4 +150,5 @@ def make_tensors() -> list[Tensor]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     fusions = ["compiled-attention", *(["compiled-residual"] if compiles_to_bfloat16() else [])]
-    compile_graph(Pieces(), Path(sys.argv[1]), shape=SHAPE, tensors=make_tensors(), fusions=fusions)
+    inputs = torch.ones(SHAPE, dtype=torch.long)
+    compile_graph(Pieces(), Path(sys.argv[1]), inputs=inputs, tensors=make_tensors(), fusions=fusions)

@@ -27,7 +27,8 @@ def _attention(query: Any, key: Any, value: Any, mask: Any, bias: Any, codes: An
     for name, x in (("mask", mask), ("bias", bias)):
         if x is not None:
             x.realize()  # before it is expanded, once for all layers
-            tensors[name] = in_rows(lowering.expand(x, [batch, heads, length, key.get_size()[2]]))
+            rows = in_rows(lowering.expand(x, [*x.get_size()[:-1], key.get_size()[2]]))  # not for every head
+            tensors[name] = in_rows(lowering.expand(rows, [batch, heads, length, key.get_size()[2]]))
     if codes is not None:
         tensors["codes"] = ir.ExternKernel.realize_input(codes)
     dtype = torch.float32 if codes is None else torch.uint8

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from . import attention, operations  # noqa: F401 - operations are registered
-from .graphs import FACTS, LIBRARY, REFUSED, digest
+from .graphs import FACTS, LIBRARY, REFUSED, digest, dynamic_axes
 from .known_forward import KnownForward
 from .modules import Int8Linear
 from .skeleton import put_together
@@ -34,7 +34,8 @@ def main() -> None:
     _ask_compiler()
     try:
         tensors = [_empty(**found) for found in request["tensors"]]
-        compile_graph(model, folder, shape=request["shape"], tensors=tensors, fusions=request["fusions"])
+        inputs = torch.ones_like(_empty(**request["inputs"]))
+        compile_graph(model, folder, inputs=inputs, tensors=tensors, fusions=request["fusions"])
     except Exception as error:  # what cannot be traced as one graph ends in any error of torch's
         if _may_pass(error):
             raise
@@ -80,11 +81,11 @@ class Rebuilt(nn.Module):
 
 
 def compile_graph(
-    model: nn.Module, folder: Path, *, shape: list[int], tensors: list[Tensor], fusions: Collection[str]
+    model: nn.Module, folder: Path, *, inputs: Tensor, tensors: list[Tensor], fusions: Collection[str]
 ) -> None:
     """Write a shared library of `model`'s forward into `folder`, with what is to be known of it.
 
-    `shape`: of inputs, `[names, batch, length]`; it is compiled for any length, and for any batch that is not 1.
+    `inputs`: `[names, batch, length]`, or of images; it is compiled for any length, and for any batch that is not 1.
     `fusions`: as `hfq.runtime.rewriting.rewrite` takes them.
 
     Raises:
@@ -95,7 +96,6 @@ def compile_graph(
     # Here: torch's private names may be missing, and that is a refusal.
     from . import attention_template, lowerings, matmul_norm_template, norm_template, rewriting, templates
 
-    inputs = torch.ones(shape, dtype=torch.int64)
     with torch.no_grad():
         program = trace(model, inputs, tensors)
         _, outputs = program.call_spec
@@ -129,7 +129,7 @@ def compile_graph(
 
 def trace(model: nn.Module, inputs: Tensor, tensors: list[Tensor]) -> torch.export.ExportedProgram:
     """`model`'s forward as one graph, for any length of `inputs`, and for any batch if theirs is not 1."""
-    dynamic = {axis: torch.export.Dim.DYNAMIC for axis in (1, 2) if inputs.shape[axis] > 1}
+    dynamic = dict.fromkeys(dynamic_axes(inputs), torch.export.Dim.DYNAMIC)
     shapes = dynamic, [None] * len(tensors)
     with torch.no_grad():
         return torch.export.export(model, (inputs, tensors), dynamic_shapes=shapes, strict=False)

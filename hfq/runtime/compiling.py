@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .blocked import lay_out, lay_out_for_kernels
 from .fusion import finish_fusing, wanted_fusions
-from .graphs import CompilerError, Graphs
+from .graphs import CompilerError, Graphs, dynamic_axes
 from .memory import LargestInput, return_freed_memory
 from .modules import pack_all
 from .slicing import TOKENS, SlicedForward, is_token_batch
@@ -31,6 +31,8 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def compile(model: Model) -> Model:
     """Compile `model`, in place, for encoder inputs of any shape; what is unusual about other inputs runs as before.
+
+    Inputs: tokens of any batch and length, or images of the size that they have, in any batch.
 
     The first single input and the first batch that this machine sees are compiled when they come, by a process of its
     own, which takes a minute or two for BERT-base; inputs that a gradient is wanted of run as before. What results is kept on disk, in `TORCHINDUCTOR_CACHE_DIR` or the
@@ -87,20 +89,27 @@ class _Compiled:
         return _uncompiled, (self._model,)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        inputs = dict(zip(TOKENS, args, strict=False)) | kwargs
         if len(args) > 1 or torch.is_grad_enabled() or self._model.training or not torch.backends.mkldnn.enabled:
             return self.eager(*args, **kwargs)
-        # A graph for any batch is not one for none: what it computes for a part of its rows, it may divide by.
-        if not is_token_batch(inputs) or inputs["input_ids"].shape[1] < 2 or not len(inputs["input_ids"]):
-            return self.eager(*args, **kwargs)
-        if "attention_mask" not in inputs and not self._has_padding(inputs["input_ids"]):
-            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        names = tuple(sorted(inputs))
-        # One tensor, int64 [names, batch, length], so that all have the same dynamic shape.
+        inputs = dict(zip((getattr(self._model, "main_input_name", TOKENS[0]),), args, strict=False)) | kwargs
+        # One tensor, so that all have the same dynamic shape.
         with torch.inference_mode(False):  # torch.compile would take a tensor made in it for another kind
-            stacked = torch.stack([inputs[name].long() for name in names])
+            found = _images(inputs) or self._tokens(inputs)
+        if found is None:
+            return self.eager(*args, **kwargs)
+        names, stacked = found
         with self._largest.of(stacked[0].numel()):
             return self._compiled(names, stacked, *args, **kwargs)
+
+    def _tokens(self, inputs: dict[str, Any]) -> tuple[tuple[str, ...], Tensor] | None:
+        """Names, and int64 `[names, batch, length]`, of plain tokens; None if `inputs` are something else."""
+        # A graph for any batch is not one for none: what it computes for a part of its rows, it may divide by.
+        if not is_token_batch(inputs) or inputs["input_ids"].shape[1] < 2 or not len(inputs["input_ids"]):
+            return None
+        if "attention_mask" not in inputs and not self._has_padding(inputs["input_ids"]):
+            inputs = {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
+        names = tuple(sorted(inputs))
+        return names, torch.stack([inputs[name].long() for name in names])
 
     def _compiled(self, names: tuple[str, ...], stacked: Tensor, *args: Any, **kwargs: Any) -> Any:
         """`stacked`: the tensors of `names`, in which there may be more than in the other arguments."""
@@ -140,6 +149,14 @@ class _Compiled:
         warnings.warn(f"hfq.compile failed: the model runs uncompiled, with the same answers. {error}", stacklevel=4)
 
 
+def _images(inputs: dict[str, Any]) -> tuple[tuple[str, ...], Tensor] | None:
+    """Names, and float32 `[1, batch, channels, height, width]`, of images alone; None if `inputs` are something else."""
+    pixels = inputs.get("pixel_values")
+    if len(inputs) != 1 or not isinstance(pixels, Tensor) or pixels.dim() != 4 or not len(pixels):
+        return None
+    return (tuple(inputs), pixels.contiguous().detach()[None]) if pixels.dtype == torch.float32 else None
+
+
 def _uncompiled(model: nn.Module) -> types.MethodType:
     return types.MethodType(type(model).forward, model)
 
@@ -157,7 +174,7 @@ class _InProcess:
     def __call__(self, names: tuple[str, ...], stacked: Tensor) -> Any:
         # Frozen weights are ordinary tensors, and inference mode would hand the compiler something else.
         with torch.inference_mode(False), torch.no_grad(), _settings():
-            for dimension in (1, 2) if stacked.shape[1] > 1 else (2,):
+            for dimension in dynamic_axes(stacked):
                 torch._dynamo.maybe_mark_dynamic(stacked, dimension)
             return self._compiled(names, stacked)
 

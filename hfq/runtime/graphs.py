@@ -73,7 +73,7 @@ class Graphs:
         return cls(root / key.hexdigest()[:32], skeleton=skeleton, tensors=tensors, fusions=wanted)
 
     def find(self, names: Sequence[str], inputs: Tensor) -> "Graph | None":
-        """A loaded graph for `inputs`, int64 `[names, batch, length]`."""
+        """A loaded graph for `inputs`, int64 `[names, batch, length]` or float32 `[1, batch, channels, height, width]`."""
         for graph in self._loaded.get(_kind(names, inputs), ()):
             if graph.fits(inputs):
                 return graph
@@ -138,7 +138,7 @@ class Graphs:
         """
         request = {
             "names": list(names),
-            "shape": list(inputs.shape),
+            "inputs": stand_in(inputs),
             "threads": torch.get_num_threads(),
             "fusions": self._fusions,
             "tensors": [stand_in(tensor) for tensor in self._tensors],
@@ -210,7 +210,7 @@ class Graph:
         return bool(eval(self._condition, {"__builtins__": {}}, {"shape": inputs.shape}))  # noqa: S307  # nosec B307
 
     def __call__(self, inputs: Tensor) -> Any:
-        """What the model answers to `inputs`, int64 `[names, batch, length]`."""
+        """What the model answers to `inputs`, as they were found."""
         capsules = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors([inputs, *self._tensors])
         given = (_Pointer * len(capsules))(*map(_capsule_pointer, capsules, repeat(None)))  # it frees them
         count = self._outputs.num_leaves
@@ -241,9 +241,16 @@ _capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
 _capsule_pointer.restype, _capsule_pointer.argtypes = _Pointer, [ctypes.py_object, ctypes.c_char_p]
 
 
+def dynamic_axes(inputs: Tensor) -> list[int]:
+    """Of one graph: a batch, if it is not 1, and a length. Images have the size that they have."""
+    return [axis for axis in ((1, 2) if inputs.dim() == 3 else (1,)) if axis == 2 or inputs.shape[axis] > 1]
+
+
 def _kind(names: Sequence[str], inputs: Tensor) -> tuple[Any, ...]:
-    """What has a graph of its own: which inputs there are, one or a batch, and for how many threads."""
-    return "+".join(names), "single" if inputs.shape[1] == 1 else "batch", torch.get_num_threads()
+    """What has a graph of its own: which inputs there are, of which size if it is one, one or a batch, and for how many threads."""
+    sizes = inputs.shape[2:] if inputs.dim() > 3 else ()
+    which = "+".join(names) + "".join(f",{size}" for size in sizes)
+    return which, "single" if inputs.shape[1] == 1 else "batch", torch.get_num_threads()
 
 
 def _code() -> list[str]:

@@ -254,6 +254,7 @@ def _arguments(node: Node) -> tuple[list[Any], float] | None:
     if not _suits(query, key, value) or (mask and mask.meta["val"].dtype not in (torch.bool, torch.float32)):
         return None
     size = query.meta["val"].shape[-1]
+    mask = mask and before_it_is_repeated(mask)
     return [query, key, value, mask, None], size**-0.5 if scale is None else float(scale)
 
 
