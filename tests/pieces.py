@@ -53,6 +53,7 @@ class Pieces(nn.Module):
             "attention with keys unseen by each": attended(*qkv, each),
             "attention with later keys unseen": attended(*qkv, causal),
             "attention of the first token as codes": codes_of(attended(*qkv, causal)[:, :1], codes),
+            "attention with keys seen by some alone": attended(*qkv, (torch.arange(length) != 1)[:, None]),
             "attention that alone reads its numbers": attended(*own, seen),
             "attention by matmuls": of_own,
             "attention by matmuls of the distance alone": attended_by_matmuls(*qkv, distances)[0],

@@ -16,7 +16,7 @@ import pytest
 import torch
 from models import int8_linears, logits, quantized, relative_error, tiny, token_batches
 from torch._dynamo.utils import counters
-from transformers import AutoModel, BertForSequenceClassification
+from transformers import AutoModel, BertForSequenceClassification, ViTConfig, ViTForImageClassification
 
 import hfq
 from hfq.runtime import compiling
@@ -174,6 +174,24 @@ def test_rows_that_are_left_over_leave_the_tiles_to_others(two_threads: None) ->
     assert max(map(relative_error, found.flatten(0, 1), expected.flatten(0, 1))) < 0.1
 
 
+@needs_compiler
+def test_images_of_any_batch_are_answered_as_before_from_one_compilation(cache: Path) -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 128}
+    torch.manual_seed(0)
+    net = ViTForImageClassification(ViTConfig(**sizes, image_size=32, patch_size=8, num_labels=3)).eval()
+    images = [{"pixel_values": torch.randn(rows, 3, 32, 32)} for rows in (4, 7, 2)]
+    images[1]["pixel_values"] = images[1]["pixel_values"].to(memory_format=torch.channels_last)
+    model = quantized(net, Candidate("static"), images)
+    answers_as_before(model, images)
+    assert len(kept(cache)) == matmuls_are_compiled()
+    with pytest.raises(ValueError, match="doesn't match model"):  # transformers' own error
+        logits(model, [{"pixel_values": torch.randn(4, 3, 16, 16)}])
+    with torch.inference_mode():
+        (pixels,) = images[0].values()
+        assert torch.equal(model(pixels).logits, model(pixel_values=pixels).logits)
+        assert len(model(pixels, output_hidden_states=True).hidden_states) == 2, "it is run uncompiled for more"
+
+
 class OwnModel(BertForSequenceClassification):
     """A class that is in no library."""
 
@@ -219,7 +237,7 @@ def test_without_a_compiler_the_model_is_returned_with_a_warning(monkeypatch: py
 
 @needs_compiler
 def test_a_mask_that_a_model_makes_of_its_padding_is_left_to_it() -> None:
-    model = tiny("XLM")
+    model = tiny("XLM", num_hidden_layers=1)
     inputs = [{"input_ids": batch["input_ids"]} for batch in BATCHES]
     assert any(bool(batch["input_ids"].eq(model.config.pad_token_id).any()) for batch in inputs)
     before = logits(model, inputs)

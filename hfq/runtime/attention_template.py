@@ -26,9 +26,10 @@ def _attention(query: Any, key: Any, value: Any, mask: Any, bias: Any, codes: An
     tensors = {name: in_rows(x) for name, x in (("query", query), ("key", key), ("value", value))}
     for name, x in (("mask", mask), ("bias", bias)):
         if x is not None:
+            if x.get_size()[-1] == 1:  # alike for all keys, of which there are more: in rows before it is for all heads
+                x = lowering.clone(lowering.expand(x, [*x.get_size()[:-1], key.get_size()[2]]))
             x.realize()  # before it is expanded, once for all layers
-            rows = in_rows(lowering.expand(x, [*x.get_size()[:-1], key.get_size()[2]]))  # not for every head
-            tensors[name] = in_rows(lowering.expand(rows, [batch, heads, length, key.get_size()[2]]))
+            tensors[name] = in_rows(lowering.expand(x, [batch, heads, length, key.get_size()[2]]))
     if codes is not None:
         tensors["codes"] = ir.ExternKernel.realize_input(codes)
     dtype = torch.float32 if codes is None else torch.uint8
