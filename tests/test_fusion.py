@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertForSequenceClassification, ViTConfig, ViTForImageClassification
 from transformers.models.bert.modeling_bert import BertLayer
+from transformers.models.distilbert.modeling_distilbert import TransformerBlock
 
 from hfq.quantization.convert import int8_linear
 from hfq.quantization.scheme import LayerScheme
@@ -603,6 +604,27 @@ def test_layers_of_other_steps_run_as_they_are(kind: type[BertLayer], layers: in
     before = logits(model, BATCHES)
     fuse(model)
     assert layers_that_run_directly(model) == layers
+    assert relative_error(logits(model, BATCHES), before) < 0.02
+
+
+@as_of_transformers
+class AddsACopy(TransformerBlock):
+    """One that leaves what it is given to whoever has it."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Tensor:
+        attended, _ = self.attention(hidden_states, attention_mask=attention_mask)
+        attended = self.sa_layer_norm(attended + hidden_states.clone())
+        normed: Tensor = self.output_layer_norm(self.ffn(attended) + attended)
+        return normed
+
+
+def test_a_layer_that_adds_a_copy_does_not_write_over_what_it_is_given() -> None:
+    net = tiny("DistilBert")
+    net.distilbert.transformer.layer[1].__class__ = AddsACopy
+    model = quantized(net, Candidate("static"), BATCHES)
+    before = logits(model, BATCHES)
+    fuse(model)
+    assert layers_that_run_directly(model) == 1
     assert relative_error(logits(model, BATCHES), before) < 0.02
 
 

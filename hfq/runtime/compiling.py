@@ -27,19 +27,19 @@ from .modules import pack_all
 from .slicing import TOKENS, SlicedForward, is_token_batch
 
 Model = TypeVar("Model", bound=nn.Module)
+SIZES = 4  # of images that a model is compiled for, a minute each; others run uncompiled
 
 
 def compile(model: Model) -> Model:
     """Compile `model`, in place, for encoder inputs of any shape; what is unusual about other inputs runs as before.
 
-    Inputs: tokens of any batch and length, or images of the size that they have, in any batch.
-
     The first single input and the first batch that this machine sees are compiled when they come, by a process of its
-    own, which takes a minute or two for BERT-base; inputs that a gradient is wanted of run as before. What results is kept on disk, in `TORCHINDUCTOR_CACHE_DIR` or the
+    own, which takes a minute or two for BERT-base: for tokens of any length, or for images of the size that they have.
+    Inputs that a gradient is wanted of run as before. What results is kept on disk, in `TORCHINDUCTOR_CACHE_DIR` or the
     cache folder of the Hub's client, and other processes load it in milliseconds. The tensors are those of the moment:
     replacing one afterwards has no effect. Classes are compiled as their packages have them: what a program changed in
-    them while it runs is not seen. Without a C++ compiler, and with nothing on disk, the model is returned as
-    it is, with a warning.
+    them while it runs is not seen. Without a C++ compiler, and with nothing on disk, the model is returned as it is,
+    with a warning.
 
     Example:
         >>> model = hfq.compile(hfq.load("me/bert-mrpc-int8"))
@@ -81,6 +81,8 @@ class _Compiled:
         self._compiler = compiler
         self._in_process: _InProcess | None = None
         self._largest = LargestInput()
+        self._sizes: set[tuple[int, ...]] = set()
+        self._main_input = getattr(model, "main_input_name", TOKENS[0])
         self._own = types.MethodType(type(model).forward, model)
         functools.update_wrapper(self, self._own)  # transformers reads its signature
 
@@ -89,17 +91,33 @@ class _Compiled:
         return _uncompiled, (self._model,)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) > 1 or torch.is_grad_enabled() or self._model.training or not torch.backends.mkldnn.enabled:
+        unusual = torch.is_grad_enabled() or self._model.training or not torch.backends.mkldnn.enabled
+        if len(args) > 1 or unusual or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self.eager(*args, **kwargs)
-        inputs = dict(zip((getattr(self._model, "main_input_name", TOKENS[0]),), args, strict=False)) | kwargs
+        inputs = dict(zip((self._main_input,), args, strict=False)) | kwargs
         # One tensor, so that all have the same dynamic shape.
         with torch.inference_mode(False):  # torch.compile would take a tensor made in it for another kind
-            found = _images(inputs) or self._tokens(inputs)
-        if found is None:
+            found = self._images(inputs) or self._tokens(inputs)
+        if found is None or found[1].device.type != "cpu":
             return self.eager(*args, **kwargs)
         names, stacked = found
         with self._largest.of(stacked[0].numel()):
-            return self._compiled(names, stacked, *args, **kwargs)
+            answer = self._compiled(names, stacked, *args, **kwargs)
+        if stacked.dim() > 3:
+            self._sizes.add(stacked.shape[2:])
+        return answer
+
+    def _images(self, inputs: dict[str, Any]) -> tuple[tuple[str, ...], Tensor] | None:
+        """Names, and float32 `[1, batch, channels, height, width]`, of images alone; None if `inputs` are something else."""
+        pixels = inputs.get(self._main_input)
+        if self._main_input != "pixel_values" or len(inputs) != 1 or not isinstance(pixels, Tensor):
+            return None
+        if pixels.dim() != 4 or not len(pixels) or pixels.dtype != torch.float32:
+            return None
+        sizes = self._sizes | {pixels.shape[1:]}
+        # A copy, as the model may write into its input.
+        copy = pixels.detach().clone(memory_format=torch.contiguous_format)
+        return ((self._main_input,), copy[None]) if len(sizes) <= SIZES else None
 
     def _tokens(self, inputs: dict[str, Any]) -> tuple[tuple[str, ...], Tensor] | None:
         """Names, and int64 `[names, batch, length]`, of plain tokens; None if `inputs` are something else."""
@@ -147,14 +165,6 @@ class _Compiled:
             self._graphs = None
             lay_out_for_kernels(self._model)
         warnings.warn(f"hfq.compile failed: the model runs uncompiled, with the same answers. {error}", stacklevel=4)
-
-
-def _images(inputs: dict[str, Any]) -> tuple[tuple[str, ...], Tensor] | None:
-    """Names, and float32 `[1, batch, channels, height, width]`, of images alone; None if `inputs` are something else."""
-    pixels = inputs.get("pixel_values")
-    if len(inputs) != 1 or not isinstance(pixels, Tensor) or pixels.dim() != 4 or not len(pixels):
-        return None
-    return (tuple(inputs), pixels.contiguous().detach()[None]) if pixels.dtype == torch.float32 else None
 
 
 def _uncompiled(model: nn.Module) -> types.MethodType:

@@ -24,6 +24,7 @@ from .residual import NormalizedSum
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 _LAYER_NORM = torch.ops.aten.layer_norm.default
+_ADD = torch.ops.aten.add.Tensor
 _ARGUMENTS = [argument.name for argument in _ATTENTION._schema.arguments]
 _MASK = "attention_mask"
 
@@ -113,7 +114,8 @@ def _read(layer: nn.Module, known: KnownForward) -> EncoderLayer:
     """
     answers, seen = _Answers(_linears(layer)), _Operations()
     with torch.inference_mode(), standing_in(answers.layers, answers), seen:
-        layer.forward(_hidden(answers.layers[0]), None)
+        hidden = _hidden(answers.layers[0])
+        layer.forward(hidden, None)
     query, scale, causal = seen.only
     *projected, first, inner, last = answers.order
     projection = projected[0].shared_matmul
@@ -121,7 +123,12 @@ def _read(layer: nn.Module, known: KnownForward) -> EncoderLayer:
     if projection is None or list(projection.modules) != projected or causal or not plain:
         raise NotImplementedError
     norms = {norm.weight.data_ptr(): norm for norm in _norms(layer)}
-    then, at_end = (norms[weight] for weight in seen.norms)
+    (weight, normed), (last_weight, _) = seen.norms
+    then, at_end = norms[weight], norms[last_weight]
+    added = {id(x): y for x, y in seen.added}
+    _, _, _, answer, _, last_answer = answers.answers
+    if added[id(answer)].data_ptr() != hidden.data_ptr() or added[id(last_answer)].data_ptr() != normed.data_ptr():
+        raise NotImplementedError  # it adds a copy, which may be written over, while what was copied is to stay
     attention = next(module for module in layer.modules() if projected[0] in module._modules.values())
     return EncoderLayer(
         layer, known, attention=attention, projection=projection, heads=query.shape[1], scale=scale,
@@ -145,24 +152,30 @@ def _is_equal(found: EncoderLayer, mask: Tensor | None) -> bool:
 
 
 class _Answers:
-    """What stands in for matmuls: of each layer another function of what it is given. `order`: the layers that were called."""
+    """What stands in for matmuls: of each layer another function of what it is given.
+
+    `order`: the layers that were called, with `answers`.
+    """
 
     def __init__(self, layers: Sequence[Int8Linear]) -> None:
         self.layers = layers
         self.order: list[Int8Linear] = []
+        self.answers: list[Tensor] = []
 
     def __call__(self, layer: Int8Linear, x: Tensor) -> Tensor:
         self.order.append(layer)
-        return example_answer(layer, x, self.layers.index(layer) + 1)
+        self.answers.append(example_answer(layer, x, self.layers.index(layer) + 1))
+        return self.answers[-1]
 
 
 class _Operations(TorchDispatchMode):
-    """Notes calls of torch's attention, and of which weights there are norms, by address."""
+    """Notes calls of torch's attention, the address of each norm's weight with its answer, and what is added to what."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Tensor, float | None, bool]] = []
-        self.norms: list[int] = []
+        self.norms: list[tuple[int, Tensor]] = []
+        self.added: list[tuple[Tensor, Tensor]] = []
 
     @property
     def only(self) -> tuple[Tensor, float | None, bool]:
@@ -174,9 +187,12 @@ class _Operations(TorchDispatchMode):
         if func is _ATTENTION:
             named = {**dict(zip(_ARGUMENTS, args, strict=False)), **(kwargs or {})}
             self.calls.append((named["query"], named.get("scale"), named.get("is_causal", False)))
-        elif func is _LAYER_NORM:
-            self.norms.append(args[2].data_ptr())
-        return func(*args, **(kwargs or {}))
+        elif func is _ADD:
+            self.added.append((args[0], args[1]))
+        answer = func(*args, **(kwargs or {}))
+        if func is _LAYER_NORM:
+            self.norms.append((args[2].data_ptr(), answer))
+        return answer
 
 
 def _linears(layer: nn.Module) -> list[Int8Linear]:

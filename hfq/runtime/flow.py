@@ -140,8 +140,11 @@ def trace(model: nn.Module, example: Mapping[str, Any]) -> Flow | None:
 
 def last_readers(model: nn.Module, example: Mapping[str, Tensor], flow: Flow) -> set[Int8Linear]:
     """Layers whose answer is added to what nobody reads again: in `flow`, of `example`, and on more tokens, some padding."""
+    found = flow.last_readers()
+    if not found or not all(isinstance(x, Tensor) for x in example.values()):
+        return set()
     more = trace(model, _varied(example))
-    return set() if more is None else flow.last_readers() & more.last_readers()
+    return set() if more is None else found & more.last_readers()
 
 
 def read_for_first_token(model: nn.Module, example: Mapping[str, Tensor], flow: Flow) -> list[Int8Linear]:

@@ -61,7 +61,7 @@ def _scores(node: Node) -> OwnAttention | None:
         if found is None and node.target is _aten.add.Tensor:
             scores, other = other, scores
             found = _scores(scores)
-        if found is None or scores.meta["val"].dim() < other.meta["val"].dim():
+        if found is None or other is scores or not isinstance(other.meta["val"], torch.Tensor):
             return None
         found.added.append(other)
     if found is not None:
@@ -70,9 +70,8 @@ def _scores(node: Node) -> OwnAttention | None:
 
 
 def before_it_is_repeated(node: Node) -> Node:
-    """What broadcasts to `node`, if that only lays it out several times."""
-    while node.target is _aten.expand.default or (
-        node.target is _aten.contiguous.default and node.args[0].target is _aten.expand.default
-    ):
-        node = node.args[0]
+    """What broadcasts to `node`, if that only lays it out several times: a matrix, or several."""
+    source = node.args[0] if node.target is _aten.contiguous.default else node
+    while source.target is _aten.expand.default and source.args[0].meta["val"].dim() > 1:
+        node = source = source.args[0]
     return node

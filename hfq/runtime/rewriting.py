@@ -262,8 +262,7 @@ def _suits(*tensors: Node) -> bool:
     """Whether they are query, key and value that `hfq::attention` takes."""
     q, k, v = (x.meta["val"] for x in tensors)
     return (
-        q.dim() == 4
-        and all(x.dtype == torch.float32 for x in (q, k, v))
+        all(x.dim() == 4 and x.dtype == torch.float32 for x in (q, k, v))
         and isinstance(q.shape[-1], int)
         and q.shape[-1] % LANES == 0
         and _same(q.shape[:2], k.shape[:2])
@@ -286,19 +285,17 @@ def _replace_own_attention(graph: fx.Graph, changed: Mapping[Node, Node]) -> Non
         found = read_attention(node)
         if found is None or not _suits(found.query, found.key, found.value) or len(found.added) > 2:
             continue
-        _, softmax, *_, first = found.operations
+        _, softmax, *_, first = scores = found.operations
         added = list(map(before_it_is_repeated, found.added))
-        # Products are read later than they were, and what was a copy is read where it was copied from.
-        read = [(found.query, first), (found.key, first), (found.value, node), *zip(added, added, strict=True)]
-        stay = all(_origin(x) not in changed or changed[_origin(x)] < since for x, since in read)
-        if (
-            stay
-            and _origin(node) not in changed
-            and all(x.meta["val"].dtype == torch.float32 for x in [*added, softmax])
-        ):
+        tensors = [found.query, found.key, found.value]
+        stay = changed.keys().isdisjoint(map(_origin, [node, *tensors]))
+        # What was a copy is read where it was copied from, so nobody may have written to it since.
+        stay &= all(_origin(x) not in changed or changed[_origin(x)] < x for x in added)
+        alike = all(_are_alike(x, first) for x in scores[1:])  # nothing that is added makes more of them
+        plain = all(x.meta["val"].dtype == torch.float32 and x.meta["val"].dim() > 1 for x in added)
+        if stay and alike and plain:
             mask, bias = [*(in_rows(x, softmax) for x in added), None, None][:2]
-            tensors = [found.query, found.key, found.value, mask, bias]
-            _replace_attention(graph, found.operations[::-1], tensors, found.scale)
+            _replace_attention(graph, found.operations[::-1], [*tensors, mask, bias], found.scale)
 
 
 def _replace_attention(graph: fx.Graph, operations: list[Node], tensors: list[Any], scale: float) -> None:
