@@ -1,6 +1,7 @@
 """An exported folder opens everywhere: without hfq, with it imported first or last, and through `hfq.load`."""
 
 import copy
+import io
 import json
 import os
 import pickle
@@ -8,8 +9,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from models import int8_linears, logits, make_space, relative_error, tiny, token_batches
+from ray import cloudpickle
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, CompressedTensorsConfig
@@ -305,6 +307,55 @@ def test_copies_of_a_loaded_model_answer_alike(exports: Exports, plan: str) -> N
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(logits(twin, BATCHES), exports.answers["hfq first"][plan])
         assert memory_mib(twin) == memory_mib(model)
+
+
+def pickled(model: nn.Module) -> bytes:
+    return pickle.dumps(model)
+
+
+def saved(model: nn.Module) -> bytes:
+    file = io.BytesIO()
+    torch.save(model, file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("write", [pickled, saved, cloudpickle.dumps], ids=["pickle", "torch.save", "cloudpickle"])
+@pytest.mark.parametrize("forwards", [0, 1])
+def test_pickle_holds_the_weights_once(
+    exports: Exports, write: Callable[[nn.Module], bytes], forwards: int, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(exports.work / "static", tmp_path / "model")
+    size = (folder / "model.safetensors").stat().st_size
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    for _ in range(forwards):
+        logits(model, BATCHES[:1])
+    shutil.rmtree(folder)
+    content = write(model)
+    assert len(content) <= 1.2 * size
+    twin = torch.load(io.BytesIO(content), weights_only=False) if write is saved else pickle.loads(content)
+    assert torch.equal(logits(twin, BATCHES), exports.answers["hfq first"]["static"])
+
+
+@pytest.mark.parametrize("plan", ["static", "dynamic"])
+def test_state_can_be_saved_by_torch(exports: Exports, plan: str, tmp_path: Path) -> None:
+    torch.save(exports.load(plan).state_dict(), tmp_path / "state.pt")
+    assert same(torch.load(tmp_path / "state.pt"), exports.tensors(plan))
+
+
+def test_loaded_model_moves_into_shared_memory(exports: Exports) -> None:
+    model = exports.load("static").share_memory()
+    assert all(tensor.is_shared() for tensor in model.state_dict().values())
+    assert torch.equal(logits(model, BATCHES), exports.answers["hfq first"]["static"])
+
+
+def test_process_that_is_started_takes_a_model_and_is_sent_another(exports: Exports) -> None:
+    model = exports.load("static")
+    expected = logits(model, BATCHES[:2])  # packed now: the plain weights are made for the pickle alone
+    context = torch.multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, initializer=logits, initargs=(model, BATCHES[:1])) as pool:
+        found = [pool.submit(logits, sent, BATCHES[:2]).result() for sent in (model, exports.load("static"))]
+    assert all(torch.equal(answer, expected) for answer in found)
+    assert torch.equal(logits(model, BATCHES[:2]), expected)
 
 
 def test_bfloat16_is_as_good(exports: Exports) -> None:

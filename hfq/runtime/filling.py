@@ -90,7 +90,9 @@ def _read(files: Sequence[str], names: re.Pattern[str], places: Mapping[str, Pla
 
 
 def _tensors(path: str, names: re.Pattern[str]) -> Iterator[tuple[str, Tensor]]:
-    """Those of `names`, as views of one mapped file: safetensors' own take three times as long to make.
+    """Those of `names`, in the memory of one mapped file: safetensors' own take three times as long to make.
+
+    Each has a storage of its own, of its own length: what is copied, pickled or shared of a tensor is its storage.
 
     Raises:
         SourceError: it is not a whole safetensors file.
@@ -100,11 +102,13 @@ def _tensors(path: str, names: re.Pattern[str]) -> Iterator[tuple[str, Tensor]]:
     tensors = read_header(Path(path))
     size = Path(path).stat().st_size
     start = size - max((tensor.end for tensor in tensors.values()), default=0)
-    file = torch.from_file(path, shared=False, size=size, dtype=torch.uint8)
+    file = torch.from_file(path, shared=False, size=size, dtype=torch.uint8).untyped_storage()
     for name in filter(names.match, tensors):
         tensor = tensors[name]
-        content = file[start + tensor.begin : start + tensor.end]
-        yield name, content.view(_TYPES[tensor.dtype]).view(tensor.shape)
+        content = torch.empty(0, dtype=_TYPES[tensor.dtype])
+        if (start + tensor.begin) % content.itemsize:
+            raise RuntimeError(f"{name} is not aligned")
+        yield name, content.set_(file[start + tensor.begin : start + tensor.end]).view(tensor.shape)
 
 
 def _form(tensor: Any) -> tuple[torch.Size, torch.dtype]:

@@ -6,6 +6,7 @@ A module's `state_dict` is its checkpoint entry, whatever layout the kernel keep
 import math
 import threading
 from collections.abc import Sequence
+from multiprocessing.context import get_spawning_popen
 from typing import Any, Literal, Protocol
 
 import torch
@@ -76,7 +77,9 @@ class PackedModule(nn.Module):
         """Copies and pickles carry the plain weight: packed tensors are opaque and belong to this CPU."""
         state = self.__dict__.copy()
         if self._packed is not None:
-            state["_parameters"] = {**self._parameters, "weight": frozen(self._packed.unpack())}
+            weight = frozen(self._packed.unpack())
+            started = get_spawning_popen() is not None
+            state["_parameters"] = {**self._parameters, "weight": _ByValue(weight) if started else weight}
             state["_packed"] = None
         return state
 
@@ -94,6 +97,19 @@ class PackedModule(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         self.unpack()
         super()._load_from_state_dict(*args)
+
+
+class _ByValue:
+    """A weight that is written into the pickle for a process that is being started.
+
+    torch would hand over a descriptor of its memory, when all is pickled: too late for a tensor made for the pickle.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _weight_of, (self._weight.detach().numpy(),)
 
 
 class PackedWeight(Protocol):
@@ -306,7 +322,9 @@ class _Slice:
         return y if residual is None else y + residual
 
     def unpack(self) -> Tensor:
-        return self.shared.unpack()[self.start : self.stop].contiguous()
+        return self.shared.unpack()[
+            self.start : self.stop
+        ].clone()  # without the storage of all, which pickles would hold
 
 
 class SharedMatmul:
@@ -459,6 +477,10 @@ def _bias(module: Int8Linear) -> Tensor:
 def input_codes(module: PackedModule) -> tuple[float, int]:
     """Scale and zero point of `module`'s input as uint8 codes: the int8 zero point on disk is shifted by 128."""
     return module.input_scale.item(), int(module.input_zero_point.item()) + 128
+
+
+def _weight_of(numbers: Any) -> nn.Parameter:
+    return frozen(torch.from_numpy(numbers))
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:
