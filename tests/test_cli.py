@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 import yaml
 from command import (
     CHECKPOINT,
@@ -31,7 +29,6 @@ from command import (
 from factories import make_fit_report
 
 from hfq import __version__
-from hfq.cli import app
 from hfq.local_hub import LocalHub
 
 USER = "hfq-user"
@@ -477,13 +474,3 @@ def test_the_help_of_a_command_holds_examples(command: str, tmp_path: Path) -> N
     done = forkserver().hfq(command, "--help", cwd=tmp_path)
     assert (done.code, done.err) == (0, "")
     assert f"hfq {command} " in done.out.partition("Examples")[2]
-
-
-def test_the_command_line_takes_every_command_that_the_readme_shows() -> None:
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    lines = re.findall(r"(?:^|/)hfq (.+)$", "".join(blocks), re.MULTILINE)
-    commands = [shlex.split(line, comments=True) for line in lines]
-    assert {words[0] for words in commands} >= {"quantize", "run", "inspect", "eval", "push"}
-    known: Any = typer.main.get_command(app)
-    for name, *arguments in commands:
-        known.commands[name].make_context(name, arguments)

@@ -1,7 +1,6 @@
 """Lightning users: a module is quantized with its own data and its own validation, or when training ends."""
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -267,15 +266,3 @@ def test_checkpoint_of_unknown_origin_is_refused(tmp_path: Path, demo: Path) -> 
     done = quantize_command(source, demo, tmp_path / "out")
     assert done.code == 1
     assert "does not say which model it was made from" in done.err.splitlines()[-1]
-
-
-def test_readme_shows_lightning_in_under_25_lines_that_run(tmp_path: Path, demo: Path) -> None:
-    readme = (demo.parent.parent / "README.md").read_text(encoding="utf-8")
-    (code,) = [
-        block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "hfq.lightning.quantize" in block
-    ]
-    assert len(code.splitlines()) < 25
-    (tmp_path / "pipelines").symlink_to(demo.parent)
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "saved_model" / "hfq.json").read_text())["baseline"]["accuracy"] > 0.95

@@ -27,7 +27,7 @@ def again(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_card_has_its_report() -> None:
-    assert sorted(path.stem for path in CARDS.glob("*.md")) == NAMES
+    assert sorted(path.stem for path in CARDS.glob("*.md") if path.name != "README.md") == NAMES
     assert "demo" in NAMES
 
 
