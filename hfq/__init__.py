@@ -34,6 +34,13 @@ def _import_runtime(_: Any) -> None:
         from .runtime import quantizer  # noqa: F401  # takes as long as loading a model, so it is no part of that
 
 
+@when_imported("transformers.trainer")
+def _watch_trainings(trainer: Any) -> None:
+    from .runtime.quantizer import RefuseTraining
+
+    trainer.DEFAULT_CALLBACKS.append(RefuseTraining)
+
+
 def __getattr__(name: str) -> Any:
     if name == "load":
         from .runtime.loading import load

@@ -21,7 +21,7 @@ from models import int8_linears, logits, make_space, relative_error, tiny, token
 from ray import cloudpickle
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, CompressedTensorsConfig
+from transformers import AutoModelForSequenceClassification, CompressedTensorsConfig, Trainer, TrainingArguments
 
 import hfq
 import hfq.export
@@ -382,12 +382,43 @@ def test_loaded_model_takes_the_tensors_of_another(exports: Exports) -> None:
     assert relative_error(logits(model, BATCHES), logits(quantized, BATCHES)) < 0.02
 
 
-@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, torch.device("cpu")], ids=str)
-def test_device_map_of_the_cpu_runs_int8(exports: Exports, device_map: Any) -> None:
-    pytest.importorskip("accelerate", reason="transformers needs it for any device_map")
-    model = exports.load("static", device_map=device_map)
+PARTS = ("bert.embeddings", "bert.encoder", "bert.pooler", "classifier")
+CHOSEN = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="transformers chooses the accelerator")
+@pytest.mark.parametrize(
+    "device_map", ["cpu", torch.device("cpu"), {"": "cpu"}, dict.fromkeys(PARTS, "cpu"), *CHOSEN], ids=str
+)
+def test_device_map_of_the_cpu_runs_int8(exports: Exports, device_map: Any, tmp_path: Path) -> None:
+    model = exports.load("static", device_map=device_map, offload_folder=tmp_path, dtype="auto", low_cpu_mem_usage=True)
     assert len(int8_linears(model)) == 13
     assert torch.equal(logits(model, BATCHES), exports.answers["hfq first"]["static"])
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="transformers chooses the accelerator")
+@pytest.mark.parametrize(
+    "options",
+    [{"device_map": {**dict.fromkeys(PARTS, "cpu"), "bert.encoder": "disk"}}, {"max_memory": {"cpu": "300KB"}}],
+    ids=["named", "too little memory"],
+)
+def test_int8_weights_on_disk_are_refused(exports: Exports, options: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=r'part of this int8 model on disk.* Pass device_map="cpu"'):
+        exports.load("static", **{"device_map": "auto", "offload_folder": tmp_path, **options})
+    assert not list(tmp_path.iterdir())
+
+
+def test_trainer_evaluates_and_predicts_but_refuses_to_train(exports: Exports, tmp_path: Path) -> None:
+    model = exports.load("static")
+    rows = [dict(zip(BATCHES[0], row, strict=True), labels=0) for row in zip(*BATCHES[0].values(), strict=True)]
+    settings = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True, max_steps=1)
+    trainer = Trainer(model, settings, train_dataset=rows, eval_dataset=rows)
+    found = torch.tensor(trainer.predict(rows).predictions)
+    assert relative_error(found, exports.answers["hfq first"]["static"][: len(rows)]) < 0.02  # in batches of eight
+    loss = nn.functional.cross_entropy(found, torch.zeros(len(rows), dtype=torch.long)).item()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-3)
+    with pytest.raises(UnsupportedError, match=r"int8 model is not trained.* Train the float checkpoint"):
+        trainer.train()
 
 
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")

@@ -7,12 +7,16 @@ untouched.
 
 from typing import Any
 
+import torch
+from torch import nn
+from transformers import TrainerCallback
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
+from ..errors import UnsupportedError
 from .filling import fill_modules
 from .fusion import fuse
 from .memory import checkpoint_files
-from .modules import note_files
+from .modules import Int8Embedding, PackedModule, note_files
 from .swap import is_int8, must_be_widened, swap_modules
 
 
@@ -20,13 +24,28 @@ class Int8HfQuantizer(CompressedTensorsHfQuantizer):
     """Keeps int8 weights int8 on a CPU; in every other case it is its parent."""
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """transformers asks once with the user's `device_map`, and if that is "auto" again with what it became.
+
+        By then modules are what they are, so the first answer stands.
+
+        Raises:
+            UnsupportedError: a part of an int8 model is to lie on disk.
+        """
         super().validate_environment(*args, **kwargs)
-        self.runs_int8 = (
-            _on_cpu(kwargs.get("device_map"))
-            and (not self.quantization_config.dequantize or must_be_widened(self.compressor.quantization_config))
+        device_map = kwargs.get("device_map")
+        is_kept = (
+            (not self.quantization_config.dequantize or must_be_widened(self.compressor.quantization_config))
             and self.quantization_config.is_quantization_compressed
             and is_int8(self.compressor.quantization_config)
         )
+        if is_kept and isinstance(device_map, dict) and "disk" in map(str, device_map.values()):
+            raise UnsupportedError(
+                "The device_map puts a part of this int8 model on disk, from where int8 weights cannot run. Pass "
+                'device_map="cpu": there they are a quarter of the float weights, and stay in their file until they '
+                "are used. With max_memory, allow the CPU all of the model."
+            )
+        if not hasattr(self, "runs_int8"):
+            self.runs_int8 = is_kept and _on_cpu(device_map)
         if self.runs_int8:
             # The tensors are loaded as they are, into modules that hold them as they are.
             self.serialized_names: dict[str, list[str]] = {}
@@ -58,11 +77,31 @@ class Int8HfQuantizer(CompressedTensorsHfQuantizer):
     def get_load_operations(self) -> dict:
         return {} if self.runs_int8 else super().get_load_operations()
 
-    @property
-    def is_trainable(self) -> bool:
-        return not self.runs_int8 and super().is_trainable
+
+class RefuseTraining(TrainerCallback):
+    """Says at the start of a training that nothing of the model can be trained. Trainers also evaluate and predict."""
+
+    def on_train_begin(self, *_: Any, model: nn.Module | None = None, **__: Any) -> None:
+        """Have a look at `model`.
+
+        Raises:
+            UnsupportedError: it has int8 layers, and no parameter that requires a gradient.
+        """
+        if model is None or any(parameter.requires_grad for parameter in model.parameters()):
+            return
+        if any(isinstance(module, PackedModule | Int8Embedding) for module in model.modules()):
+            raise UnsupportedError(
+                "An int8 model is not trained: its weights are frozen. Train the float checkpoint and quantize the "
+                "result, or load this one in float, with quantization_config=CompressedTensorsConfig(dequantize=True)."
+            )
 
 
 def _on_cpu(device_map: Any) -> bool:
+    """Whether everything is on the CPU, or will be, as transformers chooses devices and there is no other."""
+    if isinstance(device_map, str) and device_map in _CHOSEN:
+        return not torch.accelerator.is_available()
     devices = device_map.values() if isinstance(device_map, dict) else [device_map]
     return all(device is None or str(device) == "cpu" for device in devices)
+
+
+_CHOSEN = ("auto", "balanced", "balanced_low_0", "sequential")
