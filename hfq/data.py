@@ -1,30 +1,23 @@
 """Second stage: the dataset, its columns and labels, as token ids for calibration and evaluation."""
 
-import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
-
-from .download import fetch_file, find_damaged, head, list_files, snapshot_folder, undamaged
-from .errors import DataError, HfqError, UsageError
-from .reading import check_yaml, read_text
+from .dataset import load_splits
+from .errors import DataError, UsageError
 from .recipe import Recipe, is_path, read_recipe
 from .report import DatasetInfo
-from .source import LONGEST_CARD, Checkpoint, is_network_error
-from .tasks.text_classification import LabelMap, TextClassification
-from .trust import check_names
+from .source import Checkpoint
+from .tasks.text_classification import LabelMap, TextClassification, is_text
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset, DatasetDict, Features
     from torch import Tensor
 
 EVALUATION_SPLITS = ("validation", "dev", "val", "test")
-CARD = "README.md"
-READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+NO_TEXT = r"^\s*([+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|(?i:true|false))\s*$"
 LONGEST = 512  # tokens, where neither the tokenizer nor the model sets a limit
 
 
@@ -79,18 +72,15 @@ def load_task_data(
         DataError: the dataset cannot be found or read, or does not fit the checkpoint.
     """
     reference = find_dataset(checkpoint, recipe, recipes=recipes)
-    splits, revision = _load(reference, token)
+    splits, revision = load_splits(reference.id, reference.subset, token=token)
     split = _evaluation_split(splits, recipe.split or reference.split)
     calibration_split = _calibration_split(splits, recipe.calibration_split, split)
     features = splits[split].features
     label_column = task.label_column(features, recipe.label_column)
-    text_columns = task.text_columns(features, recipe.text_columns, label_column)
-    distinct = sorted(
-        {value for name in {split, calibration_split} for value in splits[name].unique(label_column)}, key=str
-    )
-    labels = task.align(features[label_column], distinct)
+    text_columns = task.text_columns(_told_apart(splits[split]), recipe.text_columns, label_column)
+    labels = task.align(features[label_column], _distinct(splits, {split, calibration_split}, label_column))
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=recipe.trust_remote_code)
-    max_length = _max_length(recipe.max_length, tokenizer, checkpoint.config)
+    max_length = _max_length(checkpoint, recipe, task=task, tokenizer=tokenizer)
     vocabulary = checkpoint.config.get("vocab_size")
 
     def encode(name: str, rows: "Dataset") -> Examples:
@@ -177,7 +167,10 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Any:
             "Save it there with `AutoTokenizer.from_pretrained(…).save_pretrained(…)`."
         )
     if tokenizer.pad_token is None:
-        raise DataError(f"The tokenizer of {checkpoint.info.id} has no padding token, so examples cannot be batched.")
+        raise DataError(
+            f"The tokenizer of {checkpoint.info.id} has no padding token, so examples cannot be batched. "
+            "Give it one (`tokenizer.pad_token = …`), and config.json its id as pad_token_id."
+        )
     return tokenizer
 
 
@@ -208,98 +201,47 @@ def _from_recipes(checkpoint: str, recipes: Path) -> DatasetReference | None:
     return None
 
 
-def _load(reference: DatasetReference, token: str | None) -> "tuple[DatasetDict, str | None]":
-    from huggingface_hub.errors import RepositoryNotFoundError
+def _told_apart(rows: "Dataset") -> "Features":
+    """The columns, where one that is stored as text and holds nothing but numbers, or true and false, is no text."""
+    import pyarrow.compute
+    from datasets import Features, Value
 
-    try:
-        if is_path(reference.id):
-            return _load_path(Path(reference.id).expanduser(), reference.subset), None
-        return _load_from_hub(reference, token)
-    except HfqError:
-        raise
-    except RepositoryNotFoundError as error:
-        raise DataError(
-            f"Dataset {reference.id} is not on the Hub, or is private. Name another with --dataset; for a private one "
-            "pass --token or set HF_TOKEN."
-        ) from error
-    except Exception as error:  # datasets raises dozens of types; the user needs one message
-        if is_network_error(error):
+    def holds_text(name: str) -> bool:
+        column = rows.data.column(name)
+        return not pyarrow.compute.all(pyarrow.compute.match_substring_regex(column, NO_TEXT), min_count=0).as_py()
+
+    columns = rows.features.items()
+    return Features({name: Value("null") if is_text(kind) and not holds_text(name) else kind for name, kind in columns})
+
+
+def _distinct(splits: "DatasetDict", names: set[str], column: str) -> list[Any]:
+    """The values of a column of labels.
+
+    Raises:
+        DataError: they are no single labels.
+    """
+    from datasets import ClassLabel, Json, Value
+
+    values: set[Any] = set()
+    for name in names:
+        _require_columns(splits[name], name, [column])
+        kind = splits[name].features[column]
+        if isinstance(kind, Json):  # of several types, which datasets keeps as they are
+            values |= {value if isinstance(value, Hashable) else str(value) for value in splits[name][column]}
+        elif isinstance(kind, ClassLabel | Value):
+            values |= set(splits[name].unique(column))
+        else:
             raise DataError(
-                f"The Hub could not be reached for dataset {reference.id}: {_reason(error)}. Check the network."
-            ) from error
-        raise DataError(
-            f"Dataset {reference.id} cannot be loaded: {_reason(error)}. "
-            "Expected a Hub id, a folder, or a CSV, JSON or Parquet file, of rows with text and label."
-        ) from error
-
-
-def _load_from_hub(reference: DatasetReference, token: str | None) -> "tuple[DatasetDict, str | None]":
-    """The dataset at its newest commit, of files that are what the Hub lists there."""
-    import datasets
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=token)
-    revision = head(api, reference.id, repo_type="dataset")
-    files = list_files(api, reference.id, revision=revision, repo_type="dataset")
-    check_names(files, reference.id)
-    if CARD in files:
-        _check_card(fetch_file(reference.id, files[CARD], revision=revision, token=token, repo_type="dataset"))
-    modes = iter((None, "force_redownload"))  # its tables are kept too, and must be read again from a new file
-
-    def fetch() -> "DatasetDict":
-        return datasets.load_dataset(
-            reference.id, reference.subset, revision=revision, token=token, download_mode=next(modes, None)
-        )
-
-    def find(_: object) -> dict[Path, str | None]:
-        return find_damaged(snapshot_folder(reference.id, revision, repo_type="dataset"), files)
-
-    return undamaged(reference.id, fetch, find), revision
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of what went wrong first: datasets wraps it in errors that say only that one occurred."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    message = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    empty = re.fullmatch(r'Instruction "(.+)" corresponds to no data!', message)
-    return f"split {empty[1]!r} is empty" if empty else message.rstrip(".")
-
-
-def _load_path(path: Path, subset: str | None) -> "DatasetDict":
-    import datasets
-
-    if path.is_dir():
-        if (path / CARD).is_file():
-            _check_card(path / CARD)
-        _check_files(path, datasets.load_dataset_builder(str(path), subset).config.data_files or {})
-        return datasets.load_dataset(str(path), subset)
-    if not path.exists():
-        raise DataError(f"Dataset {path} does not exist. Expected a folder, a CSV, JSON or Parquet file, or a Hub id.")
-    if path.suffix not in READERS:
-        raise DataError(f"Dataset {path} is not a CSV, JSON or Parquet file. Convert it to one.")
-    separator = {"sep": "\t"} if path.suffix == ".tsv" else {}
-    return datasets.load_dataset(READERS[path.suffix], data_files=str(path), **separator)
-
-
-def _check_card(path: Path) -> None:
-    """datasets reads a card's metadata, for names of files and more, without any limit."""
-    try:
-        if block := REGEX_YAML_BLOCK.search(read_text(path, limit=LONGEST_CARD)):
-            check_yaml(block[2])
-    except ValueError as error:
-        raise DataError(f"{path} cannot be read: {error}. Name another dataset with --dataset.") from error
-
-
-def _check_files(folder: Path, files: Mapping[str, Sequence[str]]) -> None:
-    """A card may name any file of this machine, or of the internet, as the dataset's; only those inside are its own."""
-    homes = [Path(os.path.abspath(folder)), folder.resolve()]  # noqa: PTH100 - datasets takes ".." out, and may follow links
-    for path in (path for paths in files.values() for path in paths):
-        inside = any(Path(os.path.abspath(path)).is_relative_to(home) for home in homes)  # noqa: PTH100
-        if "::" in path or "://" in path or not inside:
-            raise DataError(
-                f"Dataset {folder} names {path} as its file, which is not inside of it. Mend data_files in its {CARD}."
+                f"Column {column!r} holds {kind}, and not one label for each example. hfq measures single-label "
+                "classification; name another column with --label-column."
             )
+    return sorted(values, key=str)
+
+
+def _require_columns(rows: "Dataset", split: str, columns: Sequence[str]) -> None:
+    for name in columns:
+        if name not in rows.features:
+            raise DataError(f"Split {split!r} has no column {name!r}. Columns: {', '.join(rows.features)}.")
 
 
 def _evaluation_split(splits: Mapping[str, Any], requested: str | None) -> str:
@@ -332,7 +274,7 @@ def _holdout_split(splits: Mapping[str, Any], label_column: str, labels: LabelMa
     """A test split with labels that nothing else reads (the Hub's GLUE test splits have none)."""
     for name, rows in splits.items():
         fits = name.startswith("test") and name not in used and len(rows) and label_column in rows.features
-        if fits and all(labels(value) is not None for value in rows.unique(label_column)):
+        if fits and all(labels(value) is not None for value in _distinct(splits, {name}, label_column)):
             return name
     return None
 
@@ -349,13 +291,12 @@ def _encode(
 ) -> Examples:
     if len(rows) == 0:
         raise DataError(f"Split {split!r} is empty.")
-    for name in [*text_columns, label_column]:
-        if name not in rows.features:
-            raise DataError(f"Split {split!r} has no column {name!r}. Columns: {', '.join(rows.features)}.")
+    _require_columns(rows, split, [*text_columns, label_column])
     ids = [labels(value) for value in rows[label_column]]
     if None in ids:
         raise DataError(
-            f"Split {split!r} has examples without a usable label (first: {rows[ids.index(None)][label_column]!r}). Choose a labelled split."
+            f"Split {split!r} has examples without a usable label (first: row {ids.index(None)}, from 0: "
+            f"{rows[ids.index(None)][label_column]!r}). Choose a labelled split."
         )
     texts = [list(rows[name]) for name in text_columns]
     for name, column in zip(text_columns, texts, strict=True):
@@ -377,20 +318,32 @@ def _encode(
     return Examples(encodings, [cast(int, ids[i]) for i in order])
 
 
-def _max_length(requested: int | None, tokenizer: Any, config: Mapping[str, Any]) -> int:
-    positions = config.get("max_position_embeddings")
-    padding_rows = (
-        (config.get("pad_token_id") or 0) + 1
-        if config.get("model_type") in ("roberta", "xlm-roberta", "camembert", "mpnet")
-        else 0
-    )
-    model_limit = positions - padding_rows if isinstance(positions, int) else None
-    if requested is None:
+def _max_length(checkpoint: Checkpoint, recipe: Recipe, *, task: TextClassification, tokenizer: Any) -> int:
+    """The tokens of a text that are read.
+
+    Raises:
+        DataError: the model cannot answer texts of different lengths.
+        UsageError: more were asked for than the model takes.
+    """
+    from .positions import lacks_padding, make_skeleton, most_tokens
+
+    trust = recipe.trust_remote_code
+    padding = tokenizer.pad_token_id
+    if lacks_padding(checkpoint, task.auto_class, trust_remote_code=trust, padding=padding):
+        raise DataError(
+            f"config.json of {checkpoint.info.id} has no pad_token_id, without which its model cannot answer a batch of "
+            f'texts. Add "pad_token_id": {padding} to it, which is the tokenizer\'s.'
+        )
+    model = make_skeleton(checkpoint, task.auto_class, trust_remote_code=trust)
+    model_limit = most_tokens(model) if model else None
+    if recipe.max_length is None:
         limits = (tokenizer.model_max_length, model_limit or LONGEST)
         return min(LONGEST if limit > 10**6 else limit for limit in limits)
-    if model_limit and requested > model_limit:
-        raise UsageError(f"--max-length {requested} is more than this model takes: at most {model_limit} tokens.")
-    return requested
+    if model_limit and recipe.max_length > model_limit:
+        raise UsageError(
+            f"--max-length {recipe.max_length} is more than this model takes: at most {model_limit} tokens."
+        )
+    return recipe.max_length
 
 
 def majority_accuracy(labels: Sequence[int]) -> float:

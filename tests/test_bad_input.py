@@ -205,13 +205,16 @@ def test_refuses_what_is_no_checkpoint(command: str, checkpoint: str, problem: s
 HEADER = "text,label\n"
 BAD_DATA: dict[str, tuple[str, tuple[str, ...]]] = {
     "without rows": (HEADER, ("split 'validation' is empty",)),
-    "without anything": ("", ("cannot be loaded: No columns to parse from file", "Expected")),
-    "with other label ids": (HEADER + "a,0\nb,7\n", ("[0, 1, 7]", "0=ham, 1=spam", "--label-column")),
+    "without anything": ("", ("validation.csv cannot be read: it is empty", "expected a line")),
+    "with other label ids": (HEADER + "a,0\nb,7\n", ("['0', '1', '7']", "0=ham, 1=spam", "--label-column")),
     "with a missing text": (HEADER + "a,0\n,1\n", ("Row 1", "'validation'", "column 'text'", "Mend or remove")),
-    "with a missing label": (HEADER + "a,0\nb,\n", ("'validation'", "without a usable label", "Choose a labelled")),
+    "with a missing label": (
+        HEADER + "a,0\nb,\n",
+        ("'validation'", "without a usable label", "row 1", "Choose a labelled"),
+    ),
     "without labels": (HEADER + "a,-1\nb,-1\n", ("'validation'", "without a usable label", "Choose a labelled")),
     "without a label column": ("text\na\nb\n", ("'validation'", "label", "Choose a labelled")),
-    "with rows of other lengths": (HEADER + "a,0\nb,1,2,3\n", ("Expected 2 fields in line 3, saw 4", "Expected a")),
+    "with rows of other lengths": (HEADER + "a,0\nb,1,2,3\n", ("expected 2 fields in line 3, saw 4", "Mend that row")),
 }
 
 
@@ -249,13 +252,19 @@ def test_refuses_names_that_the_dataset_does_not_have(
         ("data.xlsx", b"x", ("data.xlsx is not a CSV, JSON or Parquet file", "Convert it")),
         ("data.parquet", b"\x00\xff\x10" * 30, ("data.parquet cannot be loaded", "Expected a")),
         ("data.json", b'{"a": ', ("data.json cannot be loaded", "JSON parse error", "Expected a")),
-        ("data.csv", "text,label\ncafé,0\n".encode("latin-1"), ("data.csv", "'utf-8' codec can't decode")),
+        ("data.csv", "text,label\ncafé,0\n".encode("latin-1"), ("data.csv", "line 2 is not UTF-8", "Latin-1", "iconv")),
         (
             "names.csv",
             b"text,label\na,good\nb,bad\n",
             ("['bad', 'good']", "0=ham, 1=spam", "Rename the dataset's labels"),
         ),
-        ("floats.csv", b"text,label\na,0.5\nb,1.0\n", ("[0.5, 1.0]", "0=ham, 1=spam", "--label-column")),
+        (
+            "lists.jsonl",
+            b'{"text": "a", "label": [1, 0]}\n{"text": "b", "label": [0, 1]}\n',
+            ("'label' holds", "single-label"),
+        ),
+        ("types.jsonl", b'{"text": "a", "label": 0}\n{"text": 2, "label": 1}\n', ("Row 1", "has 2", "and not a text")),
+        ("floats.csv", b"text,label\na,0.5\nb,1.0\n", ("['0.5', '1.0']", "0=ham, 1=spam", "--label-column")),
         ("two.csv", b"a,b,label\nx,y,0\nz,w,1\n", ("with text: a, b", "Name them with --text-column")),
         ("nowhere.csv", None, ("nowhere.csv does not exist", "Expected a")),
         ("folder", None, ("folder does not exist", "Expected a")),

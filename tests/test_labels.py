@@ -75,7 +75,7 @@ def test_dataset_may_use_fewer_labels_than_the_model_has() -> None:
 def test_other_names_are_a_mismatch_that_shows_both_sides(names: list[str]) -> None:
     message = mismatch(task(SPAM), ClassLabel(names=names), [0, 1])
     assert f"Dataset: {names}" in message
-    assert "model (label2id): 0=ham, 1=spam" in message
+    assert "model (id2label): 0=ham, 1=spam" in message
     assert "--label-column" in message
 
 
@@ -129,7 +129,7 @@ def test_strings_are_matched_by_name() -> None:
     assert "['eggs', 'ham']" in mismatch(task(SPAM), TEXT, ["ham", "eggs"])
 
 
-@pytest.mark.parametrize("values", [[0.0, 1.0], [True, False], ["ham", 1]], ids=str)
+@pytest.mark.parametrize("values", [[0.5, 1.0], [float("inf"), 1.0], [True, False], ["ham", 1]], ids=str)
 def test_other_types_are_a_mismatch(values: list[Any]) -> None:
     assert "0=ham, 1=spam" in mismatch(task(SPAM), Value("float32"), values)
 
@@ -162,6 +162,56 @@ def test_config_of_a_real_model_is_understood() -> None:
     config = BertConfig(id2label=NLI, label2id={name: i for i, name in NLI.items()})
     assert TextClassification(json.loads(config.to_json_string())).label_names == list(NLI.values())
     assert TextClassification({}).label_names == ["LABEL_0", "LABEL_1"]  # transformers leaves its default out
+
+
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        ({"num_labels": 4}, ["LABEL_0", "LABEL_1", "LABEL_2", "LABEL_3"]),
+        ({"label2id": {"spam": 1, "ham": 0}}, ["ham", "spam"]),
+        ({"num_labels": 3, "label2id": {"c": 2, "b": 1, "a": 0}}, ["a", "b", "c"]),
+        ({"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"spam": 1, "ham": 0}}, ["ham", "spam"]),
+        ({"id2label": {"0": "ham", "1": "spam"}, "label2id": {"a": 1, "b": 0}}, ["ham", "spam"]),
+        ({"num_labels": 3, "label2id": {"a": 0, "b": 1}}, ["LABEL_0", "LABEL_1", "LABEL_2"]),
+    ],
+    ids=["num_labels", "label2id", "both", "generic id2label", "id2label first", "label2id of other size"],
+)
+def test_labels_are_those_of_the_model_that_transformers_makes(config: dict[str, Any], names: list[str]) -> None:
+    assert TextClassification(config).label_names == names
+    assert BertConfig(**config).num_labels == len(names)
+
+
+def test_more_labels_than_two_need_id2label() -> None:
+    with pytest.raises(UnsupportedError, match=r'Add "id2label": {"0": "a", "1": "b", "2": "c"} to config.json'):
+        TextClassification({"label2id": {"c": 2, "a": 0, "b": 1}})
+
+
+@pytest.mark.parametrize(
+    "values", [[1.0, 0.0], [1.0, 0.0, float("nan")], ["1", "0"], ["1.0", "0.0", None, "-1"]], ids=str
+)
+def test_whole_numbers_are_ids_however_they_are_written(values: list[Any]) -> None:
+    labels = task(SPAM).align(Value("float64"), values)
+    assert ids(labels, *values) == [1, 0, None, None][: len(values)]
+    assert labels.how.startswith("by id")
+
+
+def test_truth_is_matched_by_name() -> None:
+    labels = task({0: "True", 1: "false"}).align(Value("bool"), [True, False])
+    assert ids(labels, True, False, None) == [0, 1, None]
+
+
+def test_numbers_may_be_names() -> None:
+    stars = {i: f"{i + 1}" for i in range(5)}
+    assert ids(task(stars).align(Value("int64"), [1, 5]), 1, 5) == [0, 4]
+    assert ids(task(stars).align(TEXT, ["0", "4"]), "0", "4") == [0, 4]
+    assert ids(task({0: "-1", 1: "0", 2: "1"}).align(Value("int64"), [-1, 0, 1]), -1, 0, 1) == [0, 1, 2]
+    with pytest.raises(DataError, match=r"\[1, 2\] are names of the model's labels and ids of others"):
+        task(stars).align(Value("int64"), [1, 2])
+
+
+@pytest.mark.parametrize("values", [["01", "1"], ["1.5"], ["1e0"]], ids=str)
+def test_codes_are_no_numbers(values: list[str]) -> None:
+    assert f"Dataset: {values}" in mismatch(task(SPAM), TEXT, values)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,102 @@
+"""Datasets in the forms in which people have them: read, or refused with the reason and not with that there is one."""
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset, DatasetDict
+
+from hfq.dataset import load_splits
+from hfq.errors import DataError
+
+ROWS = [{"text": "NA", "label": 0}, {"text": "0123", "label": 1}]
+LINES = "\n".join(map(json.dumps, ROWS))
+FILES: dict[str, bytes] = {
+    "data.JSON": LINES.encode(),
+    "data.ndjson": LINES.encode(),
+    "list.json": json.dumps(ROWS, indent=1).encode(),
+    "with a mark.jsonl": LINES.encode("utf-8-sig"),
+    "packed.jsonl.gz": gzip.compress(LINES.encode()),
+    "packed.JSON.GZ": gzip.compress(json.dumps({"rows": ROWS}).encode()),
+    "under a name.json": json.dumps({"data": ROWS}).encode(),
+    "under a name with others.json": json.dumps({"version": "1", "tags": ["a"], "data": ROWS}, indent=2).encode(),
+}
+
+
+def read(path: Path, split: str = "train") -> list[dict[str, Any]]:
+    splits, _ = load_splits(str(path), None, token=None)
+    return splits[split].to_list()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_json_files_are_read(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(FILES[name])
+    assert read(tmp_path / name) == ROWS
+
+
+@pytest.mark.parametrize("name", ["train.json", "train.JSON", "train.jsonl.gz"])
+def test_json_files_of_a_folder_are_read(name: str, tmp_path: Path) -> None:
+    content = json.dumps({"data": ROWS}).encode()
+    for split in ("train", "test"):
+        (tmp_path / name.replace("train", split)).write_bytes(gzip.compress(content) if "gz" in name else content)
+    assert (read(tmp_path), read(tmp_path, "test")) == (ROWS, ROWS)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    rows = Dataset.from_list(ROWS)
+    DatasetDict({"train": rows, "test": rows.select([1])}).save_to_disk(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def test_what_save_to_disk_wrote_is_read(saved: Path) -> None:
+    assert (read(saved), read(saved, "test")) == (ROWS, ROWS[1:])
+    assert read(saved / "test") == ROWS[1:]  # a `Dataset` by itself
+
+
+def test_what_save_to_disk_wrote_holds_its_own_files_only(saved: Path) -> None:
+    state = saved / "train" / "state.json"
+    file = saved / "train" / json.loads(state.read_text())["_data_files"][0]["filename"]
+    shutil.copy(file, saved.parent / "other.arrow")
+    state.write_text(state.read_text().replace(file.name, "../../other.arrow"))
+    with pytest.raises(DataError, match=r"names .*other\.arrow as its file, which is not inside of it"):
+        read(saved)
+    state.unlink()
+    with pytest.raises(DataError, match=r"not whole, as `save_to_disk` writes it"):
+        read(saved)
+
+
+BAD: dict[str, tuple[bytes, tuple[str, ...]]] = {
+    "latin.jsonl": ('{"text": "é", "label": 0}'.encode("latin-1"), ("line 1", "not UTF-8", "Latin-1", "iconv")),
+    "wide.json": (LINES.encode("utf-16"), ("UTF-16", "iconv -f UTF-16 -t UTF-8")),
+    "cut.jsonl": (LINES.encode()[:-3], ("JSON parse error", "Expected a")),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_refuses_a_json_file(name: str, tmp_path: Path) -> None:
+    content, says = BAD[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        read(tmp_path / name)
+    for words in (name, *says):
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        ({"text": "a", "other": 1}, "column names don't match"),
+        ({"text": "a", "label": "x"}, "Failed to parse string: 'x' as a scalar of type int64"),
+    ],
+    ids=["other columns", "another type"],
+)
+def test_says_why_the_files_of_a_folder_do_not_fit(rows: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text(LINES)
+    (tmp_path / "test.jsonl").write_text(json.dumps(rows))
+    with pytest.raises(DataError) as caught:
+        read(tmp_path)
+    assert reason in str(caught.value)
