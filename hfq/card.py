@@ -9,15 +9,20 @@ Markdown and HTML unless a filter here has already done so.
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import StrictUndefined
 from jinja2.sandbox import SandboxedEnvironment
 from markupsafe import Markup
 
+from .contents import relative_link
 from .errors import UsageError
+from .installation import installation
+from .metadata import texts
 from .plots import alt_text
-from .report import FitReport, Report
+from .redact import redact
+from .report import CheckpointInfo, FitReport, Report
 from .resources import resource
 from .wording import (
     Score,
@@ -26,6 +31,7 @@ from .wording import (
     is_hub_dataset,
     is_hub_model,
     is_repo_id,
+    map_strings,
     measured_scores,
     metric_label,
     model_name,
@@ -44,8 +50,11 @@ TAGS = ["int8", "quantized", "compressed-tensors", "hfq", "cpu"]
 _FRAME = "---\n{{ card_data }}\n---\n\n{{ body }}"
 
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+_LICENSE_NAME = re.compile(r"\w[\w .:+()/-]{0,99}")
+_URL = re.compile(r"https?://[^\s<>()\\]+")
 _NAME = re.compile(r"\w[\w .:+-]*")
 _LANGUAGE = re.compile(r"[a-z]{2,3}|multilingual|code")
+_BCP_47 = re.compile(r"([a-z]{2,3})((-[a-z0-9]{2,8})+)", re.IGNORECASE)
 # What Markdown, HTML, GitHub's extensions, LaTeX on the Hub or Jinja could act on inside a line. `_` only
 # where it can open or close emphasis, `:` only where a bare address would become a link.
 _SPECIAL = re.compile(r"[\\`*\[\]{}<>&|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|:(?=//)|@|(?<=\bwww)\.")
@@ -65,6 +74,7 @@ def render_card(report: Report, *, repo_id: str | None, plots: Mapping[str, str]
     """
     if repo_id is not None and not is_repo_id(repo_id):
         raise UsageError(f"{repo_id!r} is not a repository id; expected 'name' or 'user/name'.")
+    terms = _terms(report.checkpoint)  # as they are written: they may have more than one line
     report = public(report)
     name = repo_id.rpartition("/")[2] if repo_id else model_name(report)
     scores = measured_scores(report)
@@ -83,9 +93,13 @@ def render_card(report: Report, *, repo_id: str | None, plots: Mapping[str, str]
             evaluated=[trial for trial in report.trials if trial.accuracy is not None],
             float_layers=by_reason(report.layers.float_layers),
             plots={name: _image(alt_text(name, report), path) for name, path in (plots or {}).items()},
+            licences=texts(report.checkpoint.license),
+            license_name=terms.get("license_name"),
+            license_link=terms.get("license_link"),
+            installation=_own(installation()),
         )
     )
-    metadata = _metadata(report, name=name, score=scores[-1])
+    metadata = _metadata(report, name=name, score=scores[-1], terms=terms)
     return str(ModelCard.from_template(metadata, template_str=_FRAME, body=body))
 
 
@@ -95,14 +109,16 @@ def render_fit_card(report: FitReport) -> str:
     body = (
         _environment()
         .from_string(resource(FIT_TEMPLATE).read_text(encoding="utf-8"))
-        .render(report=report, float_layers=by_reason(report.layers.float_layers))
+        .render(report=report, float_layers=by_reason(report.layers.float_layers), installation=_own(installation()))
     )
     metadata = ModelCardData(tags=TAGS, base_model_relation="quantized")
     return str(ModelCard.from_template(metadata, template_str=_FRAME, body=body))
 
 
-def _metadata(report: Report, *, name: str, score: Score) -> ModelCardData:
+def _metadata(report: Report, *, name: str, score: Score, terms: Mapping[str, Any]) -> ModelCardData:
     """What the Hub reads. A value the Hub would reject or misread is left out, the text still has it.
+
+    `terms`: what the base model's own metadata say of who may do what, which binds this one too.
 
     `base_model` and `datasets` are links to repositories: the name of a local folder there would be refused,
     or worse, point to a stranger's repository of that name. Results on local data have the type `local` for
@@ -124,26 +140,61 @@ def _metadata(report: Report, *, name: str, score: Score) -> ModelCardData:
         metric_name=f"{metric_label(report)} on the split that tuning chose by" if score.seen_in_tuning else None,
         metric_value=score.quantized,
     )
+    codes, regional = _languages(checkpoint.language)
+    own: dict[str, Any] = {
+        "library_name": "transformers",
+        "license": _license(checkpoint.license),
+        "language_bcp47": regional or None,
+    }
     return ModelCardData(
         base_model=base,
         base_model_relation="quantized" if base else None,
-        license=_license(checkpoint.license),
-        language=[code for code in checkpoint.language if _LANGUAGE.fullmatch(code)] or None,
-        library_name="transformers",
+        language=codes or None,
         pipeline_tag=report.task,
         datasets=[data.id] if public_data else None,
         metrics=[report.metric],
-        tags=TAGS,
         model_name=name,
         eval_results=[result],
+        **{**own, **terms, "tags": [*TAGS, *texts(terms.get("tags"))]},
     )
 
 
-def _license(text: str | None) -> str | None:
-    """An identifier as the Hub spells them; `other` for anything that cannot be one."""
-    if not text:
+def _terms(checkpoint: CheckpointInfo) -> dict[str, Any]:
+    """The terms as the card's metadata have them, without what the Hub could not show, and without tokens."""
+    found: dict[str, Any] = map_strings(dict(checkpoint.terms), redact)
+    name, link = found.pop("license_name", None), found.pop("license_link", None)
+    if name is not None and _LICENSE_NAME.fullmatch(str(name)):
+        found["license_name"] = str(name)
+    if isinstance(link, str) and (_URL.fullmatch(link) or relative_link(link)):
+        found["license_link"] = link
+    return found
+
+
+def _license(value: str | list[str] | None) -> str | list[str] | None:
+    """Identifiers as the Hub spells them; `other` for anything that cannot be one. A list stays one."""
+    if isinstance(value, list):
+        return list(dict.fromkeys(str(_license(text)) for text in value if text)) or None
+    if not value:
         return None
-    return text.lower() if _LICENSE.fullmatch(text.lower()) else "other"
+    return value.lower() if _LICENSE.fullmatch(value.lower()) else "other"
+
+
+def _languages(stated: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Codes that the Hub takes as `language`, and as `language_bcp47` those with a region or script: zh, and zh-CN."""
+    codes: list[str] = []
+    regional: list[str] = []
+    for text in (text.strip().replace("_", "-") for text in stated):
+        tag = _BCP_47.fullmatch(text)
+        if tag:
+            regional.append(tag[1].lower() + "".join(map(_subtag, tag[2][1:].split("-"))))
+        if code := tag[1].lower() if tag else text.lower() if _LANGUAGE.fullmatch(text.lower()) else None:
+            codes.append(code)
+    return list(dict.fromkeys(codes)), list(dict.fromkeys(regional))
+
+
+def _subtag(text: str) -> str:
+    """A part of a language tag as it is written by custom: a region in capitals, a script with one."""
+    return f"-{text.upper() if len(text) == 2 else text.title() if len(text) == 4 else text.lower()}"
 
 
 def _plain(text: str | None) -> str | None:
@@ -161,10 +212,15 @@ def _environment() -> SandboxedEnvironment:
         keep_trailing_newline=True,
     )
     environment.filters.update(
-        code=_code, codes=_codes, block=_block, number=number, count=count, points=points, percent=percent
+        code=_code, codes=_codes, block=_block, link=_link, number=number, count=count, points=points, percent=percent
     )
     environment.globals.update(verdict=verdict)
     return environment
+
+
+def _own(text: str) -> Markup:
+    """What hfq says itself needs no escaping."""
+    return Markup(text)  # noqa: S704
 
 
 def _entity(match: re.Match[str]) -> str:
@@ -186,6 +242,13 @@ def _code(value: object) -> Markup:
 
 def _image(alt: str, path: str) -> Markup:
     return Markup("![{}]({})").format(_text(alt), Markup(path))  # noqa: S704 (a path of ours)
+
+
+def _link(text: object, target: object) -> Markup:
+    """A link to an address or to a file beside the card; only its name where it is neither."""
+    if _URL.fullmatch(str(target)) or re.fullmatch(r"[\w./-]+", str(target)):
+        return Markup("[{}]({})").format(_text(text), _text(target))
+    return _text(text)
 
 
 def _codes(values: Iterable[object]) -> Markup:

@@ -125,6 +125,14 @@ LocalHub = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run; no trial is repeated.")]
 
 
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose", "-v", help="Name the files that are left behind.", callback=lambda given: _be_verbose(given)
+    ),
+]
+
+
 @app.callback(invoke_without_command=True)
 def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
@@ -206,6 +214,7 @@ def quantize(
     ] = None,
     local_hub: LocalHub = False,
     resume: Resume = False,
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Quantize a checkpoint to INT8, measure it, write it to a folder, and publish it with --push."""
@@ -255,6 +264,7 @@ def run(
     token: Token = None,
     local_hub: LocalHub = False,
     resume: Resume = False,
+    verbose: Verbose = False,
     as_json: Annotated[
         bool,
         typer.Option(
@@ -473,6 +483,7 @@ def push_command(
     tag: Tag = None,
     token: Token = None,
     local_hub: LocalHub = False,
+    verbose: Verbose = False,
 ) -> None:
     """Publish a quantized folder in one atomic commit. The same content twice makes no second commit."""
     from .pipeline import renew_card
@@ -497,6 +508,7 @@ def watch(
     once: Annotated[bool, typer.Option("--once", help="Look once and exit, for schedules.")] = False,
     interval: Annotated[float, typer.Option(min=1, help="Seconds between two looks.")] = 600,
     token: Token = None,
+    verbose: Verbose = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each recipe looked at.")] = False,
 ) -> None:
     """Quantize and publish what is new: recipes whose repository lacks the newest revision of the source.
@@ -538,6 +550,7 @@ def webhook(
         float, typer.Option(min=1, help="Seconds until what failed is tried again; doubles with each attempt.")
     ] = 60,
     token: Token = None,
+    verbose: Verbose = False,
 ) -> None:
     """Listen to the Hub's webhooks, and quantize and publish what is new, as `hfq watch` does.
 
@@ -610,6 +623,13 @@ def _clean_token(token: str | None) -> str | None:
             raise UsageError(f"{source} holds characters that are in no token. Copy it again from your Hub settings.")
     remember(token)
     return token and token.strip()
+
+
+def _be_verbose(given: bool) -> bool:
+    """Let every `Reporter` of this process name what it would only count."""
+    if given:
+        os.environ["HFQ_VERBOSE"] = "1"
+    return given
 
 
 def _engine(name: EngineName, *, ray_address: str | None, token: str | None, resume: bool) -> "Engine":
@@ -738,6 +758,7 @@ def _publish(folder: Path, recipe: "Recipe", *, token: str | None, ui: "Reporter
     )
     said = f"{pushed.url} at {pushed.commit}" if pushed.changed else f"{pushed.url} holds this already: no commit"
     ui.note(said)
+    ui.left_behind(pushed.left, where="published")
     return said
 
 

@@ -10,9 +10,10 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from .download import fetch_file, find_damaged, head, list_files, snapshot_folder, undamaged
 from .errors import DataError, HfqError
+from .metadata import LONGEST_CARD
 from .reading import check_yaml, read_json, read_text
 from .recipe import is_path
-from .source import LONGEST_CARD, is_network_error
+from .source import is_network_error
 from .tables import find_encoding
 from .trust import check_names
 

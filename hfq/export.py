@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .contents import list_contents
 from .errors import ExportError
 from .files import write_text
 from .quantization.scheme import Plan
@@ -32,24 +33,23 @@ ACTIVATIONS: dict[str, dict[str, Any]] = {
     "dynamic": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
 }
 ORDER = ("static", "dynamic", "weight-only")
-COPIED = ("*.json", "*.txt", "*.model", "*.jinja")
 FLOAT_LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, Conv1D)
-NOT_COPIED = ("config.json", "model.safetensors.index.json", "hfq.json")
 
 
 def export(model: nn.Module, plan: Plan, checkpoint: Checkpoint, *, folder: Path) -> None:
-    """Fill the new `folder` with weights, config and tokenizer files.
+    """Fill the new `folder` with weights, config, and what else belongs to the checkpoint (`hfq.contents`).
 
     Raises:
         ExportError: the disk is full or read-only, or a file does not read back bit for bit.
+        SourceError: a file that belongs to the checkpoint lies elsewhere, by way of a link.
     """
     try:
         folder.mkdir(parents=True)
         write_weights_and_config(model, plan, checkpoint.config, folder=folder)
-        patterns = [*COPIED, "*.py"] if checkpoint.info.remote_code else COPIED
-        for path in sorted({path for pattern in patterns for path in checkpoint.path.glob(pattern)}):
-            if path.name not in NOT_COPIED:
-                shutil.copyfile(path, folder / path.name)
+        for name in list_contents(checkpoint.path, checkpoint.contents):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            if not (folder / name).exists():  # what is made anew: config.json, which code may name too
+                shutil.copyfile(checkpoint.path / name, folder / name)
     except OSError as error:
         raise ExportError(
             f"{folder} cannot be written: {error.strerror or error}. Free space or choose another --output."

@@ -3,7 +3,7 @@
 The card's text is made in `hfq.card`; the HTTP is `huggingface_hub`'s, and how often it is tried `hfq.network`'s.
 """
 
-import re
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import Discussion, HfApi, ModelCard, constants, get_token
@@ -25,12 +25,12 @@ from .hub_repository import (
     refuse_public,
 )
 from .network import be_patient
+from .output import split_export
 from .reading import read_json
 from .redact import remember
-from .report import REPORT_FILE, read_report
+from .report import CARD_FILE, REPORT_FILE, read_report
 from .trust import check_links
 
-CARD_FILE = "README.md"
 COMMIT_TITLE = "INT8 export by hfq"
 
 
@@ -50,7 +50,8 @@ def push_folder(
     """Publish an exported folder in one commit; in none, if the repository holds the same already.
 
     The repository is created if there is none, and removed again if the commit then fails. Weight files and plots
-    that an earlier push left there and this folder no longer has go in the same commit. Other files stay.
+    that an earlier push left there and this folder no longer has go in the same commit. Other files stay. Of the folder
+    goes what hfq wrote and what belongs to a checkpoint (`hfq.contents`), nothing else.
 
     Args:
         repo_id: `user/name`, or a name among the user's own; None for `default_name` there.
@@ -69,7 +70,7 @@ def push_folder(
     """
     be_patient()
     token = _require_token(token)
-    files = _local_files(folder, token=token)
+    files, left = _local_files(folder, token=token)
     target = resolve_repo_id(repo_id, default_name=default_name, token=token)
     validate_card(files[CARD_FILE].read_text(encoding="utf-8"))
 
@@ -82,7 +83,7 @@ def push_folder(
     if tag:
         with explained(f"{result.url} holds {folder.name} at {result.commit}, but setting tag {tag}"):
             set_tag(api, target, tag, commit=result.commit)
-    return result
+    return replace(result, left=left)
 
 
 def published_revisions(
@@ -179,15 +180,15 @@ def _require_token(token: str | None) -> str:
     return token
 
 
-def _local_files(folder: Path, *, token: str) -> dict[str, Path]:
-    """What to publish: every file by its path in the repository, but for hidden ones.
+def _local_files(folder: Path, *, token: str) -> tuple[dict[str, Path], tuple[str, ...]]:
+    """What to publish, by path in the repository, and the names of what stays here.
 
     A recorded command line can hold the token it was run with, and a public repository is no place for that.
     """
-    read_report(folder)
-    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    files = {name: path for name, path in paths.items() if not re.search(r"(^|/)\.", name)}
-    check_links(files.values(), folder=folder)
+    report = read_report(folder)
+    names, left = split_export(folder, report)
+    files = {name: folder / name for name in names}
+    check_links((path for path in sorted(folder.rglob("[!.]*")) if path.is_file()), folder=folder)
     if not any(OUR_WEIGHTS.fullmatch(name) for name in files):
         raise ExportError(f"{folder} has no model.safetensors: it is no complete export. Quantize again.")
     if CARD_FILE not in files:
@@ -195,4 +196,4 @@ def _local_files(folder: Path, *, token: str) -> dict[str, Path]:
     for name, path in files.items():
         if not name.endswith(".safetensors") and token.encode() in path.read_bytes():
             raise ExportError(f"{path} contains your token. Take it out before you publish the folder.")
-    return files
+    return files, tuple(left)

@@ -38,12 +38,13 @@ _HUB_OWN = {".gitattributes"}  # what the Hub itself puts into a new repository
 
 @dataclass(frozen=True)
 class PushResult:
-    """What a push did. `url` is the repository's, or the pull request's."""
+    """What a push did. `url` is the repository's, or the pull request's. `left`: files of the folder that stayed here."""
 
     url: str
     commit: str
     created: bool
     changed: bool
+    left: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

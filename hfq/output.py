@@ -11,9 +11,13 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .errors import ExportError, GoalNotMetError, UsageError
-from .report import REPORT_FILE, Report
+from .contents import left_behind, list_names, read_contents
+from .errors import ExportError, GoalNotMetError, SourceError, UsageError
+from .hub_repository import OURS
+from .plots import FOLDER as PLOTS
+from .report import CARD_FILE, REPORT_FILE, FitReport, Report, read_report
 
+_WRITTEN = ("config.json", REPORT_FILE, CARD_FILE)  # and weights and plots, as `OURS` has them
 TRIALS_FILE = "trials.jsonl"
 EXPORT = "export"
 
@@ -78,6 +82,8 @@ def work_folder(output: Path) -> Iterator[Path]:
 def finish(output: Path, work: Path) -> None:
     """Give the finished folder in `work` its name; an earlier export under that name is removed only afterwards.
 
+    What somebody else had put there stays there.
+
     Raises:
         ExportError: it cannot have that name.
     """
@@ -85,12 +91,40 @@ def finish(output: Path, work: Path) -> None:
     try:
         if output.exists():
             output.rename(earlier)
+            _keep_foreign(earlier, finished)
         finished.rename(output)
     except OSError as error:
         if earlier.exists() and not output.exists():
             earlier.rename(output)
         raise ExportError(f"{output} cannot be written: {error.strerror}.") from error
     shutil.rmtree(work)
+
+
+def split_export(folder: Path, report: Report | FitReport) -> tuple[list[str], list[str]]:
+    """The files of an exported folder that hfq wrote or that belong to a checkpoint, and the names of the others.
+
+    Raises:
+        SourceError: its modules.json is damaged, or names a folder elsewhere.
+    """
+    of = report.checkpoint if isinstance(report, Report) else None
+    contents = read_contents(
+        folder, code=of is not None and of.remote_code, license_link=of and of.terms.get("license_link")
+    )
+    names = list_names(folder, contents, also=[PLOTS])
+    ours = [name for name in names if name in contents or name in _WRITTEN or OURS.fullmatch(name)]
+    return ours, left_behind(names, ours)
+
+
+def _keep_foreign(earlier: Path, finished: Path) -> None:
+    """Move what hfq did not write from the earlier export into the finished one."""
+    try:
+        _, foreign = split_export(earlier, read_report(earlier))
+    except SourceError:  # of another version of hfq, or damaged
+        return
+    for name in foreign:
+        if not (finished / name).exists():
+            (finished / name).parent.mkdir(parents=True, exist_ok=True)
+            (earlier / name).rename(finished / name)
 
 
 def _remove(created: Sequence[Path]) -> None:

@@ -11,6 +11,7 @@ from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 
 from .errors import SourceError
+from .metadata import texts
 from .plots import bars, dots, limits, ticks
 from .report import Report
 from .resources import resource
@@ -76,6 +77,7 @@ def _render(report: Report) -> str:
     found = bars(report)
     return environment.from_string(resource(TEMPLATE).read_text(encoding="utf-8")).render(
         report=report,
+        licences=texts(report.checkpoint.license),
         name=model_name(report),
         metric_label=metric_label(report),
         lowest=lowest_accepted(report),

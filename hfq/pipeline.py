@@ -249,6 +249,7 @@ def _write_checkpoint(
     ui.note(
         f"{exported.size_mb:.1f} MiB, {exported.size_mb / session.checkpoint.size_mb:.1%} of FP32, read back bit for bit"
     )
+    ui.left_behind(session.checkpoint.left, where="exported")
 
     ui.stage("Measure the exported folder, freshly loaded")
     measured = measure_export(session, exported, baseline, ui=ui)

@@ -21,6 +21,7 @@ from huggingface_hub import get_token
 
 from .errors import ExportError, HfqError, UsageError
 from .files import write_text
+from .installation import installation
 from .output import EXPORT, TRIALS_FILE, Result, check_output, finish, work_folder
 from .ray_worker import Job, Secret, run_recipe
 from .recipe import Recipe, is_path
@@ -253,7 +254,7 @@ def _connected(address: str | None) -> Iterator[Any]:
         import ray
         from ray._private import services, worker
     except ImportError as error:
-        raise UsageError("--engine ray needs Ray, which is not installed: pip install 'hfq[ray]'.") from error
+        raise UsageError(f"--engine ray needs Ray, which is not installed: {installation('ray')}.") from error
     address = address or os.environ.get("RAY_ADDRESS") or "auto"
     if address == "auto":
         try:

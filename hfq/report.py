@@ -16,6 +16,7 @@ from .reading import parse_json, read_text
 from .redact import redact
 
 REPORT_FILE = "hfq.json"
+CARD_FILE = "README.md"
 _PACKAGES = ("hfq", "torch", "transformers", "compressed-tensors", "datasets", "huggingface_hub", "lightning")
 
 
@@ -24,14 +25,17 @@ class CheckpointInfo:
     """Where the float model came from. `revision` is a commit sha, or `sha256:…` of a local folder's weights.
 
     `remote_code`: it brings code of its own. `remote_code_allowed`: --trust-remote-code was given, so that it ran.
+    `terms`: what else the metadata of its card say of who may do what with it, as they say it. `license_files`: beside it.
     """
 
     id: str
     revision: str
-    license: str | None = None
+    license: str | list[str] | None = None
     language: list[str] = field(default_factory=list)
     remote_code: bool = False
     remote_code_allowed: bool = False
+    terms: dict[str, Any] = field(default_factory=dict)
+    license_files: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

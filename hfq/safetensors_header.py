@@ -98,8 +98,10 @@ def parse_header(header: bytes, *, data_size: int) -> dict[str, TensorInfo]:
     return tensors
 
 
-def read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path, *, beside: Iterable[str] | None = None) -> dict[str, str]:
     """The `weight_map` of an index: the shard of each tensor, a file beside the index.
+
+    `beside`: the files there, where they are not fetched yet.
 
     Raises:
         SourceError: it is not an index, or names files elsewhere.
@@ -115,7 +117,8 @@ def read_index(path: Path) -> dict[str, str]:
         raise SourceError(f"{path} is not an index of shards: {error}. Download it again.") from error
     for shard in set(shards.values()):
         plain = shard.endswith(".safetensors") and shard.isprintable() and not set(shard) & {"/", "\\"}
-        if not plain or shard.startswith(".") or not (path.parent / shard).is_file():
+        is_there = (path.parent / shard).is_file() if beside is None else shard in beside
+        if not plain or shard.startswith(".") or not is_there:
             raise SourceError(f"{path} names {shard!r}, which is not a safetensors file beside it.")
     return shards
 

@@ -62,6 +62,8 @@ def open_session(recipe: Recipe, *, recipes: Path, ui: Reporter, token: str | No
         raise UsageError(
             f"{recipe.checkpoint} is quantized already: config.json has a quantization_config. Expected the float checkpoint that it was made from."
         )
+    for warning in checkpoint.warnings:
+        ui.warn(warning)
     task_name = find_task(checkpoint.config, recipe.task)
     ui.note(f"{task_name}, {checkpoint.size_mb:.1f} MiB, revision {checkpoint.info.revision[:19]}")
 

@@ -3,15 +3,17 @@
 Safetensors only: weights in pickle files can run code when they are read.
 """
 
+import glob
 import hashlib
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -22,25 +24,30 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from .download import fetch_file, fetch_folder, head, list_files
+from .contents import MODULES_FILE, Contents, left_behind, list_names, read_contents, relative_link
+from .download import Files, fetch_file, fetch_folder, head, list_files
 from .errors import HfqError, HubError, SourceError
 from .hub_errors import NOT_UNDERSTOOD
-from .reading import check_yaml, read_text
+from .metadata import forbids_derivatives, read_card, terms_of, texts
 from .recipe import is_path
-from .report import REPORT_FILE, CheckpointInfo
+from .report import CARD_FILE, REPORT_FILE, CheckpointInfo
 from .safetensors_header import TensorInfo, check_index, read_header, read_index
-from .trust import check_config, check_files, check_names, check_sizes, read_config, remote_code
+from .trust import ADAPTER, check_config, check_files, check_names, check_sizes, read_config, remote_code
 
-PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md"]
-SUBFOLDERS = ["*/*"]  # other formats of the same weights (onnx/, openvino/, …) live there
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_REPLACED = ("config.json", CARD_FILE, REPORT_FILE, WEIGHTS_FILE, INDEX_FILE)  # each export has its own
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_VARIANT = re.compile(
+    r"model\.(?P<a>[\w-]+?)(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.(?P<b>[\w-]+)\.json"
+)
 _REMEDIES = {
     401: "Log in again with `hf auth login`, or give another token.",
     403: "Give a token that may read it, with --token or HF_TOKEN.",
     404: "Check the name, and that HF_ENDPOINT is a Hub.",
 }
-LONGEST_CARD = 4 << 20  # bytes
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 
 
@@ -48,7 +55,8 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 class Checkpoint:
     """A local folder with a checked checkpoint. `card` is the metadata of its README, `config` its config.json.
 
-    `tensors`: what the headers of `weights` say.
+    `tensors`: what the headers of `weights` say. `contents`: what else belongs to it, and `left` what lies there and
+    does not. `warnings`: what to say of it before anything is done with it.
     """
 
     info: CheckpointInfo
@@ -57,6 +65,9 @@ class Checkpoint:
     card: dict[str, Any]
     weights: tuple[Path, ...]
     tensors: dict[str, TensorInfo]
+    contents: Contents = field(default_factory=Contents)
+    left: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def is_quantized(self) -> bool:
@@ -85,12 +96,15 @@ def pull(
         SourceError: it does not exist, may not be read, has only pickle weights, needs remote code that was
             not allowed, or its files are damaged.
     """
-    path, sha = (
-        (_folder(reference), None) if is_path(reference) else _download(reference, revision, token, trust_remote_code)
-    )
-    if sha is None and revision is not None:
-        raise _no_revision(reference, revision)
-    check_files(path, reference=reference)
+    if is_path(reference):
+        path, sha, names = _folder(reference), None, None
+        if revision is not None:
+            raise _no_revision(reference, revision)
+        check_files(path, reference=reference)
+        _check_layout(_deep_names(path), reference)
+    else:
+        path, sha, names = _download(reference, revision, token, trust_remote_code)
+        check_files(path, reference=reference)
     config = read_config(path, reference=reference)
     code = remote_code(config, path)
     if code and not trust_remote_code:
@@ -98,19 +112,26 @@ def pull(
             f"{reference} needs code from its repository ({', '.join(code)}). "
             "Read that code, then pass --trust-remote-code to run it."
         )
-    weights, tensors = _weights(path, reference)
+    weights, tensors = _weights(path)
     longest = max((max(tensor.shape, default=1) for tensor in tensors.values() if tensor.elements), default=1)
     check_config(config, longest=longest, reference=reference)
-    card = _card(path)
+    card, unread = _card(path)
+    contents = read_contents(path, code=bool(code), license_link=card.get("license_link"))
+    names = names or list_names(path, contents)
+    kept = {name for name in names if name in contents or name in _REPLACED} | {file.name for file in weights}
     info = CheckpointInfo(
         id=path.resolve().name if sha is None else reference,
         revision=sha or (f"sha256:{_digest(weights)}" if hashed else "unknown"),
-        license=card.get("license") if isinstance(card.get("license"), str) else None,
-        language=_as_list(card.get("language")),
+        license=_licence(card.get("license")),
+        language=texts(card.get("language")),
         remote_code=bool(code),
         remote_code_allowed=trust_remote_code,
+        terms=_resolved(terms_of(card), contents=contents, names=names, origin=sha and f"{reference}/blob/{sha}"),
+        license_files=sorted(name for name in names if contents.is_licence(name)),
     )
-    return Checkpoint(info, path, config, card, weights, tensors)
+    warnings = (*unread, *_licence_warnings(card, info))
+    left = tuple(left_behind(names, kept))
+    return Checkpoint(info, path, config, card, weights, tensors, contents, left, warnings)
 
 
 def pull_report(reference: str, *, revision: str | None = None, token: str | None = None) -> Path:
@@ -168,17 +189,38 @@ def _folder(reference: str) -> Path:
     return path
 
 
-def _download(reference: str, revision: str | None, token: str | None, trust_remote_code: bool) -> tuple[Path, str]:
+def _download(
+    reference: str, revision: str | None, token: str | None, trust_remote_code: bool
+) -> tuple[Path, str, list[str]]:
+    """The folder with what belongs to the checkpoint, its commit, and the names of all its files on the Hub."""
     with _explained(reference, revision):
         api = HfApi(token=token)
         sha = head(api, reference, revision=revision)
         files = list_files(api, reference, revision=sha)
         check_names(files, reference)
         check_sizes({name: file.size for name, file in files.items()}, reference)
-        _refuse_pickles(files, reference)
-        patterns = [*PATTERNS, "*.py"] if trust_remote_code else PATTERNS
-        path = fetch_folder(reference, files, revision=sha, token=token, allow=patterns, ignore=SUBFOLDERS)
-    return path, sha
+        _check_layout(list(files), reference)
+        wanted = {name for name in files if name in (*_REPLACED, ADAPTER) or name in Contents()}
+        if trust_remote_code:
+            wanted |= {name for name in files if "/" not in name and name.endswith(".py")}
+        if WEIGHTS_FILE in wanted:
+            wanted.discard(INDEX_FILE)
+        path = _fetch(reference, files, wanted, sha=sha, token=token)
+        if more := _named(path, files, code=trust_remote_code) - wanted:
+            path = _fetch(reference, files, wanted | more, sha=sha, token=token)
+    return path, sha, list(files)
+
+
+def _named(path: Path, files: Iterable[str], *, code: bool) -> set[str]:
+    """What belongs by the word of files that are here: shards, modules, the licence, what the code reads."""
+    contents = read_contents(path, code=code, license_link=_card(path)[0].get("license_link"))
+    shards = set(read_index(path / INDEX_FILE, beside=files).values()) if (path / INDEX_FILE).is_file() else set()
+    return {name for name in files if name in contents} | shards
+
+
+def _fetch(reference: str, files: Files, wanted: Iterable[str], *, sha: str, token: str | None) -> Path:
+    exact = sorted(glob.escape(name) for name in wanted)
+    return fetch_folder(reference, files, revision=sha, token=token, allow=exact, ignore=[])
 
 
 @contextmanager
@@ -228,14 +270,12 @@ def is_network_error(error: BaseException) -> bool:
     return type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2", "hf_xet")
 
 
-def _weights(path: Path, reference: str) -> tuple[tuple[Path, ...], dict[str, TensorInfo]]:
+def _weights(path: Path) -> tuple[tuple[Path, ...], dict[str, TensorInfo]]:
     """The weight files that transformers would load, one or the shards its index names, and what is in them."""
-    index = path / "model.safetensors.index.json"
-    single = path / "model.safetensors"
+    index = path / INDEX_FILE
+    single = path / WEIGHTS_FILE
     if single.is_file():
         return (single,), read_header(single)
-    if not index.is_file():
-        _refuse_pickles([file.name for file in path.iterdir()], reference)
     names = read_index(index)
     headers = {shard: read_header(path / shard) for shard in sorted(set(names.values()))}
     check_index(names, headers, path=index)
@@ -243,30 +283,131 @@ def _weights(path: Path, reference: str) -> tuple[tuple[Path, ...], dict[str, Te
     return tuple(path / shard for shard in headers), tensors
 
 
-def _refuse_pickles(names: Iterable[str], reference: str) -> None:
+def _deep_names(path: Path) -> list[str]:
+    """Files of a folder and of the folders in it."""
+    return [file.relative_to(path).as_posix() for file in (*path.glob("*"), *path.glob("*/*")) if file.is_file()]
+
+
+def _check_layout(names: Iterable[str], reference: str) -> None:
+    """Refuse files among which there is no checkpoint that can be opened, and say what they are.
+
+    Raises:
+        SourceError: weights or config.json are missing, elsewhere, or of another kind.
+    """
+    names = sorted(names)
     top = [name for name in names if "/" not in name]
-    if any(name.endswith(".safetensors") for name in top):
+    whole = WEIGHTS_FILE in top or INDEX_FILE in top
+    if ADAPTER in top or (whole and "config.json" in top):
         return
-    pickles = sorted(name for name in top if name.endswith(PICKLES))
+    if folders := _checkpoints_inside(names):
+        raise SourceError(_lies_elsewhere(folders, reference, is_sentence_model=MODULES_FILE in top))
+    if not whole and (refusal := _refusal_of_weights(top, reference)):
+        raise SourceError(refusal)
+
+
+def _checkpoints_inside(names: Iterable[str]) -> list[str]:
+    """Folders with config.json and weights."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        folder, _, file = name.rpartition("/")
+        if folder and "/" not in folder:
+            found.setdefault(folder, []).append(file)
+    return [
+        folder
+        for folder, files in found.items()
+        if "config.json" in files and any(file.endswith((".safetensors", *PICKLES)) for file in files)
+    ]
+
+
+def _lies_elsewhere(folders: list[str], reference: str, *, is_sentence_model: bool) -> str:
+    if not is_sentence_model:
+        return (
+            f"{reference} is no checkpoint itself, but has some in it: {', '.join(folders[:5])}. "
+            f"Expected the folder of one, such as {_inside(reference, folders[-1])}."
+        )
+    folder = next((name for name in folders if "Transformer" in name), folders[0])
+    return (
+        f"{reference} is a sentence-transformers model: its transformer, with config.json and weights, is in {folder}/, as "
+        f"{MODULES_FILE} says. If that is a classifier, give {_inside(reference, folder)}. A model that makes "
+        "embeddings is quantized in Python, by hfq.quantization.fit: give it `SentenceTransformer(…)[0].auto_model`."
+    )
+
+
+def _inside(reference: str, folder: str) -> str:
+    if is_path(reference):
+        return str(Path(reference) / folder)
+    return f"the folder that `hf download {reference} --include '{folder}/*' --local-dir .` makes"
+
+
+def _refusal_of_weights(top: list[str], reference: str) -> str | None:
+    """Why the files at the top of a checkpoint are not the weights that are expected there."""
+    expected = f"expected {WEIGHTS_FILE}, or shards with {INDEX_FILE}"
+    variants = sorted({match["a"] or match["b"] for name in top if (match := _VARIANT.fullmatch(name))})
+    pickles = [name for name in top if name.endswith(PICKLES)]
+    others = [name for name in top if name.endswith(".safetensors")]
+    if variants:
+        return (
+            f"{reference} has weights of a variant only ({', '.join(variants)}): {expected}. Save them under that name "
+            f"with `AutoModelForSequenceClassification.from_pretrained(…, variant={variants[0]!r}).save_pretrained(…)` and "
+            "the tokenizer beside them; then quantize the result."
+        )
+    if any(map(_SHARD.fullmatch, others)):
+        return f"{reference} has shards of weights, but not {INDEX_FILE}, which says what is where. Download it again."
+    if others:
+        return f"{reference} has no weights that transformers looks for, but {', '.join(others[:3])}: {expected}."
     if pickles:
-        raise SourceError(
+        return (
             f"{reference} has only pickle weights ({', '.join(pickles)}), which can run code when they are read. "
             "Convert it once where you trust it: https://huggingface.co/spaces/safetensors/convert, or "
             "`AutoModel.from_pretrained(…).save_pretrained(…)`; then quantize the result."
         )
-    raise SourceError(
-        f"{reference} has no weights: expected model.safetensors, or shards with model.safetensors.index.json."
-    )
+    return f"{reference} has no weights: {expected}." if "config.json" in top else None
 
 
-def _card(path: Path) -> dict[str, Any]:
+def _card(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """The README's metadata, and what to warn of. A broken README must not stop a good checkpoint."""
     try:
-        text = read_text(path / "README.md", limit=LONGEST_CARD)
-        if block := REGEX_YAML_BLOCK.search(text):
-            check_yaml(block[2])
-        return ModelCard(text).data.to_dict()
-    except Exception:  # a missing or broken README says nothing; it must not stop a good checkpoint
-        return {}
+        card = read_card(path / CARD_FILE)
+    except ValueError as error:
+        return {}, [
+            f"The metadata of {CARD_FILE} cannot be read ({error}), so that neither licence nor language is known: look at "
+            "them before you publish."
+        ]
+    try:
+        model_index_to_eval_results(card.get("model-index") or [])
+    except Exception:  # it names datasets; the rest of the card is none the worse
+        card = {key: value for key, value in card.items() if key != "model-index"}
+    return card, []
+
+
+def _licence(value: Any) -> str | list[str] | None:
+    return value if isinstance(value, str) else texts(value) or None
+
+
+def _licence_warnings(card: Mapping[str, Any], info: CheckpointInfo) -> Iterator[str]:
+    if forbids_derivatives(card):
+        said = ", ".join([*texts(card.get("license")), *texts(card.get("license_name"))])
+        yield (
+            f"The licence of {info.id} ({said}) forbids derived works, and an INT8 version may well be one. "
+            "Ask its owner before you publish it."
+        )
+    link = relative_link(info.terms.get("license_link"))
+    if link and link not in info.license_files:
+        yield f"license_link of {info.id} names {link}, which is no licence file there: the card cannot show it."
+
+
+def _resolved(
+    terms: Mapping[str, Any], *, contents: Contents, names: Iterable[str], origin: str | None
+) -> dict[str, Any]:
+    """The terms with a `license_link` that leads to the same file from another repository.
+
+    It stays relative where that file is copied. `origin`: where files are on the Hub.
+    """
+    link = relative_link(terms.get("license_link"))
+    if link is None:
+        return dict(terms)
+    copied = link in names and contents.is_licence(link)
+    return {**terms, "license_link": link if copied or not origin else f"https://huggingface.co/{origin}/{link}"}
 
 
 def _digest(weights: Iterable[Path]) -> str:
@@ -276,11 +417,6 @@ def _digest(weights: Iterable[Path]) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
-
-
-def _as_list(value: Any) -> list[str]:
-    values = value if isinstance(value, list) else [value]
-    return [item for item in values if isinstance(item, str)]
 
 
 def _first_line(error: BaseException) -> str:

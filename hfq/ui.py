@@ -1,7 +1,7 @@
 """What a run tells a person while it works. Always on standard error, so that standard output stays data."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -17,12 +17,13 @@ Item = TypeVar("Item")
 class Reporter:
     """Stages, notes, warnings and progress bars. `warnings` collects what `warn` said, for the report.
 
-    `prefix` begins each line: it says who speaks where several runs do at once.
+    `prefix` begins each line: it says who speaks where several runs do at once. `verbose`: say names, not numbers only.
     """
 
     console: Console = field(default_factory=lambda: Console(stderr=True, highlight=False, soft_wrap=True))
     warnings: list[str] = field(default_factory=list)
     prefix: str = ""
+    verbose: bool = field(default_factory=lambda: bool(os.environ.get("HFQ_VERBOSE")))
 
     def stage(self, text: str) -> None:
         self._print(f"[bold cyan]▸[/] [bold]{_plain(text)}[/]")
@@ -33,6 +34,13 @@ class Reporter:
     def warn(self, text: str) -> None:
         self.warnings.append(redact(text))
         self._print(f"[bold yellow]! {_plain(text)}[/]")
+
+    def left_behind(self, names: Sequence[str], *, where: str) -> None:
+        """Say which files were not taken along, if there are any. `where`: they are not there."""
+        if names:
+            files = "1 file or folder" if len(names) == 1 else f"{len(names)} files and folders"
+            named = ", ".join(names) if self.verbose else "-v names them"
+            self.note(f"not {where}, as no loader needs them and they are no licence: {files} ({named})")
 
     def track(self, items: Iterable[Item], *, text: str, total: int | None = None) -> Iterator[Item]:
         """Iterate with a bar that goes away when it is done; no bar where nobody watches."""

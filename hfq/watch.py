@@ -137,6 +137,7 @@ class Watcher:
             message=f"{COMMIT_TITLE} {__version__}",
             **recipe.publishing,
         )
+        ui.left_behind(pushed.left, where="published")
         self._complete.discard(_digest(recipe, revision))
         return Outcome(watched.path.name, "published", f"{pushed.url} holds {source}: commit {pushed.commit}")
 

@@ -18,6 +18,7 @@ from huggingface_hub import WebhookPayload
 from pydantic import ValidationError
 
 from .errors import HfqError, HubError, UsageError
+from .installation import installation
 from .jobs import Job, JobQueue
 from .recipe import is_path, read_recipe
 from .recipes import recipe_files
@@ -144,7 +145,7 @@ def _listening(receive: Callable[[bytes], Sequence[str]], *, address: Address, s
         from fastapi.responses import JSONResponse
         from huggingface_hub import WebhooksServer
     except ImportError as error:
-        raise UsageError("hfq webhook needs gradio, which is not installed: pip install 'hfq[webhook]'.") from error
+        raise UsageError(f"hfq webhook needs gradio, which is not installed: {installation('webhook')}.") from error
 
     async def hub(request: Request) -> JSONResponse:
         body = b""

@@ -121,7 +121,7 @@ def public(report: R) -> R:
         text = _PATH.sub(_file_name, redact(text))
         return "".join(char if char.isprintable() else " " for char in text).strip()
 
-    shown = _map_strings(report, clean)
+    shown = map_strings(report, clean)
     return replace(shown, command=redact_command(shown.command)) if isinstance(shown, Report) else shown
 
 
@@ -131,18 +131,18 @@ def _file_name(match: re.Match[str]) -> str:
     return quote + PurePosixPath(path.strip("'\"")).name + quote
 
 
-def _map_strings(value: T, change: Callable[[str], str]) -> T:
+def map_strings(value: T, change: Callable[[str], str]) -> T:
     """`value` with `change` applied to every string in it: a dataclass, dict or list, however deep."""
     result: Any = value
     if isinstance(value, str):
         result = change(value)
     elif isinstance(value, dict):
-        result = {_map_strings(key, change): _map_strings(item, change) for key, item in value.items()}
+        result = {map_strings(key, change): map_strings(item, change) for key, item in value.items()}
     elif isinstance(value, list):
-        result = [_map_strings(item, change) for item in value]
+        result = [map_strings(item, change) for item in value]
     elif is_dataclass(value) and not isinstance(value, type):
         result = replace(
-            value, **{field.name: _map_strings(getattr(value, field.name), change) for field in fields(value)}
+            value, **{field.name: map_strings(getattr(value, field.name), change) for field in fields(value)}
         )
     return result
 

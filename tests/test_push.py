@@ -72,19 +72,20 @@ def commits_sent(hub: LocalHub) -> int:
     return sum(method == "POST" and COMMIT in path for method, path, _ in hub.requests)
 
 
-def test_creates_the_repository_with_every_file_in_one_commit(hub: LocalHub, folder: Path, repo_id: str) -> None:
-    (folder / "sub").mkdir()
-    (folder / "sub" / "notes.txt").write_text("x")
-    (folder / ".cache").mkdir()
-    (folder / ".cache" / "hidden").write_text("x")
+def test_creates_the_repository_with_what_hfq_wrote_in_one_commit(hub: LocalHub, folder: Path, repo_id: str) -> None:
+    strange = {"sub/notes.txt", ".cache/hidden", ".env", "predictions.json", "plots/mine.png"}
+    for name in (*strange, "plots/accuracy_speed.png", "vocab.txt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("x")
     result = push(folder, repo_id)
     assert (result.created, result.changed) == (True, True)
+    assert result.left == (".env", "plots/mine.png", "predictions.json", "sub/")
     assert result.url == f"{hub.url}/{repo_id}"
     found = hub.files(repo_id)
     del found[".gitattributes"]
     local = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    del local[".cache/hidden"]
-    assert found == {name: path.read_bytes() for name, path in local.items()}
+    assert found == {name: path.read_bytes() for name, path in local.items() if name not in strange}
+    assert {"plots/accuracy_speed.png", "vocab.txt"} < set(found)
     assert [commit.title for commit in hub.commits(repo_id)][:-1] == ["Upload INT8"]
     assert hub.commits(repo_id)[0].sha == result.commit
 
@@ -204,12 +205,19 @@ def test_stale_shards_go_and_other_files_stay(hub: LocalHub, folder: Path, tmp_p
     assert left == {"model.safetensors", "adapter.safetensors", "notes.md", "README.md"}
 
 
+def write_mine(folder: Path) -> Path:
+    """A plot that somebody put beside ours on the Hub."""
+    (folder / "plots").mkdir(parents=True)
+    (folder / "plots" / "mine.png").write_bytes(b"mine")
+    return folder
+
+
 def test_plots_go_with_the_card_and_stale_ones_leave_with_it(
     hub: LocalHub, folder: Path, tmp_path: Path, repo_id: str
 ) -> None:
     plots.write(make_report(), folder)
-    (folder / "plots" / "mine.png").write_bytes(b"mine")
     push(folder, repo_id)
+    hub.commit_folder(repo_id, write_mine(tmp_path / "extra"))
     assert {*plots.PLOT_FILES, "plots/mine.png"} <= set(hub.files(repo_id))
     hub.reset()
     push(make_folder(tmp_path / "without"), repo_id)

@@ -10,6 +10,7 @@ import yaml
 from command import CHECKPOINT, ROOT, Done, forkserver, hfq, write_outliers
 
 from hfq.errors import GoalNotMetError, HfqError
+from hfq.installation import installation
 from hfq.local_hub import LocalHub
 from hfq.recipe import Recipe
 from hfq.recipes import read_recipes
@@ -111,7 +112,7 @@ def test_without_ray_the_message_says_how_to_get_it(project: Path) -> None:
     )
     assert (done.code, done.err) == (
         2,
-        "hfq: --engine ray needs Ray, which is not installed: pip install 'hfq[ray]'.\n",
+        f"hfq: --engine ray needs Ray, which is not installed: {installation('ray')}.\n",
     )
 
 

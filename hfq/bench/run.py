@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from ..benchmark import Process
 from ..bounds import check_model
 from ..errors import UsageError
+from ..installation import installation
 from ..report import Report, package_versions, read_report
 from ..source import Checkpoint, pull
 from ..tasks import TASKS, find_task
@@ -198,7 +199,7 @@ def chosen(peers: Sequence[str], *, compiled: bool) -> list[str]:
         raise UsageError(f"--vs {', '.join(unknown)} is not known. Expected some of: {', '.join(PEERS)}.")
     for name in peers:
         if absent := missing(name):
-            raise UsageError(f"--vs {name} needs {', '.join(absent)}. Install them: pip install 'hfq[bench]'.")
+            raise UsageError(f"--vs {name} needs {', '.join(absent)}. Install them: {installation('bench')}.")
     others = [name for name in PEERS if (name in peers if peers else not missing(name))]
     return [REFERENCE, "hfq", *(["hfq-compiled"] if compiled else []), *others]
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from ..errors import UsageError
+from ..installation import installation
 from ..report import Trial
 from .candidates import Candidate
 from .options import Options
@@ -147,7 +148,7 @@ def _optuna(space: Searchable, sampler: str) -> Search:
         import optuna
     except ImportError as error:
         raise UsageError(
-            "The strategies bayesian and tpe need Optuna, which is not installed: pip install 'hfq[optuna]'."
+            f"The strategies bayesian and tpe need Optuna, which is not installed: {installation('optuna')}."
         ) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
