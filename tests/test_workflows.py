@@ -50,7 +50,9 @@ def test_a_workflow_may_read_the_repository_and_no_more(path: Path) -> None:
     assert "group" in workflow["concurrency"]
     for job in workflow["jobs"].values():
         more = {"security-events": "write"} if path.name == "codeql.yml" else {}
-        assert job.get("permissions", {}) in ({}, {"contents": "read", **more})
+        publishes = job.get("environment") == "pypi"  # by trusted publishing, and it reads no repository
+        allowed = {"id-token": "write"} if publishes else {"contents": "read", **more}
+        assert job.get("permissions", {}) in ({}, allowed)
         assert job["timeout-minutes"] < 360
     for step in steps(workflow):
         if "actions/checkout" in step.get("uses", ""):
@@ -63,6 +65,23 @@ def test_the_token_comes_from_a_secret_and_only_the_run_has_it() -> None:
         assert text.count("secrets.") == text.count("'token': '${{ secrets.HF_TOKEN }}'")
     holders = [step["id"] for step in steps(load(ACTION / "action.yml")) if "inputs.token" in str(step)]
     assert holders == ["quantize"]
+
+
+def test_a_release_is_published_after_its_wheel_ran_the_demo_and_with_one_version() -> None:
+    release = load(WORKFLOWS / "release.yml")
+    assert release[True] == {"push": {"tags": ["v[0-9]+.[0-9]+.[0-9]+*"]}}
+    jobs = release["jobs"]
+    assert (jobs["demo"]["needs"], jobs["publish"]["needs"]) == ("build", "demo")
+    assert "secrets." not in str(release)
+    build, demo = ("\n".join(step.get("run", "") for step in jobs[name]["steps"]) for name in ("build", "demo"))
+    assert 'ls "dist/hfq-${GITHUB_REF_NAME#v}-py3-none-any.whl" "dist/hfq-${GITHUB_REF_NAME#v}.tar.gz"' in build
+    assert "dist/*.whl" in demo and "hfq run pipelines/demo.yaml --local-hub" in demo
+    for what in ("hfq --version", "hfq.json", "README.md"):
+        assert any(what in line and "${GITHUB_REF_NAME#v}" in line for line in demo.splitlines())
+    assert [step["uses"].split("@")[0] for step in jobs["publish"]["steps"]] == [
+        "actions/download-artifact",
+        "pypa/gh-action-pypi-publish",
+    ]
 
 
 # What starts a job, and with what
