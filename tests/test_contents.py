@@ -17,13 +17,14 @@ from safetensors.torch import load_file, save_file
 
 from hfq.card import render_card
 from hfq.contents import Contents, list_contents
-from hfq.errors import SourceError
+from hfq.errors import SourceError, UnsupportedError
 from hfq.hub import push_folder
 from hfq.local_hub import LocalHub
 from hfq.metadata import read_card
 from hfq.output import EXPORT, finish, work_folder
 from hfq.report import CheckpointInfo, Report
 from hfq.source import pull
+from hfq.tasks import find_task
 
 # What lies in the folder of somebody who trained a model there, and is nobody else's business.
 PRIVATE = {
@@ -412,6 +413,14 @@ def test_a_folder_without_a_checkpoint_at_its_top_says_what_it_is(
         pull(reference)
     for text in (*says, reference):
         assert text in str(caught.value)
+
+
+@pytest.mark.parametrize("architecture", ["BertModel", "BertForTokenClassification", "GPT2LMHeadModel"])
+def test_a_task_that_is_not_supported_names_those_that_are_and_fit(architecture: str) -> None:
+    with pytest.raises(UnsupportedError) as caught:
+        find_task({"architectures": [architecture]}, None)
+    assert "Expected one of: text-classification." in str(caught.value)
+    assert "hfq.quantization.fit" in str(caught.value)
 
 
 def test_push_folder_keeps_the_code_of_a_model_only_where_it_has_some(tmp_path: Path, hub: LocalHub) -> None:

@@ -31,7 +31,8 @@ def find_task(config: dict[str, Any], requested: str | None) -> str:
             raise UnsupportedError(f"No task is known for the architecture {architectures[0]}. Pass --task.") from error
     if task not in TASKS:
         raise UnsupportedError(
-            f"Task {task!r} ({', '.join(architectures)}) is not supported. Expected one of: {', '.join(TASKS)}."
+            f"Task {task!r} ({', '.join(architectures)}) is not supported. Expected one of: {', '.join(TASKS)}. "
+            "A model of another task may be quantized in Python: hfq.quantization.fit takes any torch.nn.Module."
         )
     return task
 
