@@ -1,7 +1,8 @@
 """Attention between int8 layers: bfloat16 products where the CPU multiplies bfloat16, torch's own attention elsewhere.
 
 It stands under its own name in transformers' attention registry, so every model that looks its attention up there can
-use it, whatever its family. With AMX, torch's fused attention is fastest on bfloat16; it keeps scores and sums in
+use it, whatever its family. Which attention runs depends on the model and the CPU alone, never on how many texts come
+together, how long they are or how they are padded, so that a text is rounded in a batch as it is alone. With AMX, torch's fused attention is fastest on bfloat16; it keeps scores and sums in
 float32. With AVX-512 BF16 alone, two batched matmuls through oneDNN take two thirds of the float32 attention's time.
 """
 
@@ -19,7 +20,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "hfq"
-WORTHWHILE = 1 << 16  # scores, over all heads; below it, the calls cost more than the arithmetic
 
 
 def multiplies_bfloat16() -> bool:
@@ -95,20 +95,19 @@ def bfloat16_attention(
     """`softmax(q k^T * scaling + mask) v` of an encoder: float `[batch, heads, length, size]` to `[batch, length, heads, size]`.
 
     `attention_mask`: bool, true where a key may be seen, broadcast to `[batch, heads, length, keys]`. Products are
-    bfloat16 with float32 sums. What an encoder does not do (causal masks, shared key heads, dropout, additive masks),
-    and what is too small to gain, goes to torch's attention. `tiles`: the CPU has AMX. A float32 model may hand over
-    bfloat16 (`hfq.runtime.narrowing`).
+    bfloat16 with float32 sums. What an encoder does not do (causal masks, shared key heads, dropout, additive masks) goes
+    to torch's attention; small inputs do not, though they gain nothing, or their answers would be others. `tiles`: the
+    CPU has AMX. A float32 model may hand over bfloat16 (`hfq.runtime.narrowing`).
     """
     batch, heads, length, size = query.shape
     keys = key.shape[2]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    plain = key.shape[1] == heads and value.shape == key.shape and not dropout
+    # Without padding, a causal mask may be left to `is_causal`: the mask does not say whether there is one.
+    plain = not causal and key.shape[1] == heads and value.shape == key.shape and not dropout
     plain &= not any(kwargs.get(name) is not None for name in ("position_bias", "cache", "softcap", "s_aux"))
-    masked_plainly = not causal if attention_mask is None else attention_mask.dtype == torch.bool
+    plain &= attention_mask is None or attention_mask.dtype == torch.bool
     dtype = _dtype_of(module, query.dtype) if query.dtype == torch.bfloat16 else query.dtype
-    # Who exports or compiles a model for any size wants no question about it.
-    few = not torch.compiler.is_compiling() and batch * heads * length * keys < WORTHWHILE
-    if not plain or not masked_plainly or few:
+    if not plain:
         query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs

@@ -74,8 +74,8 @@ class EncoderLayer:
         parts = (products or self.projection.products)(hidden).view(batch, length, 3 * self.heads, -1).transpose(1, 2)
         query, key, value = parts.split(self.heads, 1)
         del parts
-        plain = not getattr(self.attention, "is_causal", True) if mask is None else mask.dtype == torch.bool
-        if query.dtype != hidden.dtype and plain:  # narrowed for this attention
+        plain = mask is None or mask.dtype == torch.bool
+        if query.dtype != hidden.dtype and plain and not getattr(self.attention, "is_causal", True):  # narrowed for it
             y = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scale)
             del query, key, value
             y = y.transpose(1, 2).to(hidden.dtype)

@@ -32,7 +32,7 @@ class Flow:
     `calls`: layer, what it was given, what it answered. `read_by_others`: tensors that an operation outside the int8
     layers read, or that the model returned. `changes`: memory that was written to, with the number of calls before.
     `outputs`: every tensor that the model returned. `attended`: the memory that each call of torch's attention read as
-    query, key and value. `computed_from`: what any other operation read that does more than to look at it in another shape.
+    query, key and value, if it is not causal. `computed_from`: what any other operation read that does more than to look at it in another shape.
     `reads`: the memory that operations and layers read, in order. `made`: what operations answered with in new memory.
     `sums`: layer, the memory of what was added to its answer, and the number of reads until then. `opaque`: it returned
     what may hold further tensors.
@@ -82,7 +82,7 @@ class Flow:
         ]
 
     def read_by_attention(self) -> list[Int8Linear]:
-        """Layers whose answers nobody reads but one call of torch's attention, which reads nothing else."""
+        """Layers whose answers nobody reads but one call of torch's attention, which is not causal and reads nothing else."""
         once = self.called_once()
         layers = {_memory(answer): layer for layer, _, answer in self.calls if layer in once}
         calls = Counter(address for call in self.attended for address in call)
@@ -317,7 +317,7 @@ class _Operations(TorchDispatchMode):
         self.flow.made |= {_memory(leaf) for leaf in tree_leaves(answer) if isinstance(leaf, Tensor)} - memory
         if func is _ADD and self.flow.calls and read and read[0] is self.flow.calls[-1][2] and len(read) == 2:
             self.flow.sums.append((self.flow.calls[-1][0], _memory(read[1]), len(self.flow.reads)))
-        if func is _ATTENTION:
+        if func is _ATTENTION and not _is_causal(args, kwargs):
             self.flow.attended.append(tuple(map(_memory, args[:3])))
             memory = set(map(_memory, read[3:]))
         elif func.is_view and {_memory(leaf) for leaf in tree_leaves(answer) if isinstance(leaf, Tensor)} <= memory:
@@ -338,6 +338,11 @@ def _blank(layer: Int8Linear, x: Tensor) -> Tensor:
     start = group.starts[group.modules.index(layer)]
     columns = sum(module.out_features for module in group.modules)
     return torch.zeros(*shape, columns, dtype=dtype)[..., start : start + layer.out_features]
+
+
+def _is_causal(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether torch's attention is called with these, and told to make a causal mask."""
+    return bool(kwargs.get("is_causal", args[5] if len(args) > 5 else False))
 
 
 def _memory(tensor: Tensor) -> int:

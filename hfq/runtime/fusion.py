@@ -231,7 +231,7 @@ def _fuse_attention(model: nn.Module, example: Mapping[str, Tensor], flow: Flow 
     model.set_attn_implementation(attention.NAME)
     layers = flow.read_by_attention() if flow is not None and attention.multiplies_in_tiles() else []
     layers = [layer for layer in layers if layer.activation == "static" and type(layer) is Int8Linear]
-    narrowing = Narrowing(model.config, attention=attention.NAME, scores=attention.WORTHWHILE)
+    narrowing = Narrowing(model.config, attention=attention.NAME)
     for layer in layers:
         layer.narrow(narrowing)
     if layers and not _same_forms(flow, trace(model, example)):

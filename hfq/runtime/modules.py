@@ -285,7 +285,7 @@ class PackedLinear:
             y = y if y.dtype == x.dtype else y.to(x.dtype)
             return y if residual is None else added(y, residual)
         codes = x if x.dtype == torch.uint8 else quantize_uint8(x.float(), self.input_scale, self.zero_point)
-        narrow = self.narrowing is not None and residual is None and self.narrowing.gains(codes)
+        narrow = self.narrowing is not None and residual is None and self.narrowing.active
         y = self.kernel.static(
             codes,
             self.weight,

@@ -6,24 +6,19 @@ Which layers' answers attention alone reads, `hfq.runtime.flow` finds out.
 from typing import Any
 
 import torch
-from torch import Tensor
 
 
 class Narrowing:
     """Says to such layers of a model whether to answer with bfloat16.
 
-    They do as long as the model's config names `attention`, where there are `scores` enough that it would round them
-    itself, and not while a compiler traces, which narrows by itself.
+    They do as long as the model's config names `attention`, which would round them itself, and not while a compiler
+    traces, which narrows by itself.
     """
 
-    def __init__(self, config: Any, *, attention: str, scores: int) -> None:
-        self._config, self._attention, self._scores = config, attention, scores
+    def __init__(self, config: Any, *, attention: str) -> None:
+        self._config, self._attention = config, attention
 
     @property
     def active(self) -> bool:
         """Whether it is bfloat16 that is read."""
         return self._config._attn_implementation == self._attention and not torch.compiler.is_compiling()
-
-    def gains(self, x: Tensor) -> bool:
-        """The same, for input `[batch, length, in]`, of one head or more."""
-        return self.active and x.dim() == 3 and x.shape[0] * x.shape[1] ** 2 >= self._scores
