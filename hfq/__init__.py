@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 @when_imported("transformers.quantizers.auto")
 def _register(auto: Any) -> None:
     def int8_quantizer(config: Any, **kwargs: Any) -> Any:
-        from .runtime.quantizer import Int8HfQuantizer  # imports torch: not before a checkpoint asks for it
+        from .runtime.quantizer import make_quantizer  # imports torch: not before a checkpoint asks for it
 
-        return Int8HfQuantizer(config, **kwargs)
+        return make_quantizer(config, **kwargs)
 
     auto.AUTO_QUANTIZER_MAPPING["compressed-tensors"] = int8_quantizer
 

@@ -20,10 +20,10 @@ from transformers.pytorch_utils import Conv1D
 from .contents import list_contents
 from .errors import ExportError
 from .files import write_text
+from .patterns import find_patterns
 from .quantization.scheme import Plan
 from .runtime.conv import Int8Conv1D
 from .runtime.memory import drop_file_pages
-from .runtime.swap import stored_type
 from .source import Checkpoint
 
 SHARD_SIZE = "5GB"
@@ -32,7 +32,7 @@ ACTIVATIONS: dict[str, dict[str, Any]] = {
     "static": {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "tensor", "dynamic": False},
     "dynamic": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
 }
-ORDER = ("static", "dynamic", "weight-only")
+APPROACHES = ("static", "dynamic", "weight-only")
 FLOAT_LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, Conv1D)
 
 
@@ -71,7 +71,11 @@ def write_weights_and_config(model: nn.Module, plan: Plan, config: Mapping[str, 
 
 def quantization_config(model: nn.Module, plan: Plan) -> dict[str, Any]:
     """The `quantization_config` of config.json: groups of layers with one scheme, everything else under `ignore`."""
-    groups = [_group(approach, names) for (_, approach), names in _by_scheme(model, plan).items()]
+    approaches: dict[str, str] = dict.fromkeys(plan.embeddings, "weight-only")
+    approaches |= {name: scheme.approach for name, scheme in plan.layers.items()}
+    ignored = [name for name, module in model.named_modules() if isinstance(module, FLOAT_LAYERS)]
+    patterns = find_patterns(model, {**approaches, **dict.fromkeys(ignored, "ignore")})
+    groups = [_group(approach, patterns[approach]) for approach in APPROACHES if approach in patterns]
     # Stock transformers opens an int8 Conv1D only where it widens the whole model to float.
     widened = {"dequantize": True} if any(isinstance(module, Int8Conv1D) for module in model.modules()) else {}
     return widened | {
@@ -79,21 +83,7 @@ def quantization_config(model: nn.Module, plan: Plan) -> dict[str, Any]:
         "format": "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
-        "ignore": [name for name, module in model.named_modules() if isinstance(module, FLOAT_LAYERS)],
-    }
-
-
-def _by_scheme(model: nn.Module, plan: Plan) -> dict[tuple[str, str], list[str]]:
-    """Names of layers, or one type's name where all its layers run alike, by that type and by approach."""
-    found: dict[tuple[str, str], list[str]] = {}
-    kinds = {name: stored_type(model.get_submodule(name)) for name in [*plan.layers, *plan.embeddings]}
-    for name, kind in kinds.items():
-        approach = plan.layers[name].approach if name in plan.layers else "weight-only"
-        found.setdefault((kind, approach), []).append(name)
-    alone = [kind for kind, _ in found]
-    return {
-        (kind, approach): names if alone.count(kind) > 1 else [kind]
-        for (kind, approach), names in sorted(found.items(), key=lambda item: ORDER.index(item[0][1]))
+        "ignore": patterns.get("ignore", []),
     }
 
 

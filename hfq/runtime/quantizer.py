@@ -17,6 +17,7 @@ from .filling import fill_modules
 from .fusion import fuse
 from .memory import checkpoint_files
 from .modules import Int8Embedding, PackedModule, note_files
+from .stock import is_stock
 from .swap import is_int8, must_be_widened, swap_modules
 
 
@@ -32,13 +33,10 @@ class Int8HfQuantizer(CompressedTensorsHfQuantizer):
             UnsupportedError: a part of an int8 model is to lie on disk.
         """
         super().validate_environment(*args, **kwargs)
-        device_map = kwargs.get("device_map")
-        is_kept = (
-            (not self.quantization_config.dequantize or must_be_widened(self.compressor.quantization_config))
-            and self.quantization_config.is_quantization_compressed
-            and is_int8(self.compressor.quantization_config)
-        )
-        if is_kept and isinstance(device_map, dict) and "disk" in map(str, device_map.values()):
+        device_map, settings = kwargs.get("device_map"), self.quantization_config
+        is_kept = settings.is_quantization_compressed and is_int8(self.compressor.quantization_config)
+        on_disk = isinstance(device_map, dict) and "disk" in map(str, device_map.values())
+        if is_kept and on_disk and getattr(self, "runs_int8", not settings.dequantize):
             raise UnsupportedError(
                 "The device_map puts a part of this int8 model on disk, from where int8 weights cannot run. Pass "
                 'device_map="cpu": there they are a quarter of the float weights, and stay in their file until they '
@@ -46,14 +44,15 @@ class Int8HfQuantizer(CompressedTensorsHfQuantizer):
             )
         if not hasattr(self, "runs_int8"):
             self.runs_int8 = is_kept and _on_cpu(device_map)
-        if self.runs_int8:
-            # The tensors are loaded as they are, into modules that hold them as they are.
-            self.serialized_names: dict[str, list[str]] = {}
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        if self.quantization_config.dequantize and not must_be_widened(model):
+            self.runs_int8 = False  # the user asks for a float model
         if not self.runs_int8:
             super()._process_model_before_weight_loading(model, **kwargs)
             return
+        # The tensors are loaded as they are, into modules that hold them as they are.
+        self.serialized_names: dict[str, list[str]] = {}
         swap_modules(model, self.compressor.quantization_config)
         self.end_filling = fill_modules(model, kwargs.get("checkpoint_files") or [])
 
@@ -94,6 +93,11 @@ class RefuseTraining(TrainerCallback):
                 "An int8 model is not trained: its weights are frozen. Train the float checkpoint and quantize the "
                 "result, or load this one in float, with quantization_config=CompressedTensorsConfig(dequantize=True)."
             )
+
+
+def make_quantizer(config: Any, **kwargs: Any) -> CompressedTensorsHfQuantizer:
+    """What transformers opens a compressed-tensors checkpoint with."""
+    return (CompressedTensorsHfQuantizer if is_stock() else Int8HfQuantizer)(config, **kwargs)
 
 
 def _on_cpu(device_map: Any) -> bool:

@@ -25,14 +25,6 @@ def swap_modules(model: nn.Module, config: QuantizationConfig) -> None:
                 model.set_submodule(name, _int8_twin(module, scheme, device))
 
 
-def stored_type(module: nn.Module) -> str:
-    """The float type that an int8 module stands for on disk."""
-    if isinstance(module, Int8Conv):
-        return f"Conv{len(module.kernel_size)}d"
-    names = {Int8Conv1D: "Conv1D", Int8Linear: "Linear", Int8Embedding: "Embedding"}
-    return names[type(module)]
-
-
 def transformers_part(model: nn.Module) -> str | None:
     """The name of the one transformers model that `model`, a LightningModule say, is built around.
 
@@ -46,9 +38,9 @@ def transformers_part(model: nn.Module) -> str | None:
     return names[0]
 
 
-def must_be_widened(config: QuantizationConfig) -> bool:
-    """Whether stock transformers could open such a checkpoint only by widening it to float (`"dequantize": true`)."""
-    return any("Conv1D" in scheme.targets for scheme in config.config_groups.values())
+def must_be_widened(model: nn.Module) -> bool:
+    """Whether stock transformers could open int8 weights of `model` only by widening it to float (`"dequantize": true`)."""
+    return any(isinstance(module, Conv1D) for module in model.modules())
 
 
 def is_int8(config: QuantizationConfig) -> bool:

@@ -1,0 +1,70 @@
+"""Patterns that find layers again by name, under whatever prefix `from_pretrained` adds to names or takes from them.
+
+A classifier's `bert.encoder.layer.0.output.dense` is `encoder.layer.0.output.dense` where its encoder is opened alone.
+A pattern that is a type's name would also find layers that the checkpoint has not, such as a pooler that is new.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import TypeVar
+
+from torch import nn
+from transformers import PreTrainedModel
+
+Group = TypeVar("Group", int, str)
+_ANY = r"(?:.*\.)?"
+
+
+def find_patterns(model: nn.Module, groups: Mapping[str, Group]) -> dict[Group, list[str]]:
+    """By group, patterns as compressed-tensors has them: each matches layers of this group and of no other.
+
+    `groups`: each layer's, by its name in `model`.
+    """
+    names: dict[Group, set[str]] = {}
+    for name, group in groups.items():
+        names.setdefault(group, set()).update({name, _alone(model, name) or name})
+    patterns: dict[Group, dict[str, None]] = {group: {} for group in names}
+    fits: dict[tuple[Group, str], bool] = {}
+
+    def fit(pattern: str, group: Group) -> bool:
+        if (group, pattern) not in fits:
+            matches = re.compile(pattern).match
+            fits[group, pattern] = not any(matches(name) for other in names if other != group for name in names[other])
+        return fits[group, pattern]
+
+    for name, group in groups.items():
+        fitting = next((pattern for pattern in _candidates(model, name) if fit(pattern, group)), None)
+        patterns[group][name if fitting is None else f"re:{fitting}"] = None
+    return {group: list(found) for group, found in patterns.items()}
+
+
+def _alone(model: nn.Module, name: str) -> str | None:
+    """What a layer may be called where the transformers model within `model` that it is in is opened alone.
+
+    None: it is in a head, or `model` is not transformers'.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return None
+    first, _, rest = name.partition(".")
+    if model.base_model is not model:
+        return rest if first == model.base_model_prefix else None
+    return rest if rest and isinstance(getattr(model, first), PreTrainedModel) else name
+
+
+def _candidates(model: nn.Module, name: str) -> Iterator[str]:
+    """Expressions that match `name`, the most general first."""
+    alone = _alone(model, name)
+    if alone is not None:
+        yield from (f"^{_ANY}{text}$" for text in _texts(alone))
+        if alone != name:
+            part = re.escape(name.removesuffix(alone))
+            yield from (f"^(?:{_ANY}{part})?{text}$" for text in _texts(alone))
+            yield from (f"^{_ANY}{text}$" for text in _texts(name))
+    if any(part.isdigit() for part in name.split(".")):
+        yield f"^{_texts(name)[0]}$"
+
+
+def _texts(name: str) -> tuple[str, str]:
+    """`name` with any numbers in the place of its own, and as it is."""
+    parts = [re.escape(part) for part in name.split(".")]
+    return r"\.".join(r"\d+" if part.isdigit() else part for part in parts), r"\.".join(parts)

@@ -1,0 +1,100 @@
+"""Tiny random models of families whose names, ties and keys differ, with inputs that they take."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+_WORDS = 120
+_ENCODER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+_LABELS = {"vocab_size": _WORDS, "num_labels": 3, "pad_token_id": 0}
+_BERT = {**_ENCODER, **_LABELS}
+_SMALL = {**_BERT, "embedding_size": 16}
+_DECODER = {**_BERT, "num_key_value_heads": 2, "head_dim": 8, "bos_token_id": 1, "eos_token_id": 2}
+_T5 = {**_LABELS, "d_model": 32, "d_ff": 64, "d_kv": 8, "num_heads": 4, "num_layers": 2, "decoder_start_token_id": 0}
+_SEEN = {**_ENCODER, "image_size": 16, "patch_size": 8}
+_IMAGE = {**_SEEN, "num_labels": 3}
+
+
+def _text() -> dict[str, Tensor]:
+    ids = torch.randint(5, _WORDS, (6, 10), generator=torch.Generator().manual_seed(1))
+    mask = (torch.arange(10) < torch.tensor([10, 10, 10, 7, 7, 7])[:, None]).long()
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def _image() -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))}
+
+
+def _sound() -> dict[str, Tensor]:
+    return {"input_values": torch.randn(3, 800, generator=torch.Generator().manual_seed(1))}
+
+
+@dataclass(frozen=True)
+class Family:
+    """`heads`: other classes that open a checkpoint of `model`."""
+
+    model: str
+    config: dict[str, Any]
+    inputs: Callable[[], dict[str, Tensor]] = _text
+    heads: tuple[str, ...] = ("AutoModel",)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def make(self) -> Any:
+        """The model, random in float; its answers differ by input."""
+        torch.manual_seed(0)
+        kind = getattr(transformers, self.model)
+        model = kind(kind.config_class(**self.config), **self.options).eval().requires_grad_(False)
+        for parameter in model.parameters():
+            if parameter.dim() == 2 and parameter.std() < 0.1:
+                parameter.mul_(4)
+        return model
+
+
+FAMILIES = {
+    "albert": Family("AlbertForSequenceClassification", _SMALL),
+    "bert": Family("BertForSequenceClassification", _BERT, heads=("AutoModel", "BertForTokenClassification")),
+    "bert alone": Family("BertModel", _BERT, heads=("BertForSequenceClassification",)),
+    "bert without pooler": Family("BertModel", _BERT, options={"add_pooling_layer": False}),
+    "bert with words": Family("BertForMaskedLM", _BERT, heads=("AutoModel", "BertForSequenceClassification")),
+    "clip": Family(
+        "CLIPModel",
+        {"text_config": {**_BERT, "eos_token_id": 2}, "vision_config": _SEEN, "projection_dim": 16},
+        lambda: {**_text(), **_image()},
+    ),
+    "deberta": Family(
+        "DebertaV2ForSequenceClassification", {**_BERT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
+    ),
+    "dinov2": Family("Dinov2ForImageClassification", {**_IMAGE, "use_swiglu_ffn": True}, _image),
+    "distilbert": Family(
+        "DistilBertForSequenceClassification", {**_LABELS, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}
+    ),
+    "electra": Family("ElectraForSequenceClassification", _SMALL),
+    "gemma3": Family("Gemma3ForCausalLM", _DECODER),
+    "gpt2": Family(
+        "GPT2ForSequenceClassification",
+        {**_LABELS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "bos_token_id": 1, "eos_token_id": 2},
+    ),
+    "llama": Family("LlamaForCausalLM", _DECODER, heads=("AutoModel", "LlamaForSequenceClassification")),
+    "modernbert": Family(
+        "ModernBertForSequenceClassification",
+        {**_BERT, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2},
+    ),
+    "mpnet": Family("MPNetForSequenceClassification", _BERT),
+    "qwen2, tied": Family("Qwen2ForCausalLM", {**_DECODER, "tie_word_embeddings": True}),
+    "roberta": Family("RobertaForSequenceClassification", _BERT, heads=("AutoModel", "RobertaForTokenClassification")),
+    "vit": Family("ViTForImageClassification", _IMAGE, _image),
+    "wav2vec2": Family(
+        "Wav2Vec2ForSequenceClassification",
+        {
+            **_ENCODER,
+            **{"conv_dim": (8, 8), "conv_kernel": (10, 3), "conv_stride": (5, 2), "num_feat_extract_layers": 2},
+            **{"num_labels": 3, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4},
+        },
+        _sound,
+    ),
+    "xlm-roberta with words": Family("XLMRobertaForMaskedLM", _BERT),
+}
