@@ -3,6 +3,7 @@
 The command line's pipeline starts from a checkpoint and a dataset; here the user brings both as objects.
 """
 
+import copy
 import tempfile
 import time
 import warnings
@@ -13,19 +14,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import __version__
 from .config import PostTrainingQuantConfig
 from .errors import GoalNotMetError, HfqError
 from .hardware import hardware
 from .quantization.convert import quantize_model
-from .quantization.inputs import LABELS, bind, bind_call, take
+from .quantization.inputs import LABELS, bind, bind_call, head, take
 from .quantized import quantized_like
 from .report import CriterionInfo, FitMeasurement, FitReport, Layers, now, package_versions
 from .runtime.fusion import fuse
 from .runtime.memory import weights_left_in_file
 from .runtime.modules import memory_mib, state_mib
+from .runtime.ownership import own_tensors
 from .tuning.acceptance import Goal
 from .tuning.log import TrialLog
 from .tuning.options import Options
@@ -34,6 +36,8 @@ from .tuning.tuner import Found, find, prepare, ranked
 from .ui import Reporter
 
 Evaluate = Callable[[nn.Module], float]
+HALF = (torch.bfloat16, torch.float16)
+EXAMPLES = 2  # that a saved folder is checked with
 
 
 class _EnoughError(Exception):
@@ -62,8 +66,9 @@ def fit(
             name ("accuracy").
 
     Returns:
-        The int8 model. It behaves as `model` does, an instance of the same class, and has `save`,
-        `save_pretrained`, `push_to_hub`, `trials` and `report`.
+        The int8 model. It behaves as `model` does, an instance of the same class with tensors of its own, and has
+        `save`, `save_pretrained`, `push_to_hub`, `trials` and `report`. What stays float in it is float32, also where
+        `model` is bfloat16 or float16.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, naming it.
@@ -85,6 +90,7 @@ def fit(
         with weights_left_in_file(model):
             baseline = None if evaluate is None else _score(evaluate, model)
         seconds = time.monotonic() - started
+        floats = _in_float32(model)
         if evaluate is None:
             warnings.warn(
                 "Neither eval_func nor eval_dataloader is given: the model is quantized without tuning, and nothing "
@@ -94,16 +100,30 @@ def fit(
         batches: Sequence[Mapping[str, Any]] = []
         for i, size in enumerate(conf.sampling_sizes):
             batches = _calibration_batches(model, conf, size, calib_dataloader, calib_func)
+            batches = batches if floats is model else [_widened(batch) for batch in batches]
             log = TrialLog(Path(folder) / f"trials-{i}.jsonl", depends_on={}, resume=False)
-            found = _search(model, batches, evaluate, baseline, conf=conf, log=log, ui=ui)
+            found = _search(floats, batches, evaluate, baseline, conf=conf, log=log, ui=ui)
             if found.outcome.met:
                 break
-        report = _report(model, found, conf, baseline, seconds, log, batches, ui)
+        report = _report(floats, found, conf, baseline, seconds, log, batches, ui)
         if evaluate is not None and not found.outcome.met:
             raise _goal_missed(report)
-        quantized = quantize_model(model, found.plan, found.space.folds)
+        quantized = quantize_model(floats, found.plan, found.space.folds)
+        if floats is model:
+            own_tensors(quantized, model)
         fuse(quantized)
-    return quantized_like(model, quantized, plan=found.plan, report=report)
+    example = head(batches[0], EXAMPLES) if batches else None
+    return quantized_like(model, quantized, plan=found.plan, report=report, example=example)
+
+
+def _in_float32(model: nn.Module) -> nn.Module:
+    """`model`, or a copy of it in float32: int8 layers have float32 scales, and so does the folder that is saved."""
+    half = any(tensor.dtype in HALF for tensor in [*model.parameters(), *model.buffers()])
+    return copy.deepcopy(model).float() if half else model
+
+
+def _widened(batch: Mapping[str, Any]) -> dict[str, Any]:
+    return tree_map_only(Tensor, lambda x: x.float() if x.dtype in HALF else x, dict(batch))
 
 
 def _search(

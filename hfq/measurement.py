@@ -6,11 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from .benchmark import Subject, Timing, logits_of, measure, timed_batches
+from .errors import ExportError
 from .evaluation import Evaluation
 from .report import Comparison, Measurement
 from .runtime.slicing import in_parts
 from .session import Session, load_model
 from .source import Checkpoint
+from .stock import answers_otherwise, other_model
 from .tuning.acceptance import mcnemar_p, paired_interval
 from .ui import Reporter
 
@@ -77,11 +79,17 @@ def compare_with_stock(session: Session, ours: Tensor, exported: Checkpoint) -> 
 
     Both compute the same codes from the same scales, but sum in another order. A code that lies on the edge then
     rounds the other way and moves every code after it, so the two agree only as well as int8 resolves the model.
+
+    Raises:
+        ExportError: they are so far apart that they cannot be the same model.
     """
     batches = [part for batch in timed_batches(session.evaluation) for part in in_parts(batch, tokens=STOCK_TOKENS)]
     remote = session.recipe.trust_remote_code
     subject = Subject(exported, session.auto_class, stock=True, trust_remote_code=remote)
     stock = logits_of(subject, batches, threads=session.recipe.threads)
+    difference = answers_otherwise(ours, stock)
+    if difference is not None:
+        raise ExportError(other_model(difference))
     same = stock.argmax(1) == ours.argmax(1)
     return StockComparison(same.float().mean().item(), (stock - ours).abs().mean().item())
 

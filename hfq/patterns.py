@@ -12,7 +12,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 Group = TypeVar("Group", int, str)
-_ANY = r"(?:.*\.)?"
 
 
 def find_patterns(model: nn.Module, groups: Mapping[str, Group]) -> dict[Group, list[str]]:
@@ -52,16 +51,16 @@ def _alone(model: nn.Module, name: str) -> str | None:
 
 
 def _candidates(model: nn.Module, name: str) -> Iterator[str]:
-    """Expressions that match `name`, the most general first."""
+    """Expressions that match `name`, the most general first; none tries twice what it repeats (`hfq.trust`)."""
     alone = _alone(model, name)
     if alone is not None:
-        yield from (f"^{_ANY}{text}$" for text in _texts(alone))
+        yield from (rf"(?:|.*\.){text}$" for text in _texts(alone))
         if alone != name:
             part = re.escape(name.removesuffix(alone))
-            yield from (f"^(?:{_ANY}{part})?{text}$" for text in _texts(alone))
-            yield from (f"^{_ANY}{text}$" for text in _texts(name))
+            yield from (rf"(?:|{part}|.*\.{part}){text}$" for text in _texts(alone))
+            yield from (rf"(?:|.*\.){text}$" for text in _texts(name))
     if any(part.isdigit() for part in name.split(".")):
-        yield f"^{_texts(name)[0]}$"
+        yield f"{_texts(name)[0]}$"
 
 
 def _texts(name: str) -> tuple[str, str]:

@@ -13,9 +13,11 @@ from .card import render_fit_card
 from .errors import ExportError
 from .export import write_weights_and_config
 from .files import write_text
+from .quantization.inputs import Batch
 from .quantization.scheme import Plan
 from .report import REPORT_FILE, FitReport, Trial
 from .runtime.swap import transformers_part
+from .stock import check_written
 
 _CLASSES: dict[type, type] = {}
 
@@ -25,6 +27,7 @@ class Quantized:
 
     _hfq_plan: Plan
     _hfq_report: FitReport
+    _hfq_example: Batch | None  # a few calibration inputs
 
     @property
     def trials(self) -> list[Trial]:
@@ -39,7 +42,8 @@ class Quantized:
         """Write a folder that `hfq.load` opens and, if this is a transformers model, stock `from_pretrained`.
 
         Raises:
-            ExportError: the folder holds something else, or cannot be written. Nothing is left half-written.
+            ExportError: the folder holds something else, or cannot be written, or stock transformers would open another
+                model than this one. Nothing is left half-written.
         """
         folder = Path(save_dir)
         if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / REPORT_FILE).exists())):
@@ -97,6 +101,9 @@ class Quantized:
         name = transformers_part(self)
         part = self if name is None else self.get_submodule(name)
         write_weights_and_config(part, _within(self._hfq_plan, name), _config(part), folder=folder)
+        if isinstance(part, PreTrainedModel):
+            kind = type(part).__mro__[2] if isinstance(part, Quantized) else type(part)
+            check_written(part, folder, kind=kind, batch=self._hfq_example if part is self else None)
         generation: Any = getattr(part, "generation_config", None)
         if generation is not None and getattr(part, "can_generate", lambda: False)():
             generation.save_pretrained(folder)
@@ -104,11 +111,14 @@ class Quantized:
         write_text(folder / "README.md", render_fit_card(self._hfq_report))
 
 
-def quantized_like(model: nn.Module, quantized: nn.Module, *, plan: Plan, report: FitReport) -> Any:
+def quantized_like(
+    model: nn.Module, quantized: nn.Module, *, plan: Plan, report: FitReport, example: Batch | None
+) -> Any:
     """Make `quantized`, a module of the class of `model`, a `Quantized` of that class."""
     quantized.__class__ = _class_of(type(model))
     quantized._hfq_plan = plan  # type: ignore[assignment]
     quantized._hfq_report = report  # type: ignore[assignment]
+    quantized._hfq_example = example  # type: ignore[assignment]
     return quantized
 
 

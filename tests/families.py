@@ -86,6 +86,12 @@ FAMILIES = {
     "mpnet": Family("MPNetForSequenceClassification", _BERT),
     "qwen2, tied": Family("Qwen2ForCausalLM", {**_DECODER, "tie_word_embeddings": True}),
     "roberta": Family("RobertaForSequenceClassification", _BERT, heads=("AutoModel", "RobertaForTokenClassification")),
+    "llama, tied": Family("LlamaForCausalLM", {**_DECODER, "tie_word_embeddings": True}),
+    "longt5 encoder": Family("LongT5EncoderModel", _T5, heads=()),
+    "t5": Family("T5ForConditionalGeneration", _T5, lambda: {**_text(), "decoder_input_ids": _text()["input_ids"]}, ()),
+    "t5 encoder": Family("T5EncoderModel", _T5, heads=("T5ForTokenClassification",)),
+    "t5 of tokens": Family("T5ForTokenClassification", _T5, heads=("T5EncoderModel",)),
+    "umt5 encoder": Family("UMT5EncoderModel", _T5, heads=()),
     "vit": Family("ViTForImageClassification", _IMAGE, _image),
     "wav2vec2": Family(
         "Wav2Vec2ForSequenceClassification",

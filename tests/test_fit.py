@@ -13,6 +13,7 @@ import pytest
 import torch
 import torchmetrics
 import transformers
+from families import FAMILIES
 from models import relative_error, tiny, token_batches
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -23,6 +24,7 @@ from hfq.errors import ExportError, GoalNotMetError, SourceError, UsageError
 from hfq.local_hub import LocalHub
 from hfq.quantization import fit
 from hfq.runtime.conv import Int8Conv
+from hfq.runtime.memory import checkpoint_files
 from hfq.runtime.modules import Int8Embedding, Int8Linear
 
 ANY_LOSS = AccuracyCriterion(tolerable_loss=1.0)
@@ -443,6 +445,49 @@ def test_result_behaves_as_the_model_did() -> None:
     assert int8.fc.weight.dtype == torch.int8
 
 
+class Tied(nn.Module):
+    """A layer that runs twice, under two names, and words that are multiplied by the rows they are looked up in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lookup, self.unused = nn.Embedding(30, 16), nn.Embedding(30, 16)
+        self.first = self.second = nn.Linear(16, 16)
+        self.words = nn.Linear(16, 30, bias=False)
+        self.unused.weight = self.words.weight = self.lookup.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.words(torch.relu(self.second(torch.relu(self.first(self.lookup(ids))))))
+
+
+def test_weights_that_modules_share_are_one_int8_weight(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, ids = Tied().eval(), torch.randint(0, 30, (8, 6))
+    int8 = fit(model, PostTrainingQuantConfig(), [ids])
+    assert int8_names(int8) == {"lookup", "unused", "first", "words"}
+    assert int8.second is int8.first
+    assert int8.report().layers.float_layers == {}
+    assert relative_error(int8(ids).detach(), model(ids).detach()) < 0.05
+    int8.save(tmp_path / "saved")
+    loaded = hfq.load(tmp_path / "saved", model=Tied())
+    assert loaded.second is loaded.first
+    assert torch.equal(loaded(ids), int8(ids))
+
+
+def test_weight_that_two_matmuls_share_stays_float_and_says_so() -> None:
+    class Two(MLP):
+        def __init__(self) -> None:
+            super().__init__()
+            self.third = nn.Linear(48, 48)
+            self.third.weight = self.second.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.head(self.third(torch.relu(self.first(x))))
+
+    float_layers = fit(Two(), PostTrainingQuantConfig(), [torch.randn(8, 12)]).report().layers.float_layers
+    assert float_layers["second"] == "shares its weight with third"
+    assert float_layers["third"] == "shares its weight with second"
+
+
 def test_module_that_was_saved_needs_a_skeleton_that_fits(tmp_path: Path) -> None:
     quantized_mlp().save(tmp_path / "mlp")
     with pytest.raises(UsageError, match=r"model=MLP\(…\)"):
@@ -518,3 +563,63 @@ def test_transformers_model_opens_in_stock_transformers(
     assert child.returncode == 0, child.stderr
     errors = [float(line) for line in child.stdout.split()]
     assert len(errors) == 2 and max(errors) < 0.05
+
+
+def test_training_one_model_does_not_move_the_other(tmp_path: Path) -> None:
+    tiny(vocab_size=8192).save_pretrained(tmp_path / "float")  # its embedding is large enough to stay in the file
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "float").eval()
+    batches = token_batches(2)
+    floats = {"weight": {"dtype": "fp32"}}
+    int8 = fit(model, PostTrainingQuantConfig(op_type_dict={"Embedding": floats}), batches)
+    embedding = int8.get_input_embeddings().weight
+    with torch.inference_mode():
+        before = int8(**batches[0]).logits.clone()
+        for parameter in model.parameters():
+            parameter.zero_()
+        assert torch.equal(int8(**batches[0]).logits, before)
+        assert any(embedding.data_ptr() in file for file in checkpoint_files()) or not checkpoint_files()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama, tied", "t5", "vit"])
+def test_models_in_half_precision(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model, inputs = FAMILIES[name].make().to(dtype), FAMILIES[name].inputs()
+    inputs = {key: x.to(dtype) if x.is_floating_point() else x for key, x in inputs.items()}
+    int8 = fit(model, PostTrainingQuantConfig(recipes={"smooth_quant": False}), [inputs])
+    with torch.inference_mode():
+        answer, expected = int8(**inputs)[0], model(**inputs)[0]
+    assert relative_error(answer, expected) < 0.1
+    assert all(parameter.dtype == dtype for parameter in model.parameters())
+    int8.save(tmp_path / "saved")
+    with torch.inference_mode():
+        assert relative_error(type(model).from_pretrained(tmp_path / "saved")(**inputs)[0], answer) < 0.02
+
+
+def test_torch_transformer_layers_run_by_their_modules(tmp_path: Path) -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+            self.encoder, self.head = nn.TransformerEncoder(layer, 2), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+            return self.head(self.encoder(x, src_key_padding_mask=padding)[:, 0])
+
+    torch.manual_seed(0)
+    model = Encoder().eval()
+    inputs = {"x": torch.randn(4, 7, 16), "padding": torch.arange(7) > torch.tensor([6, 6, 4, 3])[:, None]}
+    int8 = fit(model, PostTrainingQuantConfig(), [inputs])
+    assert {f"encoder.layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)} <= int8_names(int8)
+    int8.save(tmp_path / "saved")
+    loaded = hfq.load(tmp_path / "saved", model=Encoder())
+    with torch.inference_mode():
+        assert relative_error(int8(**inputs), model(**inputs)) < 0.05
+        assert torch.equal(loaded(**inputs), int8(**inputs))
+
+
+def test_what_stock_transformers_would_open_otherwise_is_not_saved(tmp_path: Path) -> None:
+    int8 = fit(tiny(), PostTrainingQuantConfig(), token_batches(1))
+    int8.bert.pooler.dense.forward = lambda x: x * 3  # which no folder holds
+    with pytest.raises(ExportError, match="another model where hfq is not installed: its answer differs by"):
+        int8.save(tmp_path / "saved")
+    assert list(tmp_path.iterdir()) == []

@@ -10,8 +10,9 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import UnsupportedError
 from ..runtime.conv import Int8Conv, Int8Conv1D
 from ..runtime.modules import Int8Embedding, Int8Linear
+from ..runtime.swap import replacer
 from .graph import Fold, fold_into
-from .layers import CONVOLUTIONS, embedding, linear, twin, why_not
+from .layers import CONVOLUTIONS, linear, twin, why_not
 from .scheme import LayerScheme, Plan, Rows, quantize_rows
 
 
@@ -19,13 +20,20 @@ def quantize_model(model: nn.Module, plan: Plan, folds: Sequence[Fold]) -> nn.Mo
     """A new module with the layers of `plan` in int8; `model` is left as it was."""
     quantized = twin(model)
     fold_into(quantized, folds, plan.smoothing)
+    put = replacer(quantized)
     for name, scheme in plan.layers.items():
         layer = linear(quantized, name)
-        quantized.set_submodule(
-            name, int8_layer(layer, scheme, rows=plan.weights.get(name), bias_shift=plan.bias_shifts.get(name))
-        )
+        put(layer, int8_layer(layer, scheme, rows=plan.weights.get(name), bias_shift=plan.bias_shifts.get(name)))
+    tied: dict[int, Int8Embedding | Int8Linear] = {}  # by the float weight, the first that was made of it
     for name in plan.embeddings:
-        quantized.set_submodule(name, int8_embedding(embedding(quantized, name)))
+        layer = linear(quantized, name)
+        first = tied.get(id(layer.weight))
+        if first is None:
+            int8 = tied[id(layer.weight)] = int8_embedding(layer)
+        else:
+            int8 = int8_embedding(layer, Rows(first.weight.detach(), first.weight_scale.detach()))
+            int8.weight = first.weight
+        put(layer, int8)
     return quantized.eval()
 
 
@@ -76,10 +84,14 @@ def int8_conv(
     return int8
 
 
-def int8_embedding(layer: nn.Embedding) -> Int8Embedding:
-    """The int8 twin of an Embedding."""
+def int8_embedding(layer: nn.Module, rows: Rows | None = None) -> Int8Embedding | Int8Linear:
+    """The int8 twin of an Embedding; of a Linear that shares an Embedding's weight, one that takes float inputs."""
+    if isinstance(layer, nn.Linear):
+        return int8_linear(layer, LayerScheme("weight-only"), rows=rows)
+    if not isinstance(layer, nn.Embedding):
+        raise TypeError(f"{type(layer).__name__} has no int8 twin.")
     int8 = Int8Embedding(layer.num_embeddings, layer.embedding_dim, padding_idx=layer.padding_idx)
-    int8.weight.data, int8.weight_scale.data = quantize_rows(layer.weight)
+    int8.weight.data, int8.weight_scale.data = rows or quantize_rows(layer.weight)
     return int8
 
 

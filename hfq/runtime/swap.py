@@ -1,5 +1,7 @@
 """Put int8 modules where a checkpoint's `quantization_config` says so, before its tensors are loaded."""
 
+from collections.abc import Callable
+
 import torch
 from compressed_tensors.quantization import (
     QuantizationArgs,
@@ -19,10 +21,28 @@ from .modules import Activation, Int8Embedding, Int8Linear
 def swap_modules(model: nn.Module, config: QuantizationConfig) -> None:
     """Replace, in place, each layer that `config` names by its int8 twin, whose tensors are still to be loaded."""
     device = torch.get_default_device()
+    put = replacer(model)
     with torch._C.DisableTorchFunction():  # which is how that one is set, and slow
         for scheme in config.config_groups.values():
-            for name, module in list(match_named_modules(model, scheme.targets, config.ignore)):
-                model.set_submodule(name, _int8_twin(module, scheme, device))
+            for _, module in list(match_named_modules(model, scheme.targets, config.ignore)):
+                put(module, _int8_twin(module, scheme, device))
+
+
+def replacer(model: nn.Module) -> Callable[[nn.Module, nn.Module], None]:
+    """What puts a module in the place of one of `model`, under every name that it has there."""
+    places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is not None:
+                places.setdefault(child, []).append((parent, name))
+
+    def put(old: nn.Module, new: nn.Module) -> None:
+        for parent, name in places[old]:
+            parent._modules[name] = new
+            if isinstance(parent, nn.TransformerEncoderLayer):
+                parent.activation_relu_or_gelu = 0  # or its fast path reads weights past their modules
+
+    return put
 
 
 def transformers_part(model: nn.Module) -> str | None:

@@ -94,8 +94,12 @@ class Space:
             for name in self.layers.layers
             if (scheme := self._scheme(name, candidate, statistics.get(name))) is not None
         }
-        embeddings = tuple(name for name in self.layers.embeddings if "int8" in self._rules[name].precisions)
+        embeddings = tuple(name for name in self.layers.embeddings if self._may_be_int8(name))
         return self._recovered(Plan(schemes, embeddings, smoothing), candidate)
+
+    def _may_be_int8(self, embedding: str) -> bool:
+        tied = self.layers.tied.get(embedding, (embedding,))
+        return all("int8" in self._rules[name].precisions for name in tied)
 
     def must_stay_float(self) -> dict[str, str]:
         """Layers that a rule keeps float, with the reason."""
