@@ -166,11 +166,9 @@ def _called(model: nn.Module, candidates: Mapping[str, nn.Module], batch: Batch)
 
 def _in_encoder(model: nn.Module, name: str) -> bool:
     """Whether a layer is in a transformers model itself, and not in a head on it."""
-    return any(
-        isinstance(part, PreTrainedModel)
-        and any(layer is model.get_submodule(name) for layer in part.base_model.modules())
-        for part in model.modules()
-    )
+    layer = model.get_submodule(name)
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    return any(module is layer for part in parts for module in part.base_model.modules())
 
 
 def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:

@@ -103,11 +103,9 @@ class Space:
 
     def must_stay_float(self) -> dict[str, str]:
         """Layers that a rule keeps float, with the reason."""
-        return {
-            name: "kept in float by the configuration"
-            for name, rule in self._rules.items()
-            if "int8" not in rule.precisions
-        }
+        wanted = [name for name, rule in self._rules.items() if "int8" not in rule.precisions]
+        tied = [name for name in self.layers.embeddings if not self._may_be_int8(name)]
+        return dict.fromkeys([*wanted, *tied], "kept in float by the configuration")
 
     def folded(self, alpha: Alpha | None) -> nn.Module:
         """The float model with its channels rescaled."""
