@@ -282,12 +282,18 @@ def _labels(batch: Any) -> Tensor:
 
 @contextmanager
 def _inference(model: nn.Module) -> Any:
-    """Evaluation mode while the float model is read; each module's own mode afterwards."""
+    """Evaluation mode while the float model is read; each module's own mode afterwards.
+
+    torch's transformer layers run module by module meanwhile: their fast path passes nested tensors, and hooks by.
+    """
     modes = [(module, module.training) for module in model.modules()]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     model.eval()
     try:
         yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for module, mode in modes:
             module.training = mode
 

@@ -30,6 +30,7 @@ def swap_modules(model: nn.Module, config: QuantizationConfig) -> None:
 
 def replacer(model: nn.Module) -> Callable[[nn.Module, nn.Module], None]:
     """What puts a module in the place of one of `model`, under every name that it has there."""
+    encoders = [module for module in model.modules() if isinstance(module, nn.TransformerEncoder)]
     places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
         for name, child in parent._modules.items():
@@ -39,8 +40,10 @@ def replacer(model: nn.Module) -> Callable[[nn.Module, nn.Module], None]:
     def put(old: nn.Module, new: nn.Module) -> None:
         for parent, name in places[old]:
             parent._modules[name] = new
-            if isinstance(parent, nn.TransformerEncoderLayer):
-                parent.activation_relu_or_gelu = 0  # or its fast path reads weights past their modules
+            if isinstance(parent, nn.TransformerEncoderLayer):  # its fast path reads weights past their modules
+                parent.activation_relu_or_gelu = 0
+                for encoder in encoders:  # and only that takes nested tensors
+                    encoder.use_nested_tensor = False
 
     return put
 
