@@ -39,6 +39,7 @@ from .wording import (
     percent,
     points,
     public,
+    stock_comparison,
     verdict,
 )
 
@@ -90,6 +91,7 @@ def render_card(report: Report, *, repo_id: str | None, plots: Mapping[str, str]
             metric_label=metric_label(report),
             scores=scores,
             published=scores[-1],
+            stock=stock_comparison(report),
             evaluated=[trial for trial in report.trials if trial.accuracy is not None],
             float_layers=by_reason(report.layers.float_layers),
             plots={name: _image(alt_text(name, report), path) for name, path in (plots or {}).items()},

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .benchmark import Subject, Timing, logits_of, measure, timed_batches
 from .errors import ExportError
 from .evaluation import Evaluation
-from .report import Comparison, Measurement
+from .report import Comparison, Measurement, StockComparison
 from .runtime.slicing import in_parts
 from .session import Session, load_model
 from .source import Checkpoint
@@ -21,20 +21,13 @@ STOCK_TOKENS = 512  # at a time: what stock transformers computes of them takes 
 
 @dataclass(frozen=True)
 class Measured:
-    """Both checkpoints, and the splits they were compared on."""
+    """Both checkpoints, and the splits they were compared on. `stock`: on the holdout, if there is one."""
 
     baseline: Measurement
     quantized: Measurement
     comparisons: list[Comparison]
     timed_examples: int
-
-
-@dataclass(frozen=True)
-class StockComparison:
-    """Int8 kernels beside stock transformers: share of examples with the same answer, mean absolute logit difference."""
-
-    agreement: float
-    logit_difference: float
+    stock: StockComparison | None = None
 
 
 def measure_export(session: Session, exported: Checkpoint, baseline: Evaluation, *, ui: Reporter) -> Measured:
@@ -47,12 +40,15 @@ def measure_export(session: Session, exported: Checkpoint, baseline: Evaluation,
         compare(baseline, quantized, split=info.split, seed=recipe.seed, seen_in_tuning=True),
     ]
     held_out: list[float | None] = [None, None]
+    stock = None
     if session.holdout and info.holdout_split:
         before = session.evaluate(session.model, session.holdout)
         after = session.evaluate(model, session.holdout)
         held_out = [before.score, after.score]
         comparisons.append(compare(before, after, split=info.holdout_split, seed=recipe.seed, seen_in_tuning=False))
         ui.note(f"{info.holdout_split!r}, which tuning never saw: FP32 {before.score:.4f}, INT8 {after.score:.4f}")
+        stock = compare_with_stock(session, answers(session, model, held_out=True), exported, held_out=True)
+        ui.note(f"stock transformers gives the same answer on {stock.agreement:.2%} of {stock.examples} examples there")
 
     batches = timed_batches(session.evaluation)
     subjects = [
@@ -65,16 +61,20 @@ def measure_export(session: Session, exported: Checkpoint, baseline: Evaluation,
         _measurement(exported, quantized, timings[1], held_out[1]),
         comparisons,
         sum(len(batch["input_ids"]) for batch in batches),
+        stock,
     )
 
 
-def answers(session: Session, model: nn.Module) -> Tensor:
-    """Logits of `model` on the examples that it is compared with stock transformers on."""
+def answers(session: Session, model: nn.Module, *, held_out: bool = False) -> Tensor:
+    """Logits of `model` on the examples that it is compared with stock transformers on: of tuning, or `held_out`."""
+    batches = timed_batches(session.holdout if held_out else session.evaluation)
     with torch.inference_mode():
-        return torch.cat([model(**batch).logits.float() for batch in timed_batches(session.evaluation)])
+        return torch.cat([model(**batch).logits.float() for batch in batches])
 
 
-def compare_with_stock(session: Session, ours: Tensor, exported: Checkpoint) -> StockComparison:
+def compare_with_stock(
+    session: Session, ours: Tensor, exported: Checkpoint, *, held_out: bool = False
+) -> StockComparison:
     """`ours`, by int8 kernels, beside the answers of the exported model in a process where hfq is not used.
 
     Both compute the same codes from the same scales, but sum in another order. A code that lies on the edge then
@@ -83,7 +83,8 @@ def compare_with_stock(session: Session, ours: Tensor, exported: Checkpoint) -> 
     Raises:
         ExportError: they are so far apart that they cannot be the same model.
     """
-    batches = [part for batch in timed_batches(session.evaluation) for part in in_parts(batch, tokens=STOCK_TOKENS)]
+    whole = timed_batches(session.holdout if held_out else session.evaluation)
+    batches = [part for batch in whole for part in in_parts(batch, tokens=STOCK_TOKENS)]
     remote = session.recipe.trust_remote_code
     subject = Subject(exported, session.auto_class, stock=True, trust_remote_code=remote)
     stock = logits_of(subject, batches, threads=session.recipe.threads)
@@ -91,7 +92,14 @@ def compare_with_stock(session: Session, ours: Tensor, exported: Checkpoint) -> 
     if difference is not None:
         raise ExportError(other_model(difference))
     same = stock.argmax(1) == ours.argmax(1)
-    return StockComparison(same.float().mean().item(), (stock - ours).abs().mean().item())
+    info = session.data.info
+    return StockComparison(
+        split=(info.holdout_split or "") if held_out else info.split,
+        examples=len(same),
+        agreement=same.float().mean().item(),
+        logit_difference=(stock - ours).abs().mean().item(),
+        seen_in_tuning=not held_out,
+    )
 
 
 def compare(first: Evaluation, second: Evaluation, *, split: str, seed: int, seen_in_tuning: bool) -> Comparison:

@@ -29,6 +29,7 @@ from .wording import (
     percent,
     points,
     public,
+    stock_comparison,
     verdict,
 )
 
@@ -83,6 +84,7 @@ def _render(report: Report) -> str:
         lowest=lowest_accepted(report),
         scores=scores,
         published=scores[-1],
+        stock=stock_comparison(report),
         rows=_rows(report, scores),
         intervals=[_interval(report, score) for score in scores if score.comparison],
         scatter=_scatter(report) if dots(report) else None,

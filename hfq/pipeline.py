@@ -294,6 +294,7 @@ def _write_checkpoint(
         stock_agreement=trial.stock_agreement,
         sensitivity=layer_errors(found.space, found.outcome.candidate),
         baseline_pass_s=baseline.duration_s,
+        held_out_stock=measured.stock,
     )
     write_text(folder / REPORT_FILE, report.to_json())
     drawn = plots.write(report, folder)

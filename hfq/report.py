@@ -130,6 +130,20 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class StockComparison:
+    """Int8 kernels beside stock transformers, which dequantizes, on the same `examples` of `split`.
+
+    `agreement`: share of them with the same answer. `logit_difference`: mean absolute difference.
+    """
+
+    split: str
+    examples: int
+    agreement: float
+    logit_difference: float
+    seen_in_tuning: bool
+
+
+@dataclass(frozen=True)
 class Layers:
     """Layer names by how they run. `float_layers` maps a name to why it stays float.
 
@@ -149,7 +163,8 @@ class Layers:
 class Report:
     """Everything about one run. `command` repeats it.
 
-    `stock_agreement` and `logit_difference` are the chosen trial's.
+    `stock_agreement` and `logit_difference` are the chosen trial's, which was chosen by them, too; `held_out_stock` is
+    the same on the holdout, where there is one.
     `ranking`: output error on the calibration slice of each candidate that was considered.
     `sensitivity`: output error of each layer alone, as the chosen candidate runs it, relative to its float output.
     `baseline_pass_s`: the float model's forward passes over the evaluation split, timed as a trial's `duration_s` is;
@@ -184,6 +199,7 @@ class Report:
     ranking: dict[str, float] = field(default_factory=dict)
     sensitivity: dict[str, float] = field(default_factory=dict)
     baseline_pass_s: float | None = None
+    held_out_stock: StockComparison | None = None
 
     def to_json(self) -> str:
         return redact(json.dumps(asdict(self), indent=2, ensure_ascii=False)) + "\n"
@@ -192,6 +208,7 @@ class Report:
     def from_json(cls, text: str) -> "Report":
         """Raises `AttributeError`, `ValueError`, `TypeError` or `KeyError` when `text` is not a report."""
         data = parse_json(text)
+        stock = data.get("held_out_stock")
         return cls(
             **{
                 **data,
@@ -205,6 +222,7 @@ class Report:
                     Comparison(**{**row, "interval": tuple(row["interval"])}) for row in data["comparisons"]
                 ],
                 "layers": Layers(**data["layers"]),
+                "held_out_stock": None if stock is None else StockComparison(**stock),
             }
         )
 

@@ -13,7 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from .redact import redact, redact_command
-from .report import CheckpointInfo, Comparison, DatasetInfo, FitReport, Report
+from .report import CheckpointInfo, Comparison, DatasetInfo, FitReport, Report, StockComparison
 
 _SIGNIFICANCE = 0.05
 _PATH = re.compile(r"""'/[^']*'|"/[^"]*"|(?<![\w:/.~)-])(?:file://)?/[^\s'"`,;]+""")
@@ -51,6 +51,14 @@ def measured_scores(report: Report) -> list[Score]:
         seen = row.seen_in_tuning if row else False
         scores.append(Score(data.holdout_split, data.holdout_examples, before, after, seen, row))
     return scores
+
+
+def stock_comparison(report: Report) -> StockComparison | None:
+    """Int8 kernels beside stock transformers: on the holdout, else, which flatters, on the split that tuning chose by."""
+    agreement, difference = report.stock_agreement, report.logit_difference
+    if report.held_out_stock is not None or agreement is None or difference is None:
+        return report.held_out_stock
+    return StockComparison(report.dataset.split, report.timed_examples, agreement, difference, seen_in_tuning=True)
 
 
 def model_name(report: Report | FitReport) -> str:

@@ -14,6 +14,7 @@ from hfq.report import (
     Layers,
     Measurement,
     Report,
+    StockComparison,
     Trial,
 )
 
@@ -85,6 +86,7 @@ def make_report(**changes: Any) -> Report:
         hardware={"cpu": "Xeon", "threads": 2},
         versions={"python": "3.11.2", "torch": "2.13.0"},
         stock_agreement=0.997,
+        held_out_stock=StockComparison("test", 480, 0.9938, 0.0512, False),
         warnings=["100 samples were asked for, 96 are distinct."],
         sensitivity={"encoder.0.k": 0.0456, "pooler.dense": 0.0123, "encoder.0.q": 0.00078},
         baseline_pass_s=3.25,

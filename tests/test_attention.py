@@ -79,6 +79,30 @@ def test_keys_that_are_masked_count_for_nothing() -> None:
     assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("tiles", [False, True])
+def test_a_row_is_rounded_alone_as_in_a_batch(tiles: bool) -> None:
+    query, key, value = tensors(64, 4, 20, 16)
+    lengths = torch.arange(64).remainder(16) + 5
+    mask = (torch.arange(20) < lengths[:, None])[:, None, None, :]
+    with torch.inference_mode():
+        batch, _ = bfloat16_attention(Encoder(), query, key, value, mask, tiles=tiles)
+        for row in (0, 7, 15):
+            parts = [x[row : row + 1, :, : lengths[row]] for x in (query, key, value)]
+            in_float32 = F.scaled_dot_product_attention(*parts).transpose(1, 2)
+            alone, _ = bfloat16_attention(Encoder(), *parts, None, tiles=tiles)
+            found = relative_error(batch[row : row + 1, : lengths[row]], alone)
+            assert found < relative_error(in_float32, alone) / 2
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+def test_a_decoders_row_is_attended_alone_as_with_padding(tiles: bool) -> None:
+    query, key, value = tensors(2, 4, 200, 16)
+    mask = torch.ones(2, 1, 200, 200, dtype=torch.bool).tril()
+    padded, _ = bfloat16_attention(Decoder(), query, key, value, mask, tiles=tiles)
+    alone, _ = bfloat16_attention(Decoder(), query[:1], key[:1], value[:1], None, tiles=tiles)
+    assert relative_error(alone, padded[:1]) < 1e-5
+
+
 def test_what_an_encoder_does_not_do_is_left_to_torch() -> None:
     query, key, value = tensors(4, 4, 100, 16)
     causal, _ = bfloat16_attention(Decoder(), query, key, value, None)

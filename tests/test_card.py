@@ -20,6 +20,7 @@ from hfq import plots, resources
 from hfq.card import TEMPLATE, render_card
 from hfq.errors import HfqError, HubError, UsageError
 from hfq.hub import validate_card
+from hfq.page import render_page
 from hfq.report import CheckpointInfo, Comparison, Report
 from hfq.resources import resource
 from hfq.wording import model_name
@@ -176,9 +177,21 @@ def test_a_report_without_figures_for_a_plot_gets_none(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
-def test_agreement_with_stock_transformers_is_stated() -> None:
-    words = "same answer on 99.7 % of the timed examples; their logits differ by 0.0456 on average"
-    assert words in render_card(make_report(), repo_id=None)
+def test_agreement_with_stock_transformers_is_that_of_data_that_chose_nothing() -> None:
+    card, page = render_card(make_report(), repo_id=None), render_page(make_report())
+    assert "same answer on 99.38 % of 480 examples of `test`, which neither calibration nor tuning saw" in card
+    assert "logits differ by 0.0512 on average" in card
+    assert "99.38 %" in page and "99.7 %" not in card + page
+
+
+def test_agreement_on_the_tuning_split_alone_is_said_to_flatter() -> None:
+    old = json.loads(make_report().to_json())
+    del old["held_out_stock"]  # as of version 0.1
+    report = Report.from_json(json.dumps(old))
+    card = render_card(report, repo_id=None)
+    assert "same answer on 99.7 % of 384 examples of `validation`, by which the candidate was chosen" in card
+    assert "<code>validation</code>, which tuning chose by" in render_page(report)
+    assert "Both ways" not in render_card(replace(report, stock_agreement=None), repo_id=None)
 
 
 def test_snippets_load_from_where_the_model_is_published() -> None:

@@ -458,6 +458,9 @@ def test_the_demo_runs_and_publishes_without_network_or_account(tmp_path: Path) 
     for measured in (report["baseline"], report["quantized"]):
         assert all(measured[key] > 0 for key in ("duration_s", "memory_mb", "size_mb", "peak_memory_mb"))
     assert report["dataset"]["holdout_examples"] == 558
+    stock = report["held_out_stock"]
+    assert (stock["split"], stock["seen_in_tuning"]) == ("test", False)
+    assert 0.99 <= stock["agreement"] <= 1 and stock["examples"] > 200
     assert re.search(r"http://127\.0\.0\.1:\d+/hfq-user/bert-mini-sms-spam-int8 at [0-9a-f]{40}", done.err)
     assert {file.name for file in tmp_path.iterdir()} == {"demo-int8"}
 

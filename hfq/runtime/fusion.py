@@ -67,6 +67,9 @@ def wanted_fusions() -> tuple[str, ...]:
     for it, and measures with it. Where the CPU has bfloat16, compiled code also keeps normed numbers so from one residual
     sum to the next; the codes that matmuls read are made before they are rounded.
 
+    Behind bfloat16, codes round another way than in stock transformers, which then agrees on fewer answers: 98.1 % of
+    MRPC's test split with AMX (MiniLM). With "exact" it is 99.0 % of 408 pairs that chose nothing (AVX2).
+
     Raises:
         UsageError: there is no fusion of that name.
     """
