@@ -57,6 +57,13 @@ class EngineName(str, Enum):
     ray = "ray"
 
 
+def _expanded(value: Any) -> Any:
+    """A path, or several, as `user_path` has them."""
+    from .files import user_path
+
+    return [user_path(path) for path in value] if isinstance(value, list | tuple) else value and user_path(value)
+
+
 Checkpoint = Annotated[str, typer.Argument(help="Hub id or folder of a checkpoint.", show_default=False)]
 Dataset = Annotated[str | None, typer.Option(help="Hub id, folder or file (CSV, JSON, Parquet).", show_default=False)]
 Subset = Annotated[
@@ -210,7 +217,7 @@ def quantize(
     trust_remote_code: RemoteCode = False,
     save_recipe: Annotated[
         Path | None,
-        typer.Option(help="Also write the recipe of this run, for `hfq run`.", show_default=False),
+        typer.Option(help="Also write the recipe of this run, for `hfq run`.", show_default=False, callback=_expanded),
     ] = None,
     local_hub: LocalHub = False,
     resume: Resume = False,
@@ -246,7 +253,10 @@ hfq run pipelines/ --push
 hfq run pipelines/ --push --engine ray --ray-address head:6379"""
 )
 def run(
-    recipes: Annotated[list[Path], typer.Argument(help="Recipes, YAML files, or folders of them.", show_default=False)],
+    recipes: Annotated[
+        list[Path],
+        typer.Argument(help="Recipes, YAML files, or folders of them.", show_default=False, callback=_expanded),
+    ],
     output: Annotated[
         str | None, typer.Option(help="Folder to write, instead of the recipe's.", show_default=False)
     ] = None,
@@ -325,7 +335,7 @@ def inspect(
 )
 def report_command(
     result: Annotated[str, typer.Argument(help="Folder or Hub id of what `hfq quantize` wrote.", show_default=False)],
-    output: Annotated[Path, typer.Option(help="File to write.")] = Path("report.html"),
+    output: Annotated[Path, typer.Option(help="File to write.", callback=_expanded)] = Path("report.html"),
     revision: Revision = None,
     token: Token = None,
 ) -> None:
@@ -373,7 +383,9 @@ def bench_command(
     growth: Annotated[
         bool, typer.Option("--growth", help="Also measure how time and memory grow with layers, batch and length.")
     ] = False,
-    output: Annotated[Path, typer.Option(help="Folder for bench.md, bench.json and bench.png.")] = Path("bench"),
+    output: Annotated[
+        Path, typer.Option(help="Folder for bench.md, bench.json and bench.png.", callback=_expanded)
+    ] = Path("bench"),
     threads: Threads = None,
     token: Token = None,
     as_json: Json = False,
@@ -474,7 +486,9 @@ def evaluate(
 
 @app.command(name="push", epilog="**Examples**\n\nhfq push ./out --to me/bert-mrpc-int8")
 def push_command(
-    folder: Annotated[Path, typer.Argument(help="Folder that `hfq quantize` wrote.", show_default=False)],
+    folder: Annotated[
+        Path, typer.Argument(help="Folder that `hfq quantize` wrote.", show_default=False, callback=_expanded)
+    ],
     to: To = None,
     private: Private = False,
     create_pr: CreatePr = False,
@@ -504,7 +518,9 @@ def push_command(
 
 @app.command(epilog="**Examples**\n\nhfq watch pipelines/ --once\n\nhfq watch pipelines/ --interval 600")
 def watch(
-    folder: Annotated[Path, typer.Argument(help="Folder of recipes, or one recipe.", show_default=False)],
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of recipes, or one recipe.", show_default=False, callback=_expanded)
+    ],
     once: Annotated[bool, typer.Option("--once", help="Look once and exit, for schedules.")] = False,
     interval: Annotated[float, typer.Option(min=1, help="Seconds between two looks.")] = 600,
     token: Token = None,
@@ -540,10 +556,12 @@ WEBHOOK_SECRET=… hfq webhook pipelines/ --port 7860
 WEBHOOK_SECRET=… hfq webhook pipelines/ --host 0.0.0.0"""
 )
 def webhook(
-    folder: Annotated[Path, typer.Argument(help="Folder of recipes, or one recipe.", show_default=False)],
-    queue: Annotated[Path, typer.Option(help="Folder for what is to be done; it survives a restart.")] = Path(
-        "hfq-queue"
-    ),
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of recipes, or one recipe.", show_default=False, callback=_expanded)
+    ],
+    queue: Annotated[
+        Path, typer.Option(help="Folder for what is to be done; it survives a restart.", callback=_expanded)
+    ] = Path("hfq-queue"),
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine's.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
     retry: Annotated[
@@ -727,9 +745,10 @@ def _hub(local: bool) -> Iterator[str | None]:
     from huggingface_hub import constants
 
     from .local_hub import LocalHub as Server
+    from .network import proxies_changed
 
     configured = constants.ENDPOINT, constants.HF_HUB_DISABLE_XET
-    with Server() as server:
+    with Server() as server, proxies_changed(server.direct()):
         constants.ENDPOINT, constants.HF_HUB_DISABLE_XET = server.url, True
         try:
             yield server.token

@@ -10,6 +10,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from .download import fetch_file, find_damaged, head, list_files, snapshot_folder, undamaged
 from .errors import DataError, HfqError
+from .files import user_path
 from .metadata import LONGEST_CARD
 from .reading import check_yaml, read_json, read_text
 from .recipe import is_path
@@ -47,7 +48,7 @@ def load_splits(name: str, subset: str | None, *, token: str | None) -> "tuple[D
 
     try:
         if is_path(name):
-            return _load_path(Path(name).expanduser(), subset), None
+            return _load_path(user_path(name), subset), None
         return _load_from_hub(name, subset, token)
     except HfqError:
         raise

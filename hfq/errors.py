@@ -27,6 +27,8 @@ class DataError(HfqError):
 class UnsupportedError(HfqError):
     """A task, architecture or layer that hfq does not quantize."""
 
+    exit_code = 2
+
 
 class ExportError(HfqError):
     """The quantized folder cannot be written, or does not read back as it was written."""

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from .errors import UsageError
+
 
 def write_text(path: Path, text: str) -> None:
     """Write as UTF-8, as `write_bytes` does."""
@@ -17,3 +19,15 @@ def write_bytes(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def user_path(text: str | Path) -> Path:
+    """The path with the home folder for a leading `~`, which shells leave as it is in `--output=~/x`, as files do.
+
+    Raises:
+        UsageError: it is the home folder of nobody who is known here.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"The home folder in {text} is not known on this machine. Write the path out.") from error

@@ -8,13 +8,14 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
 from functools import cache
 from typing import Any
 
 import httpx2
-from huggingface_hub import get_session, set_client_factory
+from huggingface_hub import close_session, get_session, set_client_factory
 from huggingface_hub.utils import hf_raise_for_status, parse_ratelimit_headers
 
 from .ui import Reporter
@@ -37,6 +38,19 @@ def be_patient() -> None:
     if default.timeout == httpx2.Timeout(None):
         hooks = default.event_hooks
         set_client_factory(lambda: PatientClient(event_hooks=hooks, follow_redirects=True, timeout=TIMEOUT_S))
+
+
+@contextmanager
+def proxies_changed(changes: Mapping[str, str]) -> Iterator[None]:
+    """While the block runs, the Hub's client has these variables, such as NO_PROXY, which it reads when it is made."""
+    before = {name: os.environ.get(name, "") for name in changes}
+    os.environ.update(changes)
+    close_session()
+    try:
+        yield
+    finally:
+        os.environ.update(before)
+        close_session()
 
 
 class Waits:

@@ -20,7 +20,7 @@ from typing import Any
 from huggingface_hub import get_token
 
 from .errors import ExportError, HfqError, UsageError
-from .files import write_text
+from .files import user_path, write_text
 from .installation import installation
 from .output import EXPORT, TRIALS_FILE, Result, check_output, finish, work_folder
 from .ray_worker import Job, Secret, run_recipe
@@ -309,7 +309,7 @@ def _settings() -> dict[str, str]:
 def _absolute(recipe: Recipe) -> Recipe:
     """Its folders as every node has to have them."""
     paths = {
-        key: str(Path(value).expanduser().resolve())
+        key: str(user_path(value).resolve())
         for key in ("checkpoint", "dataset")
         if (value := getattr(recipe, key)) and is_path(value)
     }

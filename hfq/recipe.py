@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import UsageError
+from .files import user_path
 from .reading import read_text, read_yaml
 from .redact import holds_token
 
@@ -88,14 +89,14 @@ class Recipe(BaseModel):
     def name(self) -> str:
         """The checkpoint's name without its owner or folder."""
         return (
-            Path(self.checkpoint.rstrip("/")).resolve().name
+            user_path(self.checkpoint.rstrip("/")).resolve().name
             if is_path(self.checkpoint)
             else self.checkpoint.split("/")[-1]
         )
 
     @property
     def output_folder(self) -> Path:
-        return Path(self.output or f"{self.name}-int8")
+        return user_path(self.output or f"{self.name}-int8")
 
 
 def is_path(reference: str) -> bool:

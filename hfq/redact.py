@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import traceback
+from contextlib import suppress
 from typing import Any, TextIO
 
 REPLACEMENT = "HF_TOKEN"
@@ -80,5 +81,6 @@ def _secrets() -> set[str]:
     found = {*_given, *(os.environ.get(name, "").strip() for name in _VARIABLES)}
     hub = sys.modules.get("huggingface_hub")  # not imported: no token was read from the file of `hf auth login`
     if hub is not None:
-        found.add(hub.get_token() or "")
+        with suppress(OSError, ValueError):  # a file that cannot be read gives no token away; who needs it says so
+            found.add(hub.get_token() or "")
     return {secret for secret in found if len(secret) >= _SHORTEST}

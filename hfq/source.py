@@ -29,6 +29,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from .contents import MODULES_FILE, Contents, left_behind, list_names, read_contents, relative_link
 from .download import Files, fetch_file, fetch_folder, head, list_files
 from .errors import HfqError, HubError, SourceError
+from .files import user_path
 from .hub_errors import NOT_UNDERSTOOD
 from .metadata import forbids_derivatives, read_card, terms_of, texts
 from .recipe import is_path
@@ -143,7 +144,7 @@ def pull_report(reference: str, *, revision: str | None = None, token: str | Non
     if is_path(reference):
         if revision is not None:
             raise _no_revision(reference, revision)
-        return Path(reference).expanduser()
+        return user_path(reference)
     with _explained(reference, revision):
         api = HfApi(token=token)
         sha = head(api, reference, revision=revision)
@@ -176,7 +177,7 @@ def _no_revision(reference: str, revision: str) -> SourceError:
 
 
 def _folder(reference: str) -> Path:
-    path = Path(reference).expanduser()
+    path = user_path(reference)
     if path.suffix == ".ckpt" and path.is_file():
         from .lightning_checkpoint import as_folder  # imports torch, which folders do not need
 

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 from command import CHECKPOINT, HFQ, Done, Running, copy_checkpoint, forkserver, hfq, write_slice
+from factories import make_folder
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 
 from hfq.local_hub import LocalHub
+from hfq.recipe import read_recipe
 
 Change = Callable[[Path], object]
 CLOSED = "http://127.0.0.1:9"  # nobody listens there
@@ -161,13 +163,30 @@ BAD_CHECKPOINTS: dict[str, tuple[Change, tuple[str, ...]]] = {
 }
 
 
+UNSUPPORTED = (  # whole, and wrong for the command
+    "for another task",
+    "of another kind of model",
+    "of an unknown architecture",
+    "for regression",
+    "with one label",
+    "for many labels at once",
+)
+
+
 @pytest.mark.parametrize("kind", BAD_CHECKPOINTS)
 def test_refuses_a_checkpoint(kind: str, cwd: Path, data: Path) -> None:
     change, says = BAD_CHECKPOINTS[kind]
     checkpoint = copy_checkpoint(cwd.parent / "model")
     change(checkpoint)
     done = forkserver().hfq("quantize", checkpoint, "--dataset", data, "--output", "out", cwd=cwd)
-    refused(done, *says)
+    refused(done, *says, code=2 if kind in UNSUPPORTED else 1)
+
+
+def test_eval_refuses_a_checkpoint_for_another_task(cwd: Path, data: Path) -> None:
+    change, says = BAD_CHECKPOINTS["for another task"]
+    checkpoint = copy_checkpoint(cwd.parent / "model")
+    change(checkpoint)
+    refused(forkserver().hfq("eval", checkpoint, "--dataset", data, cwd=cwd), *says, code=2)
 
 
 def test_refuses_a_checkpoint_that_is_quantized_already(cwd: Path, data: Path) -> None:
@@ -311,6 +330,35 @@ def test_refuses_a_value_by_its_flag(flags: list[str], cwd: Path, data: Path) ->
 def test_refuses_more_tokens_than_the_model_takes(cwd: Path, data: Path) -> None:
     done = forkserver().hfq("quantize", CHECKPOINT, "--dataset", data, "--max-length", 129, cwd=cwd)
     refused(done, "--max-length 129", "at most 128 tokens", code=2)
+
+
+def test_a_path_may_begin_with_the_home_folder(cwd: Path) -> None:
+    home = {"HOME": str(cwd.parent)}
+    make_folder(cwd.parent / "out")
+    done = forkserver().hfq("report", "~/out", "--output=~/pages/page.html", cwd=cwd, env=home)
+    assert done.code == 0, done.err
+    assert (cwd.parent / "pages" / "page.html").is_file()
+
+
+def test_the_output_of_a_recipe_may_be_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "recipe.yaml").write_text("checkpoint: ~/model\noutput: ~/int8\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe = read_recipe(tmp_path / "recipe.yaml")
+    assert (recipe.output_folder, recipe.name) == (tmp_path / "int8", "model")
+
+
+@pytest.mark.parametrize(
+    "line", ["report ./out --output=~nobody-here/x.html", "push ~nobody-here/x", "inspect ~nobody-here/x"]
+)
+def test_refuses_the_home_folder_of_nobody(line: str, cwd: Path) -> None:
+    done = forkserver().hfq(*line.split(), cwd=cwd)
+    refused(done, "home folder in ~nobody-here/x", "Write the path out", code=2)
+
+
+def test_a_token_file_that_cannot_be_read_is_named(cwd: Path) -> None:
+    make_folder(cwd.parent / "out")
+    env = {"HF_TOKEN": None, "HF_TOKEN_PATH": str(cwd.parent)}
+    refused(hfq("push", cwd.parent / "out", cwd=cwd, env=env), f"Is a directory: {cwd.parent}")
 
 
 BAD_USAGE = {

@@ -1,6 +1,7 @@
 """The HTTP server of a local Hub, and `LocalHub`, by which programs and tests start, fill and examine it."""
 
 import logging
+import os
 import re
 import secrets
 import socket
@@ -100,8 +101,15 @@ class LocalHub:
         self.stop()
 
     def environment(self) -> dict[str, str]:
-        """The variables that make a process take this for the Hub."""
-        return {"HF_ENDPOINT": self.url, "HF_TOKEN": self.token, "HF_HUB_DISABLE_XET": "1"}
+        """The variables that make a process take this for the Hub, and go there by no proxy."""
+        found = {"HF_ENDPOINT": self.url, "HF_TOKEN": self.token, "HF_HUB_DISABLE_XET": "1"}
+        return {**found, **self.direct()}
+
+    def direct(self) -> dict[str, str]:
+        """The variables by which clients go to it by no proxy, nor to those hosts that the user has named."""
+        names = ("NO_PROXY", "no_proxy")
+        hosts = ",".join(filter(None, [*map(os.environ.get, names), HOST]))
+        return dict.fromkeys(names, hosts)
 
     def add_user(self, name: str, *, token: str | None = None, orgs: Iterable[str] = ()) -> str:
         """Another account, and the token that it logs in with."""
