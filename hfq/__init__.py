@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from wrapt import when_imported
 
-__version__ = "0.1.0"
+from .common.version import __version__
+
 __all__ = ["__version__", "by_length", "compile", "load"]
 
 if TYPE_CHECKING:
+    from .load import load
     from .runtime.compiling import compile
-    from .runtime.loading import load
     from .runtime.slicing import by_length
 
 
@@ -43,7 +44,7 @@ def _watch_trainings(trainer: Any) -> None:
 
 def __getattr__(name: str) -> Any:
     if name == "load":
-        from .runtime.loading import load
+        from .load import load
 
         return load
     if name == "compile":

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .quantization.observers import OBSERVERS
+from .ptq.observers import OBSERVERS
 from .tuning.options import ALPHAS, Alpha, Limits, Objective, Options, Rule
 from .tuning.strategies import STRATEGIES
 

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
 from .config import PostTrainingQuantConfig
-from .fitting import fit
+from .quantization import fit
 
 STAGES = ("validate", "test")
 

@@ -6,12 +6,12 @@ from typing import Any
 
 from optimum.quantization_base import OptimumQuantizer
 
-from .errors import UsageError
-from .output import Result
+from .common.errors import UsageError
+from .common.resources import resource
+from .common.ui import Reporter
 from .pipeline import quantize as run_pipeline
 from .recipe import Recipe, make_recipe
-from .resources import resource
-from .ui import Reporter
+from .report.report import Result
 
 OF_THE_CHECKPOINT = ("revision", "task", "trust_remote_code")
 REFUSED = {

@@ -6,28 +6,17 @@ Needs no torch: with `hfq run --engine ray` it is filled by a process that may h
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .contents import left_behind, list_names, read_contents
-from .errors import ExportError, GoalNotMetError, SourceError, UsageError
-from .hub_repository import OURS
-from .plots import FOLDER as PLOTS
-from .report import CARD_FILE, REPORT_FILE, FitReport, Report, read_report
+from .common.errors import ExportError, GoalNotMetError, SourceError, UsageError
+from .common.names import CARD_FILE, EXPORT, PLOTS, REPORT_FILE, TRIALS_FILE
+from .hub.repository import OURS
+from .report.report import Report, read_report
+from .source.contents import left_behind, list_names, read_contents
 
 _WRITTEN = ("config.json", REPORT_FILE, CARD_FILE)  # and weights and plots, as `OURS` has them
-TRIALS_FILE = "trials.jsonl"
-EXPORT = "export"
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished run: the folder with the int8 checkpoint, and its report."""
-
-    folder: Path
-    report: Report
 
 
 def check_output(output: Path) -> None:
@@ -100,13 +89,13 @@ def finish(output: Path, work: Path) -> None:
     shutil.rmtree(work)
 
 
-def split_export(folder: Path, report: Report | FitReport) -> tuple[list[str], list[str]]:
+def split_export(folder: Path, report: Report) -> tuple[list[str], list[str]]:
     """The files of an exported folder that hfq wrote or that belong to a checkpoint, and the names of the others.
 
     Raises:
         SourceError: its modules.json is damaged, or names a folder elsewhere.
     """
-    of = report.checkpoint if isinstance(report, Report) else None
+    of = None if report.of_object else report.checkpoint
     contents = read_contents(
         folder, code=of is not None and of.remote_code, license_link=of and of.terms.get("license_link")
     )

@@ -1,6 +1,6 @@
 """The stages in the order they run: source, task data, calibration, trials, export, measure, card.
 
-Publishing is a step of its own (`hfq.hub`): what is pushed is a folder that is already whole.
+Publishing is a step of its own (`hfq.publish`): what is pushed is a folder that is already whole.
 """
 
 import shutil
@@ -14,35 +14,37 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import __version__, plots
-from .benchmark import Subject, measure, timed_batches
-from .card import render_card
-from .data import majority_accuracy
-from .errors import GoalNotMetError, SourceError
-from .evaluation import Evaluation
-from .export import export
-from .files import write_text
-from .hardware import hardware
-from .measurement import answers, compare_with_stock, measure_export
-from .output import EXPORT, TRIALS_FILE, Result, check_output, finish, work_folder
-from .quantization.convert import quantize_model
-from .quantization.graph import Fold
-from .quantization.inputs import model_inputs
-from .quantization.scheme import Plan
+from .common.errors import GoalNotMetError, SourceError
+from .common.files import write_text
+from .common.memory import return_freed_memory
+from .common.names import EXPORT, REPORT_FILE, TRIALS_FILE
+from .common.ui import Reporter
+from .common.version import __version__
+from .data.session import Session, open_session
+from .export.checkpoint import export
+from .measure.compare import compare_with_stock, evaluate_split, measure_export, timed_outputs
+from .measure.evaluate import Evaluation
+from .measure.hardware import hardware
+from .measure.timing import Subject, examples_in, measure, timed_batches
+from .output import check_output, finish, work_folder
+from .ptq.convert import quantize_model
+from .ptq.graph import Fold
+from .ptq.inputs import model_inputs
+from .ptq.scheme import Plan
 from .recipe import Recipe
-from .report import REPORT_FILE, CriterionInfo, Layers, Report, now, package_versions
+from .report import plots
+from .report.card import render_card
+from .report.report import MetricInfo, Report, Result, layers_of, now, package_versions
 from .runtime.compiling import compile
-from .runtime.memory import return_freed_memory
 from .runtime.modules import unpack_all
-from .session import Session, open_session
-from .source import pull
-from .tuning.acceptance import Goal
+from .source.checkpoint import pull
+from .tasks.base import Trivial
+from .tuning.goal import Goal
 from .tuning.log import TrialLog
 from .tuning.lookahead import Helpers
 from .tuning.options import Limits, Options
 from .tuning.search import Outcome, Score
 from .tuning.tuner import Found, find, layer_errors, score_plan
-from .ui import Reporter
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ def quantize(
     with work_folder(output) as work:
         session = open_session(recipe, recipes=recipes, ui=ui, token=token)
         baseline = _baseline(session, ui)
-        goal = Goal(baseline.score, recipe.tolerable_loss, recipe.criterion)
+        higher = session.task.metrics[session.metric].higher_is_better
+        goal = Goal(baseline.score, recipe.tolerable_loss, recipe.criterion, higher)
         depends_on = _dependencies(session)
         log = TrialLog(work / TRIALS_FILE, depends_on=depends_on, resume=resume, copy=copy_log)
         info = session.data.info
@@ -95,7 +98,7 @@ def quantize(
             options=search_options(recipe),
             log=log,
             ui=ui,
-            metric=recipe.metric,
+            metric=session.metric,
             helped_by=helped_by and (lambda folds: helped_by(TrialContext(goal, folds, depends_on))),
         )
         if not found.outcome.met:
@@ -133,11 +136,9 @@ def evaluate_checkpoint(
     session = open_session(recipe, recipes=recipes, ui=ui, token=token, quantized=True)
     ui.stage("Evaluate")
     model = compile(session.model) if compiled else session.model
-    found = session.evaluate(model, session.evaluation)
+    found = evaluate_split(session, model, session.evaluation, session.data.evaluation)
     batches = timed_batches(session.evaluation)
-    subject = Subject(
-        session.checkpoint, session.auto_class, compiled=compiled, trust_remote_code=recipe.trust_remote_code
-    )
+    subject = Subject(session.checkpoint, session.task, compiled=compiled, trust_remote_code=recipe.trust_remote_code)
     (timing,) = measure([subject], batches, threads=recipe.threads)
     info = session.data.info
     return {
@@ -146,15 +147,16 @@ def evaluate_checkpoint(
         "dataset": info.id,
         "split": info.split,
         "examples": info.examples,
-        "metric": recipe.metric,
+        "task": session.task.name,
+        "metric": session.metric,
         "accuracy": found.score,
         "duration_s": timing.duration_s,
         "examples_per_s": timing.examples_per_s,
-        "timed_examples": sum(len(batch["input_ids"]) for batch in batches),
+        "timed_examples": examples_in(batches),
         "load_s": timing.load_s,
-        "memory_mb": timing.memory_mb,
-        "size_mb": session.checkpoint.size_mb,
-        "peak_memory_mb": timing.peak_memory_mb,
+        "memory_mib": timing.memory_mib,
+        "size_mib": session.checkpoint.size_mib,
+        "peak_memory_mib": timing.peak_memory_mib,
     }
 
 
@@ -170,10 +172,10 @@ def search_options(recipe: Recipe) -> Options:
 
 def _evaluate(session: Session, goal: Goal, work: Path, model: nn.Module, plan: Plan) -> Score:
     """Accuracy of a trial and, if that meets the goal, whether stock transformers gives the same answers."""
-    found = session.evaluate(model, session.evaluation)
+    found = evaluate_split(session, model, session.evaluation, session.data.evaluation)
     if not goal.met(found.score):
         return Score(found.score, found.duration_s)
-    ours = answers(session, model)
+    ours = timed_outputs(session, model)
     unpack_all(model)
     return_freed_memory()
     with tempfile.TemporaryDirectory(dir=work) as parent:
@@ -181,30 +183,34 @@ def _evaluate(session: Session, goal: Goal, work: Path, model: nn.Module, plan: 
         export(model, plan, session.checkpoint, folder=folder)
         exported = pull(str(folder), trust_remote_code=session.recipe.trust_remote_code)
         stock = compare_with_stock(session, ours, exported)
-    return Score(found.score, found.duration_s, stock.agreement, stock.logit_difference)
+    return Score(found.score, found.duration_s, stock.agreement, stock.output_difference)
 
 
 def _baseline(session: Session, ui: Reporter) -> Evaluation:
     ui.stage("Baseline")
-    baseline = session.evaluate(session.model, session.evaluation)
-    info = session.data.info
-    ui.note(f"FP32 {session.recipe.metric} {baseline.score:.4f} on the {info.examples} examples of {info.split!r}")
-    accuracy, majority = baseline.accuracy, majority_accuracy(session.data.evaluation.labels)
-    if accuracy <= majority:
+    baseline = evaluate_split(session, session.model, session.evaluation, session.data.evaluation)
+    info, metric = session.data.info, session.task.metrics[session.metric]
+    ui.note(f"FP32 {session.metric} {baseline.score:.4f} on the {info.examples} examples of {info.split!r}")
+    trivial = _trivial(session)
+    if trivial and (baseline.score <= trivial.score if metric.higher_is_better else baseline.score >= trivial.score):
         ui.warn(
-            f"The float model is right on {accuracy:.4f} of the examples, no better than always answering the most "
-            f"common label ({majority:.4f}). Are this dataset and these labels the ones it was trained for?"
+            f"The float model's {session.metric} is {baseline.score:.4f}, no better than always {trivial.how} "
+            f"({trivial.score:.4f}). Are this dataset and these labels the ones it was trained for?"
         )
     return baseline
+
+
+def _trivial(session: Session) -> Trivial | None:
+    return session.task.trivial(session.metric, session.data.evaluation.references)
 
 
 def _goal_missed(session: Session, goal: Goal, outcome: Outcome, log: TrialLog, ui: Reporter) -> None:
     recipe, best = session.recipe, outcome.trial
     assert best is not None  # the search evaluated something
     message = (
-        f"No trial met the goal: at most {goal.tolerable_loss:g} {goal.kind} loss from FP32 {recipe.metric} "
+        f"No trial met the goal: at most {goal.tolerable_loss:g} {goal.kind} loss from FP32 {session.metric} "
         f"{goal.baseline:.4f}{', within ' + outcome.stopped if outcome.stopped else ''}. Best of {len(log.trials)}: "
-        f"{best.name}, {recipe.metric} {best.accuracy:.4f}, loss {best.loss:+.4f}."
+        f"{best.name}, {session.metric} {best.accuracy:.4f}, loss {best.loss:+.4f}."
     )
     if recipe.allow_loss:
         ui.warn(message)
@@ -215,8 +221,8 @@ def _goal_missed(session: Session, goal: Goal, outcome: Outcome, log: TrialLog, 
         details={
             "hfq_version": __version__,
             "met": False,
-            "metric": recipe.metric,
-            "criterion": asdict(CriterionInfo(recipe.criterion, recipe.tolerable_loss)),
+            "metric": session.metric,
+            "goal": asdict(goal),
             "baseline": {"accuracy": goal.baseline},
             "best": asdict(best),
             "trials": [asdict(trial) for trial in log.trials],
@@ -247,24 +253,27 @@ def _write_checkpoint(
     )
     exported = pull(str(folder), trust_remote_code=recipe.trust_remote_code)
     ui.note(
-        f"{exported.size_mb:.1f} MiB, {exported.size_mb / session.checkpoint.size_mb:.1%} of FP32, read back bit for bit"
+        f"{exported.size_mib:.1f} MiB, {exported.size_mib / session.checkpoint.size_mib:.1%} of FP32, read back bit for bit"
     )
     ui.left_behind(session.checkpoint.left, where="exported")
 
     ui.stage("Measure the exported folder, freshly loaded")
     measured = measure_export(session, exported, baseline, ui=ui)
-    met = goal.met(measured.quantized.accuracy)
+    met = measured.quantized.accuracy is not None and goal.met(measured.quantized.accuracy)
     if found.outcome.met and not met:  # what users load decides, not what tuning saw
         _goal_missed(session, goal, found.outcome, log, ui)
-    schemes, trial = found.plan.layers, found.outcome.trial
+    metric = session.task.metrics[session.metric]
+    trial = found.outcome.trial
     assert trial is not None  # the search evaluated something
     report = Report(
         hfq_version=__version__,
-        task=session.task,
+        task=session.task.name,
+        pipeline_tag=session.task.pipeline_tag,
+        usage=session.task.usage(),
         checkpoint=session.checkpoint.info,
         dataset=info,
-        metric=recipe.metric,
-        criterion=CriterionInfo(recipe.criterion, recipe.tolerable_loss),
+        metric=MetricInfo(session.metric, metric.label, metric.higher_is_better, metric.in_points),
+        goal=goal,
         approach=found.outcome.candidate.approach,
         chosen=found.outcome.candidate.name,
         met=met,
@@ -273,16 +282,9 @@ def _write_checkpoint(
         baseline=measured.baseline,
         quantized=measured.quantized,
         comparisons=measured.comparisons,
-        layers=Layers(
-            static=[name for name, scheme in schemes.items() if scheme.approach == "static"],
-            dynamic=[name for name, scheme in schemes.items() if scheme.approach == "dynamic"],
-            embeddings=list(found.plan.embeddings),
-            float_layers=found.float_layers,
-            other=dict(found.space.layers.other),
-            weight_only=[name for name, scheme in schemes.items() if scheme.approach == "weight-only"],
-        ),
-        majority_accuracy=majority_accuracy(session.data.evaluation.labels),
-        logit_difference=trial.logit_difference,
+        layers=layers_of(found),
+        trivial=_trivial(session),
+        output_difference=trial.output_difference,
         timed_examples=measured.timed_examples,
         batch_size=recipe.batch_size,
         seed=recipe.seed,
@@ -313,7 +315,6 @@ def _dependencies(session: Session) -> dict[str, object]:
     """What the result of a trial depends on: a log made with anything else is not resumed."""
     recipe = session.recipe.model_dump(
         include={
-            "metric",
             "tolerable_loss",
             "criterion",
             "approach",
@@ -326,5 +327,6 @@ def _dependencies(session: Session) -> dict[str, object]:
         "hfq": __version__,
         "checkpoint": session.checkpoint.info.revision,
         "dataset": asdict(session.data.info),
+        "metric": session.metric,
         "recipe": recipe,
     }

@@ -9,15 +9,17 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .card import render_fit_card
-from .errors import ExportError
-from .export import write_weights_and_config
-from .files import write_text
-from .quantization.inputs import Batch
-from .quantization.scheme import Plan
-from .report import REPORT_FILE, FitReport, Trial
+from .common.errors import ExportError
+from .common.files import write_text
+from .common.names import REPORT_FILE
+from .export.checkpoint import write_weights_and_config
+from .export.stock import check_written
+from .ptq.inputs import Batch
+from .ptq.scheme import Plan
+from .report.card import render_fit_card
+from .report.report import Report
 from .runtime.swap import transformers_part
-from .stock import check_written
+from .tuning.trial import Trial
 
 _CLASSES: dict[type, type] = {}
 
@@ -26,7 +28,7 @@ class Quantized:
     """Beside what the float model's class does: `trials`, `report`, `save`, `save_pretrained`, `push_to_hub`."""
 
     _hfq_plan: Plan
-    _hfq_report: FitReport
+    _hfq_report: Report
     _hfq_example: Batch | None  # a few calibration inputs
 
     @property
@@ -34,7 +36,7 @@ class Quantized:
         """Every candidate that was evaluated, in order."""
         return list(self._hfq_report.trials)
 
-    def report(self) -> FitReport:
+    def report(self) -> Report:
         """What was done, layer by layer, and what it cost."""
         return self._hfq_report
 
@@ -80,7 +82,7 @@ class Quantized:
         Raises:
             HubError: the Hub or the repository's content does not allow it. Nothing was published.
         """
-        from .hub import push_folder
+        from .publish import push_folder
 
         with tempfile.TemporaryDirectory(prefix="hfq-") as work:
             folder = Path(work) / "model"
@@ -111,9 +113,7 @@ class Quantized:
         write_text(folder / "README.md", render_fit_card(self._hfq_report))
 
 
-def quantized_like(
-    model: nn.Module, quantized: nn.Module, *, plan: Plan, report: FitReport, example: Batch | None
-) -> Any:
+def quantized_like(model: nn.Module, quantized: nn.Module, *, plan: Plan, report: Report, example: Batch | None) -> Any:
     """Make `quantized`, a module of the class of `model`, a `Quantized` of that class."""
     quantized.__class__ = _class_of(type(model))
     quantized._hfq_plan = plan  # type: ignore[assignment]

@@ -11,10 +11,11 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from .errors import UsageError
-from .files import user_path
-from .reading import read_text, read_yaml
-from .redact import holds_token
+from .common.errors import UsageError
+from .common.files import user_path
+from .common.names import is_path
+from .common.reading import read_text, read_yaml
+from .common.redact import holds_token
 
 LARGEST = 1 << 20  # bytes of a recipe
 LONGEST = 4096  # characters of a value, as long as a path may be
@@ -32,9 +33,10 @@ class Recipe(BaseModel):
     subset: str | None = Field(None, description="dataset configuration, such as 'mrpc' of nyu-mll/glue")
     split: str | None = Field(None, description="split that decides whether the goal is met")
     calibration_split: str | None = Field(None, description="split the calibration slice is drawn from")
+    columns: dict[str, list[str]] = Field(default_factory=dict, description="columns by what the task reads in them")
     text_columns: list[str] = Field(default_factory=list, description="text columns, in the model's order")
     label_column: str | None = Field(None, description="column of labels")
-    metric: Literal["accuracy", "f1", "precision", "recall", "matthews_correlation"] = "accuracy"
+    metric: str | None = Field(None, description="metric that decides; the task's first when absent")
     approach: Literal["auto", "static", "dynamic"] = "auto"
     calibration_samples: int = Field(100, ge=1)
     tolerable_loss: float = Field(0.01, ge=0, lt=1)
@@ -82,7 +84,7 @@ class Recipe(BaseModel):
 
     @property
     def publishing(self) -> dict[str, Any]:
-        """How a push is made: what `hfq.hub.push_folder` takes by these names."""
+        """How a push is made: what `hfq.publish.push_folder` takes by these names."""
         return self.model_dump(include={"private", "create_pr", "force", "branch", "tag"})
 
     @property
@@ -97,14 +99,6 @@ class Recipe(BaseModel):
     @property
     def output_folder(self) -> Path:
         return user_path(self.output or f"{self.name}-int8")
-
-
-def is_path(reference: str) -> bool:
-    """Whether a checkpoint or dataset is a folder or file here rather than a Hub id."""
-    try:
-        return reference.startswith((".", "/", "~")) or Path(reference).exists()
-    except (OSError, ValueError):  # no name that a file can have
-        return False
 
 
 def make_recipe(values: dict[str, Any], *, origin: str | None = None) -> Recipe:

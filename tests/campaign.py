@@ -31,9 +31,9 @@ from faulty_proxy import Fault, FaultyProxy
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from hfq.local_hub import LocalHub
-from hfq.local_hub.store import RefusedError
-from hfq.plots import PLOT_FILES
+from hfq.common.names import PLOT_FILES
+from hfq.hub.local import LocalHub
+from hfq.hub.local.store import RefusedError
 
 USER = "hfq-user"
 DATA = f"{USER}/data"

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 MEMORY = 1 << 30
 SECONDS = 60
 RUNS = 1 << 20  # in place of the exit code of a process that has not ended
-DEPENDS_ON_TIME = ("created", "baseline_pass_s", "duration_s", "examples_per_s", "load_s", "peak_memory_mb")
+DEPENDS_ON_TIME = ("created", "baseline_pass_s", "duration_s", "examples_per_s", "load_s", "peak_memory_mib")
 HFQ = str(Path(sys.executable).with_name("hfq"))
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "pipelines" / "demo"
@@ -269,7 +269,7 @@ def write_slice(to: Path, **rows: int) -> Path:
 
 
 def _serve() -> None:
-    from hfq.cli import main, prepare_libraries
+    from hfq.cli.commands import main, prepare_libraries
 
     prepare_libraries()
     import compressed_tensors  # noqa: F401
@@ -279,9 +279,6 @@ def _serve() -> None:
     from optimum.commands.optimum_cli import main as optimum_cli
     from optimum.exporters.tasks import TasksManager  # noqa: F401
     from transformers import AutoTokenizer, BertForSequenceClassification  # noqa: F401
-
-    import hfq.pipeline
-    import hfq.validation  # noqa: F401
 
     gc.freeze()  # or each fork would copy all that was imported, to look for garbage in it
     answers = os.dup(1)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from command import write_slice
 
-from hfq.local_hub import LocalHub
+from hfq.hub.local import LocalHub
 
 LONGEST = ("test_cli.py", "test_ray.py", "test_faults.py", "test_runs.py", "test_optimum.py", "test_compile.py")
 

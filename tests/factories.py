@@ -4,20 +4,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hfq.report import (
-    CheckpointInfo,
-    Comparison,
-    CriterionInfo,
-    DatasetInfo,
-    FitMeasurement,
-    FitReport,
-    Layers,
-    Measurement,
-    Report,
-    StockComparison,
-    Trial,
-)
+from hfq.data.examples import DatasetInfo
+from hfq.measure.figures import Comparison, Measurement, StockComparison
+from hfq.report.report import Layers, MetricInfo, Report
+from hfq.source.checkpoint import CheckpointInfo
+from hfq.tasks.base import Trivial
+from hfq.tuning.goal import Goal
+from hfq.tuning.trial import Trial
 
+USAGE = 'from transformers import pipeline\n\nmodel = pipeline("text-classification", model="{model}", device="cpu")'
 HOSTILE = [
     "x](https://evil.example) ![i](https://evil.example/p.png)",
     "<script>alert(1)</script><img src=x onerror=alert(1)>",
@@ -37,6 +32,8 @@ def make_report(**changes: Any) -> Report:
     report = Report(
         hfq_version="0.1.0",
         task="text-classification",
+        pipeline_tag="text-classification",
+        usage=USAGE,
         checkpoint=CheckpointInfo(
             id="Intel/bert-base-uncased-mrpc", revision="a" * 40, license="apache-2.0", language=["en"]
         ),
@@ -47,16 +44,15 @@ def make_report(**changes: Any) -> Report:
             split="validation",
             calibration_split="train",
             calibration_samples=100,
-            text_columns=["sentence1", "sentence2"],
-            label_column="label",
-            label_alignment="by name",
+            columns={"text": ["sentence1", "sentence2"], "label": ["label"]},
+            alignment="by name",
             examples=408,
             holdout_split="test",
             holdout_examples=1725,
             max_length=128,
         ),
-        metric="accuracy",
-        criterion=CriterionInfo(kind="relative", tolerable_loss=0.01),
+        metric=MetricInfo("accuracy", "Accuracy"),
+        goal=Goal(0.8211, 0.01),
         approach="auto",
         chosen="static-minmax",
         met=True,
@@ -67,8 +63,8 @@ def make_report(**changes: Any) -> Report:
         baseline=Measurement(0.8211, 3.25, 86.7, 86.75, 214.5, 125.5, holdout_accuracy=0.8012),
         quantized=Measurement(0.8186, 0.91, 22.4, 22.45, 81.25, 448.4, holdout_accuracy=0.8006),
         comparisons=[
-            Comparison("validation", 408, 330, 5, 4, 0.977, (-0.0171, 0.0122), 1.0, True),
-            Comparison("test", 1725, 1366, 16, 15, 0.982, (-0.0064, 0.0052), 0.878, False),
+            Comparison("validation", 408, 0.977, -1 / 408, (-0.0171, 0.0122), True, 330, 5, 4, 1.0),
+            Comparison("test", 1725, 0.982, -1 / 1725, (-0.0064, 0.0052), False, 1366, 16, 15, 0.878),
         ],
         layers=Layers(
             static=["encoder.0.q", "encoder.0.k"],
@@ -76,8 +72,8 @@ def make_report(**changes: Any) -> Report:
             embeddings=["embeddings.word"],
             float_layers={"classifier": "the head decides; it is small"},
         ),
-        majority_accuracy=0.6838,
-        logit_difference=0.0456,
+        trivial=Trivial(0.6838, "answering the most common label"),
+        output_difference=0.0456,
         timed_examples=384,
         batch_size=32,
         seed=42,
@@ -107,9 +103,8 @@ def report_saying(text: str) -> Report:
             split=text,
             calibration_split=text,
             calibration_samples=1,
-            text_columns=[text, text],
-            label_column=text,
-            label_alignment=text,
+            columns={text: [text, text]},
+            alignment=text,
             examples=2,
             holdout_split=text + "2",
             holdout_examples=3,
@@ -126,20 +121,20 @@ def report_saying(text: str) -> Report:
     )
 
 
-def make_fit_report() -> FitReport:
+def make_fit_report() -> Report:
     """A report of a module that was quantized without an evaluation."""
     report = make_report()
-    return FitReport(
+    return Report(
         hfq_version=report.hfq_version,
-        model="MLP",
+        checkpoint=CheckpointInfo("MLP", "in memory"),
+        metric=MetricInfo("score", "Score", in_points=False),
         approach="static",
         chosen="static, min-max",
-        tuned=False,
         met=None,
-        criterion=report.criterion,
+        goal=Goal(None, 0.01),
         trials=[],
-        baseline=FitMeasurement(None, None, 4.0, 4.5),
-        quantized=FitMeasurement(None, None, 1.0, 1.5),
+        baseline=Measurement(None, None, 4.0, 4.5),
+        quantized=Measurement(None, None, 1.0, 1.5),
         layers=report.layers,
         calibration_batches=4,
         seed=42,
@@ -151,8 +146,8 @@ def make_fit_report() -> FitReport:
 
 def make_folder(path: Path, report: Report | None = None, *, weights: bytes = b"\x00\xff" * 4096) -> Path:
     """A folder shaped like an export. Its weights are any bytes: pushing does not look inside."""
-    from hfq import plots
-    from hfq.card import render_card
+    from hfq.report import plots
+    from hfq.report.card import render_card
 
     report = report or make_report()
     path.mkdir(parents=True, exist_ok=True)

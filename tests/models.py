@@ -7,10 +7,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from hfq.quantization.calibration import calibrate
-from hfq.quantization.convert import quantize_model
-from hfq.quantization.graph import find_folds
-from hfq.quantization.layers import find_quantizable
+from hfq.ptq.calibration import calibrate
+from hfq.ptq.convert import quantize_model
+from hfq.ptq.graph import find_folds
+from hfq.ptq.layers import find_quantizable
 from hfq.runtime.modules import Int8Linear
 from hfq.tuning.candidates import Candidate, Space
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertConfig
 
-from hfq.errors import UsageError
-from hfq.quantization.convert import int8_linear
-from hfq.quantization.scheme import LayerScheme
+from hfq.common.errors import UsageError
+from hfq.ptq.convert import int8_linear
+from hfq.ptq.scheme import LayerScheme
 from hfq.runtime import attention
 from hfq.runtime.attention import bfloat16_attention
 from hfq.runtime.flow import trace

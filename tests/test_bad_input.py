@@ -13,7 +13,7 @@ from factories import make_folder
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 
-from hfq.local_hub import LocalHub
+from hfq.hub.local import LocalHub
 from hfq.recipe import read_recipe
 
 Change = Callable[[Path], object]

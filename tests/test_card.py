@@ -16,39 +16,43 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from PIL import Image
 
-from hfq import plots, resources
-from hfq.card import TEMPLATE, render_card
-from hfq.errors import HfqError, HubError, UsageError
-from hfq.hub import validate_card
-from hfq.page import render_page
-from hfq.report import CheckpointInfo, Comparison, Report
-from hfq.resources import resource
-from hfq.wording import model_name
+from hfq.common import resources
+from hfq.common.errors import HfqError, HubError, UsageError
+from hfq.common.names import PLOT_FILES
+from hfq.common.resources import resource
+from hfq.measure.figures import Comparison
+from hfq.publish import validate_card
+from hfq.report import plots
+from hfq.report.card import TEMPLATE, render_card
+from hfq.report.page import render_page
+from hfq.report.report import Report
+from hfq.report.view import model_name
+from hfq.source.checkpoint import CheckpointInfo
 
 
 def test_table_holds_the_reports_figures() -> None:
     report = make_report()
     rows = _table(render_card(report, repo_id="me/x"), "Info Type")
     assert rows[0] == ["Info Type", "Baseline FP32", "Quantized INT8"]
-    assert [row[0] for row in rows[1:4]] == ["Accuracy", "Duration(s)", "Memory(MB)"]
+    assert [row[0] for row in rows[1:4]] == ["Accuracy (validation)", "Accuracy (test, held out)", "Duration (s)"]
     found = {row[0]: (float(row[1]), float(row[2])) for row in rows[1:]}
     float_, int8 = report.baseline, report.quantized
     assert found == {
-        "Accuracy": (float_.accuracy, int8.accuracy),
-        "Duration(s)": (float_.duration_s, int8.duration_s),
-        "Memory(MB)": (float_.memory_mb, int8.memory_mb),
-        "Accuracy on the held-out test": (float_.holdout_accuracy, int8.holdout_accuracy),
-        "Size on disk(MB)": (float_.size_mb, int8.size_mb),
-        "Peak memory(MB)": (float_.peak_memory_mb, int8.peak_memory_mb),
-        "Throughput(examples/s)": (float_.examples_per_s, int8.examples_per_s),
+        "Accuracy (validation)": (float_.accuracy, int8.accuracy),
+        "Duration (s)": (float_.duration_s, int8.duration_s),
+        "Memory (MiB)": (float_.memory_mib, int8.memory_mib),
+        "Accuracy (test, held out)": (float_.holdout_accuracy, int8.holdout_accuracy),
+        "Size on disk (MiB)": (float_.size_mib, int8.size_mib),
+        "Peak memory (MiB)": (float_.peak_memory_mib, int8.peak_memory_mib),
+        "Throughput (examples/s)": (float_.examples_per_s, int8.examples_per_s),
     }
 
 
 def test_large_and_small_figures_stay_readable() -> None:
-    report = make_report(quantized=replace(make_report().quantized, memory_mb=123456.7, duration_s=0.00912345))
+    report = make_report(quantized=replace(make_report().quantized, memory_mib=123456.7, duration_s=0.00912345))
     rows = _table(render_card(report, repo_id=None), "Info Type")
-    assert {row[0]: row[2] for row in rows}["Memory(MB)"] == "123457"
-    assert {row[0]: row[2] for row in rows}["Duration(s)"] == "0.009123"
+    assert {row[0]: row[2] for row in rows}["Memory (MiB)"] == "123457"
+    assert {row[0]: row[2] for row in rows}["Duration (s)"] == "0.009123"
 
 
 def test_metadata_publishes_the_int8_result_of_the_holdout() -> None:
@@ -97,8 +101,8 @@ def test_without_a_holdout_the_evaluation_split_is_published_and_said_to_be_tune
 
 def test_difference_is_put_into_words() -> None:
     card = render_card(make_report(), repo_id=None)
-    assert "1 example of 408 in favour of FP32 (5 only FP32 gets right, 4 only INT8" in card
-    assert "[-0.64, +0.52] points, exact McNemar p = 0.878; i.e. within noise" in card
+    assert "1 example of 408 in favour of FP32 (5 only FP32 gets right, 4 only INT8), exact McNemar p = 1" in card
+    assert "Accuracy differs by -0.06 points, 95 % interval [-0.64 points, +0.52 points]; i.e. within noise" in card
     assert "`test` (1,725 examples) was seen by neither calibration nor tuning" in card
 
 
@@ -111,7 +115,7 @@ def test_difference_is_put_into_words() -> None:
     ],
 )
 def test_noise_is_called_noise(interval: tuple[float, float], p_value: float, words: str) -> None:
-    comparison = Comparison("test", 100, 80, 10, 2, 0.88, interval, p_value, False)
+    comparison = Comparison("test", 100, 0.88, -0.08, interval, False, 80, 10, 2, p_value)
     assert words in render_card(make_report(comparisons=[comparison]), repo_id=None)
 
 
@@ -158,7 +162,7 @@ def test_plots_are_small_the_same_each_time_and_say_nothing_of_when_or_where(tmp
     for name in ("first", "again"):
         (tmp_path / name).mkdir()
         plots.write(make_report(sensitivity=long), tmp_path / name)
-    for path in plots.PLOT_FILES:
+    for path in PLOT_FILES:
         content = (tmp_path / "first" / path).read_bytes()
         assert content == (tmp_path / "again" / path).read_bytes()
         assert len(content) < 60_000
@@ -179,17 +183,15 @@ def test_a_report_without_figures_for_a_plot_gets_none(tmp_path: Path) -> None:
 
 def test_agreement_with_stock_transformers_is_that_of_data_that_chose_nothing() -> None:
     card, page = render_card(make_report(), repo_id=None), render_page(make_report())
-    assert "same answer on 99.38 % of 480 examples of `test`, which neither calibration nor tuning saw" in card
-    assert "logits differ by 0.0512 on average" in card
+    assert "Both ways agree to 99.38 % on 480 examples of `test`, which neither calibration nor tuning saw" in card
+    assert "outputs differ by 0.0512 on average" in card
     assert "99.38 %" in page and "99.7 %" not in card + page
 
 
 def test_agreement_on_the_tuning_split_alone_is_said_to_flatter() -> None:
-    old = json.loads(make_report().to_json())
-    del old["held_out_stock"]  # as of version 0.1
-    report = Report.from_json(json.dumps(old))
+    report = make_report(held_out_stock=None)
     card = render_card(report, repo_id=None)
-    assert "same answer on 99.7 % of 384 examples of `validation`, by which the candidate was chosen" in card
+    assert "Both ways agree to 99.7 % on 384 examples of `validation`, by which the candidate was chosen" in card
     assert "<code>validation</code>, which tuning chose by" in render_page(report)
     assert "Both ways" not in render_card(replace(report, stock_agreement=None), repo_id=None)
 
@@ -290,10 +292,10 @@ def test_default_name_can_be_a_repository(id_: str, name: str) -> None:
 def test_template_is_found_in_a_checkout_and_in_a_wheel(tmp_path: Path) -> None:
     template = resource(TEMPLATE)
     installed = tmp_path / "hfq" / TEMPLATE
-    shutil.copytree(Path(resources.__file__).parent, tmp_path / "hfq", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(Path(resources.__file__).parents[1], tmp_path / "hfq", ignore=shutil.ignore_patterns("__pycache__"))
     installed.parent.mkdir()
     shutil.copy(template, installed)
-    code = f"from hfq.resources import resource; print(resource({TEMPLATE!r}))"
+    code = f"from hfq.common.resources import resource; print(resource({TEMPLATE!r}))"
     found = subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
     assert found.decode().strip() == str(installed)
     with pytest.raises(HfqError, match="missing from this installation"):
@@ -301,7 +303,7 @@ def test_template_is_found_in_a_checkout_and_in_a_wheel(tmp_path: Path) -> None:
 
 
 def test_card_modules_do_not_import_torch() -> None:
-    code = "import sys, hfq.card, hfq.hub; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, hfq.report.card, hfq.publish; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -28,8 +28,8 @@ from command import (
 )
 from factories import make_fit_report
 
-from hfq import __version__
-from hfq.local_hub import LocalHub
+from hfq.common.version import __version__
+from hfq.hub.local import LocalHub
 
 USER = "hfq-user"
 FILES = {"README.md", "config.json", "hfq.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
@@ -152,9 +152,9 @@ def test_the_report_holds_what_the_run_did(run: Run) -> None:
     assert report["trials"][-1]["accepted"]
     for measured in (report["baseline"], report["quantized"]):
         assert 0 < measured["accuracy"] <= 1
-        assert all(measured[key] > 0 for key in ("duration_s", "memory_mb", "size_mb", "peak_memory_mb"))
-    assert report["quantized"]["memory_mb"] < 0.3 * report["baseline"]["memory_mb"]
-    assert report["quantized"]["size_mb"] == len(run.weights) / 2**20
+        assert all(measured[key] > 0 for key in ("duration_s", "memory_mib", "size_mib", "peak_memory_mib"))
+    assert report["quantized"]["memory_mib"] < 0.3 * report["baseline"]["memory_mib"]
+    assert report["quantized"]["size_mib"] == len(run.weights) / 2**20
     assert set(report["sensitivity"]) == set(report["layers"]["static"]) | set(report["layers"]["dynamic"])
     assert all(0 < error < 0.1 for error in report["sensitivity"].values())
     assert report["baseline_pass_s"] > 0
@@ -253,7 +253,7 @@ def test_inspect_shows_what_is_int8_and_where_it_came_from(run: Run) -> None:
     assert len(found["layers"]) == 22
     assert all(low > 0 for low, _ in (layer["weight_scale"] for layer in found["layers"]))
     assert found["float_layers"] == ["classifier"]
-    assert found["int8_mb"] + found["other_mb"] == pytest.approx(found["size_mb"], rel=0.02)  # a header is the rest
+    assert found["int8_mib"] + found["other_mib"] == pytest.approx(found["size_mib"], rel=0.02)  # a header is the rest
     assert found["provenance"] == run.report
 
 
@@ -268,8 +268,8 @@ def test_eval_measures_what_the_report_says(checkpoint: str, column: str, run: R
     done = forkserver().hfq("eval", checkpoint, "--dataset", "data", "--split", "validation", "--json", cwd=run.cwd)
     assert done.code == 0, done.err
     found, expected = json.loads(done.out), run.report[column]
-    assert {key: found[key] for key in ("accuracy", "size_mb", "memory_mb")} == {
-        key: expected[key] for key in ("accuracy", "size_mb", "memory_mb")
+    assert {key: found[key] for key in ("accuracy", "size_mib", "memory_mib")} == {
+        key: expected[key] for key in ("accuracy", "size_mib", "memory_mib")
     }
     assert (found["examples"], found["split"], found["metric"]) == (100, "validation", "accuracy")
     assert found["duration_s"] > 0
@@ -306,13 +306,13 @@ def test_bench_measures_every_engine_on_every_shape_and_writes_what_it_found(run
         for latency in engine["by_shape"].values():
             assert 0 < latency["p50"] <= latency["p95"] <= latency["p99"]
             assert latency["samples"] == 30
-        assert engine["first_answer_s"] > engine["load_s"] > 0 and engine["peak_mb"] > 0
+        assert engine["first_answer_s"] > engine["load_s"] > 0 and engine["peak_mib"] > 0
         second = engine["second_process"]
         assert second["first_answer_s"] > second["load_s"] > 0
-        assert second["private_mb"] > 0 and second["shared_mb"] >= 0
+        assert second["private_mib"] > 0 and second["shared_mib"] >= 0
     assert engines["fp32"]["agreement"] == 1 and engines["fp32"]["error"] == 0
     assert 0 < engines["hfq"]["error"] < 0.5  # int8 did run, and answers nearly the same
-    assert engines["hfq"]["size_mb"] < 0.3 * engines["fp32"]["size_mb"]
+    assert engines["hfq"]["size_mib"] < 0.3 * engines["fp32"]["size_mib"]
     table = (run.cwd / "bench" / "bench.md").read_text()
     assert "| 2x8 | hfq |" in table and "| 1x16 | torch |" in table
     assert "A second process" in table and "| engine | load s | first answer s | private MiB | shared MiB |" in table
@@ -458,7 +458,7 @@ def test_the_demo_runs_and_publishes_without_network_or_account(tmp_path: Path) 
     assert report["met"]
     assert report["quantized"]["accuracy"] > report["majority_accuracy"] + 0.05
     for measured in (report["baseline"], report["quantized"]):
-        assert all(measured[key] > 0 for key in ("duration_s", "memory_mb", "size_mb", "peak_memory_mb"))
+        assert all(measured[key] > 0 for key in ("duration_s", "memory_mib", "size_mib", "peak_memory_mib"))
     assert report["dataset"]["holdout_examples"] == 558
     stock = report["held_out_stock"]
     assert (stock["split"], stock["seen_in_tuning"]) == ("test", False)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from datasets import Dataset, DatasetDict
 
-from hfq.dataset import load_splits
-from hfq.errors import DataError
+from hfq.common.errors import DataError
+from hfq.data.dataset import load_splits
 
 ROWS = [{"text": "NA", "label": 0}, {"text": "0123", "label": 1}]
 LINES = "\n".join(map(json.dumps, ROWS))

@@ -26,12 +26,12 @@ from command import CHECKPOINT, ROOT, write_slice
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import hfq
-from hfq.cli import app
+from hfq.cli.commands import app
 from hfq.config import PostTrainingQuantConfig
-from hfq.local_hub import LocalHub
+from hfq.hub.local import LocalHub
 from hfq.quantization import fit
 from hfq.runtime.fusion import FUSION_SETS
-from hfq.tasks import TASKS
+from hfq.tasks.registry import tasks
 
 FOLDERS = ("hfq", "model_cards", "pipelines", "tests", ".github")
 DOCUMENTS = [ROOT / "README.md", *sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.md"))]
@@ -253,4 +253,4 @@ def test_the_tables_name_all_there_is() -> None:
     for path in DOCUMENTS:
         assert set(re.findall(r"HFQ_[A-Z_]+", path.read_text(encoding="utf-8"))) <= variables
     assert [name.strip("`") for name in first_column(RUNTIME, "Fusions")] == list(FUSION_SETS["all"])
-    assert sorted(first_column(ROOT / "README.md", "Tasks")) == sorted(TASKS)
+    assert sorted(first_column(ROOT / "README.md", "Tasks")) == sorted(tasks())

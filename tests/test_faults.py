@@ -29,12 +29,12 @@ from factories import make_folder
 from faulty_proxy import QUIRKS, Fault, FaultyProxy
 from huggingface_hub import HfApi, constants
 
-from hfq import network
-from hfq.errors import HubError, SourceError
-from hfq.hub import PushResult, published_revisions, push_folder
-from hfq.local_hub import LocalHub
-from hfq.report import read_report
-from hfq.source import pull, pull_report
+from hfq.common.errors import HubError, SourceError
+from hfq.hub import client as network
+from hfq.hub.local import LocalHub
+from hfq.publish import PushResult, published_revisions, push_folder
+from hfq.report.report import read_report
+from hfq.source.checkpoint import pull, pull_report
 
 USER = "hfq-user"
 COMMIT = "/commit/"

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import hfq
+from hfq.common.errors import ExportError, GoalNotMetError, SourceError, UsageError
+from hfq.common.memory import checkpoint_files
 from hfq.config import AccuracyCriterion, PostTrainingQuantConfig, TuningCriterion
-from hfq.errors import ExportError, GoalNotMetError, SourceError, UsageError
-from hfq.local_hub import LocalHub
+from hfq.hub.local import LocalHub
 from hfq.quantization import fit
 from hfq.runtime.conv import Int8Conv
-from hfq.runtime.memory import checkpoint_files
 from hfq.runtime.modules import Int8Embedding, Int8Linear
 
 ANY_LOSS = AccuracyCriterion(tolerable_loss=1.0)
@@ -130,7 +130,7 @@ def test_report_names_every_layer_and_why_it_is_float() -> None:
     assert report.layers.other == {"norm": "BatchNorm2d"}
     assert not report.tuned
     assert report.met is report.quantized.accuracy is None
-    assert report.quantized.size_mb < 0.5 * report.baseline.size_mb
+    assert report.quantized.size_mib < 0.5 * report.baseline.size_mib
 
 
 def test_without_evaluation_it_says_that_nothing_was_tuned() -> None:

@@ -15,8 +15,8 @@ from transformers import BertForSequenceClassification, ViTConfig, ViTForImageCl
 from transformers.models.bert.modeling_bert import BertLayer
 from transformers.models.distilbert.modeling_distilbert import TransformerBlock
 
-from hfq.quantization.convert import int8_linear
-from hfq.quantization.scheme import LayerScheme
+from hfq.ptq.convert import int8_linear
+from hfq.ptq.scheme import LayerScheme
 from hfq.runtime.encoder_layer import EncoderLayer
 from hfq.runtime.fusion import fuse
 from hfq.runtime.modules import Int8Linear

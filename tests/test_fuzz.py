@@ -17,13 +17,13 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from hfq.errors import HfqError, SourceError, UsageError
-from hfq.inspection import describe
+from hfq.common.errors import HfqError, SourceError, UsageError
+from hfq.common.safetensors_header import read_header
 from hfq.recipe import Recipe, read_recipe
-from hfq.safetensors_header import read_header
-from hfq.session import load_model
-from hfq.source import pull
-from hfq.tasks import TASKS, find_task
+from hfq.report.tables import describe
+from hfq.source.checkpoint import pull
+from hfq.source.model import load_model
+from hfq.tasks.registry import make_task
 
 EXAMPLES = {
     "deadline": None,
@@ -99,7 +99,7 @@ def test_a_checkpoint_of_any_config_is_described_or_refused(folder: Path, change
     try:
         checkpoint = pull(str(folder), trust_remote_code=True)
         assert json.dumps(describe(checkpoint))
-        TASKS[find_task(checkpoint.config, None)](checkpoint.config)
+        make_task(checkpoint.config)
     except HfqError as error:
         assert str(error)
 

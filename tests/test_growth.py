@@ -10,8 +10,8 @@ from hfq.bench import growth
 from hfq.bench.growth import Point, grow
 from hfq.bench.run import BenchResult, EngineResult, Latency
 from hfq.bench.table import markdown, write
-from hfq.source import pull
-from hfq.ui import Reporter
+from hfq.common.ui import Reporter
+from hfq.source.checkpoint import pull
 
 RESULT = BenchResult("me/out", "me/model", [], {"cpu": "CPU", "threads": 2, "kernel": "onednn"}, [])
 
@@ -27,7 +27,7 @@ def test_every_size_is_measured_for_the_float_model_and_for_hfq(monkeypatch: pyt
     assert [(point.engine, point.axis, point.value) for point in points] == [
         (engine, axis, value) for axis, value in (("layers", 1), ("batch", 3)) for engine in ("fp32", "hfq")
     ]
-    assert all(point.milliseconds > 0 and point.peak_mb > 0 for point in points)
+    assert all(point.milliseconds > 0 and point.peak_mib > 0 for point in points)
 
 
 def test_it_is_written_as_a_table_and_a_plot(tmp_path: Path) -> None:

@@ -17,12 +17,12 @@ from factories import make_folder
 from hostile_hub import HostileHub
 from huggingface_hub import constants
 
-from hfq.errors import ExportError, HfqError, SourceError
-from hfq.ray_engine import Received, check_received
+from hfq.common.errors import ExportError, HfqError, SourceError
+from hfq.common.ui import Reporter
+from hfq.data.session import open_session
 from hfq.recipe import make_recipe
-from hfq.session import open_session
-from hfq.source import pull
-from hfq.ui import Reporter
+from hfq.runs.ray_engine import Received, check_received
+from hfq.source.checkpoint import pull
 
 Change = Callable[[Path], object]
 DEEP = "[" * 100_000 + "]" * 100_000

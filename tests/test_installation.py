@@ -6,8 +6,8 @@ import pytest
 from command import ROOT
 from factories import make_fit_report, make_report
 
-from hfq.card import render_card, render_fit_card
-from hfq.installation import installation, repository
+from hfq.common.installation import installation, repository
+from hfq.report.card import render_card, render_fit_card
 
 ANY = re.compile(r"pip install (?:-c constraints\.txt )?'?hfq[^\n#]*")
 

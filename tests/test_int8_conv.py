@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from transformers.pytorch_utils import Conv1D
 
-from hfq.errors import UnsupportedError
-from hfq.quantization.convert import int8_conv, int8_linear
-from hfq.quantization.layers import why_not
-from hfq.quantization.scheme import LayerScheme, Rows
+from hfq.common.errors import UnsupportedError
+from hfq.ptq.convert import int8_conv, int8_linear
+from hfq.ptq.layers import why_not
+from hfq.ptq.scheme import LayerScheme, Rows
 from hfq.runtime.conv import ConvActivation, Int8Conv, Int8Conv1D, runs_onednn
 from hfq.runtime.selection import select_kernel
 

@@ -14,9 +14,9 @@ import torch
 from models import relative_error
 from torch import Tensor, nn
 
-from hfq.errors import UsageError
-from hfq.quantization.convert import int8_embedding, int8_linear
-from hfq.quantization.scheme import LayerScheme, quantize_rows
+from hfq.common.errors import UsageError
+from hfq.ptq.convert import int8_embedding, int8_linear
+from hfq.ptq.scheme import LayerScheme, quantize_rows
 from hfq.runtime.kernels import PostOp
 from hfq.runtime.modules import Int8Embedding, Int8Linear, memory_mib, pack_all
 from hfq.runtime.selection import select_kernel

@@ -8,11 +8,11 @@ import pytest
 from datasets import ClassLabel, Features, Value
 from transformers import BertConfig
 
-from hfq.data import DatasetReference, find_dataset
-from hfq.errors import DataError, UnsupportedError
+from hfq.common.errors import DataError, UnsupportedError
+from hfq.data.reference import DatasetReference, find_dataset
 from hfq.recipe import Recipe
-from hfq.report import CheckpointInfo
-from hfq.source import Checkpoint
+from hfq.source.checkpoint import Checkpoint, CheckpointInfo
+from hfq.tasks.registry import make_task
 from hfq.tasks.text_classification import LabelMap, TextClassification
 
 TEXT = Value("string")
@@ -28,25 +28,34 @@ def task(names: dict[int, str] | None = None, **config: Any) -> TextClassificati
     return TextClassification(config)
 
 
+def text_columns(features: Any, requested: list[str], label: str) -> list[str]:
+    return list(task(SPAM).columns(features, {"text": requested, "label": [label]})["text"])
+
+
+def label_column(features: Any, requested: str | None) -> str:
+    (found,) = task(SPAM).find_labels(features, [requested] if requested else [])
+    return found
+
+
 def ids(labels: LabelMap, *values: Any) -> list[int | None]:
     return [labels(value) for value in values]
 
 
 def mismatch(model: TextClassification, feature: Any, values: list[Any]) -> str:
     with pytest.raises(DataError) as caught:
-        model.align(feature, values)
+        model.labels.align(feature, values)
     return str(caught.value)
 
 
 def test_same_names_in_the_same_order() -> None:
-    labels = task(SPAM).align(ClassLabel(names=["ham", "spam"]), [0, 1])
+    labels = task(SPAM).labels.align(ClassLabel(names=["ham", "spam"]), [0, 1])
     assert ids(labels, 0, 1) == [0, 1]
     assert labels.how == "by name (0=ham, 1=spam)"
 
 
 def test_names_in_another_order_are_matched_by_name() -> None:
     feature = ClassLabel(names=["entailment", "neutral", "contradiction"])
-    labels = task(NLI).align(feature, [0, 1, 2])
+    labels = task(NLI).labels.align(feature, [0, 1, 2])
     assert ids(labels, 0, 1, 2) == [1, 2, 0]
     assert labels.how.startswith("by name")
 
@@ -56,18 +65,18 @@ def test_names_in_another_order_are_matched_by_name() -> None:
     [("not_equivalent", "Not Equivalent"), ("SPAM", "spam"), ("very-bad", "very_bad"), ("ham ", "ham")],
 )
 def test_names_are_the_same_whatever_their_case_and_separator(ours: str, theirs: str) -> None:
-    labels = task({0: "other", 1: ours}).align(ClassLabel(names=[theirs, "other"]), [0, 1])
+    labels = task({0: "other", 1: ours}).labels.align(ClassLabel(names=[theirs, "other"]), [0, 1])
     assert ids(labels, 0, 1) == [1, 0]
 
 
 def test_model_labels_that_differ_only_by_case_stay_apart() -> None:
-    labels = task({0: "A", 1: "a"}).align(ClassLabel(names=["a", "A"]), [0, 1])
+    labels = task({0: "A", 1: "a"}).labels.align(ClassLabel(names=["a", "A"]), [0, 1])
     assert ids(labels, 0, 1) == [1, 0]
     assert "Dataset: ['B', 'a']" in mismatch(task({0: "A", 1: "a"}), ClassLabel(names=["B", "a"]), [0, 1])
 
 
 def test_dataset_may_use_fewer_labels_than_the_model_has() -> None:
-    labels = task(NLI).align(ClassLabel(names=["neutral", "entailment"]), [0, 1])
+    labels = task(NLI).labels.align(ClassLabel(names=["neutral", "entailment"]), [0, 1])
     assert ids(labels, 0, 1, 2) == [2, 1, None]
 
 
@@ -86,7 +95,7 @@ def test_many_labels_are_shown_in_part() -> None:
 
 
 def test_nameless_model_takes_named_labels_by_position_and_says_so() -> None:
-    labels = task(GENERIC).align(ClassLabel(names=["ham", "spam"]), [0, 1])
+    labels = task(GENERIC).labels.align(ClassLabel(names=["ham", "spam"]), [0, 1])
     assert ids(labels, 0, 1) == [0, 1]
     assert labels.how == "by position, since the model does not name its labels: taken as 0=ham, 1=spam"
 
@@ -105,13 +114,13 @@ def test_nameless_model_does_not_guess(feature: Any, values: list[Any]) -> None:
 
 
 def test_nameless_labels_on_both_sides_are_names_too() -> None:
-    labels = task(GENERIC).align(ClassLabel(names=["LABEL_1", "LABEL_0"]), [0, 1])
+    labels = task(GENERIC).labels.align(ClassLabel(names=["LABEL_1", "LABEL_0"]), [0, 1])
     assert ids(labels, 0, 1) == [1, 0]
 
 
 @pytest.mark.parametrize("names", [SPAM, GENERIC], ids=["named", "nameless"])
 def test_integers_are_the_models_ids_and_it_is_said(names: dict[int, str]) -> None:
-    labels = task(names).align(Value("int64"), [1, 0])
+    labels = task(names).labels.align(Value("int64"), [1, 0])
     assert ids(labels, 0, 1, 2) == [0, 1, None]
     assert labels.how.startswith("by id: integers are the model's ids (0=")
 
@@ -124,7 +133,7 @@ def test_integers_that_are_no_ids_are_a_mismatch(values: list[int]) -> None:
 
 
 def test_strings_are_matched_by_name() -> None:
-    labels = task(SPAM).align(TEXT, ["spam", "Ham"])
+    labels = task(SPAM).labels.align(TEXT, ["spam", "Ham"])
     assert ids(labels, "spam", "Ham", "eggs") == [1, 0, None]
     assert "['eggs', 'ham']" in mismatch(task(SPAM), TEXT, ["ham", "eggs"])
 
@@ -146,7 +155,7 @@ def test_other_types_are_a_mismatch(values: list[Any]) -> None:
 def test_unlabelled_examples_fit_any_labels_and_have_none(
     feature: Any, values: list[Any], expected: list[int | None]
 ) -> None:
-    assert ids(task(SPAM).align(feature, values), *values) == expected
+    assert ids(task(SPAM).labels.align(feature, values), *values) == expected
 
 
 def test_split_without_any_label_is_a_mismatch() -> None:
@@ -155,13 +164,13 @@ def test_split_without_any_label_is_a_mismatch() -> None:
 
 def test_ids_are_ordered_as_numbers() -> None:
     names = {i: f"topic {i}" for i in (10, 2, 1, 0, 3, 4, 5, 6, 7, 8, 9, 11)}
-    assert task(names).label_names == [f"topic {i}" for i in range(12)]
+    assert task(names).labels.names == [f"topic {i}" for i in range(12)]
 
 
 def test_config_of_a_real_model_is_understood() -> None:
     config = BertConfig(id2label=NLI, label2id={name: i for i, name in NLI.items()})
-    assert TextClassification(json.loads(config.to_json_string())).label_names == list(NLI.values())
-    assert TextClassification({}).label_names == ["LABEL_0", "LABEL_1"]  # transformers leaves its default out
+    assert TextClassification(json.loads(config.to_json_string())).labels.names == list(NLI.values())
+    assert TextClassification({}).labels.names == ["LABEL_0", "LABEL_1"]  # transformers leaves its default out
 
 
 @pytest.mark.parametrize(
@@ -177,7 +186,7 @@ def test_config_of_a_real_model_is_understood() -> None:
     ids=["num_labels", "label2id", "both", "generic id2label", "id2label first", "label2id of other size"],
 )
 def test_labels_are_those_of_the_model_that_transformers_makes(config: dict[str, Any], names: list[str]) -> None:
-    assert TextClassification(config).label_names == names
+    assert TextClassification(config).labels.names == names
     assert BertConfig(**config).num_labels == len(names)
 
 
@@ -190,23 +199,23 @@ def test_more_labels_than_two_need_id2label() -> None:
     "values", [[1.0, 0.0], [1.0, 0.0, float("nan")], ["1", "0"], ["1.0", "0.0", None, "-1"]], ids=str
 )
 def test_whole_numbers_are_ids_however_they_are_written(values: list[Any]) -> None:
-    labels = task(SPAM).align(Value("float64"), values)
+    labels = task(SPAM).labels.align(Value("float64"), values)
     assert ids(labels, *values) == [1, 0, None, None][: len(values)]
     assert labels.how.startswith("by id")
 
 
 def test_truth_is_matched_by_name() -> None:
-    labels = task({0: "True", 1: "false"}).align(Value("bool"), [True, False])
+    labels = task({0: "True", 1: "false"}).labels.align(Value("bool"), [True, False])
     assert ids(labels, True, False, None) == [0, 1, None]
 
 
 def test_numbers_may_be_names() -> None:
     stars = {i: f"{i + 1}" for i in range(5)}
-    assert ids(task(stars).align(Value("int64"), [1, 5]), 1, 5) == [0, 4]
-    assert ids(task(stars).align(TEXT, ["0", "4"]), "0", "4") == [0, 4]
-    assert ids(task({0: "-1", 1: "0", 2: "1"}).align(Value("int64"), [-1, 0, 1]), -1, 0, 1) == [0, 1, 2]
+    assert ids(task(stars).labels.align(Value("int64"), [1, 5]), 1, 5) == [0, 4]
+    assert ids(task(stars).labels.align(TEXT, ["0", "4"]), "0", "4") == [0, 4]
+    assert ids(task({0: "-1", 1: "0", 2: "1"}).labels.align(Value("int64"), [-1, 0, 1]), -1, 0, 1) == [0, 1, 2]
     with pytest.raises(DataError, match=r"\[1, 2\] are names of the model's labels and ids of others"):
-        task(stars).align(Value("int64"), [1, 2])
+        task(stars).labels.align(Value("int64"), [1, 2])
 
 
 @pytest.mark.parametrize("values", [["01", "1"], ["1.5"], ["1e0"]], ids=str)
@@ -215,17 +224,23 @@ def test_codes_are_no_numbers(values: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "what"),
+    ("config", "name"),
     [
-        ({"problem_type": "regression"}, "regression"),
-        ({"problem_type": "multi_label_classification"}, "multi_label_classification"),
-        ({"id2label": {"0": "LABEL_0"}}, "regression (one label)"),
+        ({}, "text-classification"),
+        ({"problem_type": "regression", "id2label": {"0": "LABEL_0"}}, "regression"),
+        ({"problem_type": "multi_label_classification"}, "multi-label-classification"),
+        ({"id2label": {"0": "LABEL_0"}}, "regression"),
     ],
 )
-def test_other_problems_are_refused(config: dict[str, Any], what: str) -> None:
-    with pytest.raises(UnsupportedError) as caught:
-        TextClassification(config)
-    assert what in str(caught.value)
+def test_a_config_says_which_problem_it_is_for(config: dict[str, Any], name: str) -> None:
+    config["architectures"] = ["BertForSequenceClassification"]
+    assert make_task(config).name == name
+    assert make_task(config, name="text-classification").name == name  # what the Hub calls them all
+
+
+def test_one_label_is_no_classification() -> None:
+    with pytest.raises(UnsupportedError, match="expected two or more"):
+        TextClassification({"id2label": {"0": "LABEL_0"}})
 
 
 def features(**columns: Any) -> Features:
@@ -244,18 +259,18 @@ def features(**columns: Any) -> Features:
 )
 def test_known_pairs_are_read_in_the_order_models_know(pair: tuple[str, str]) -> None:
     columns = features(**{pair[1]: "string", "id": "string", pair[0]: "string", "idx": "int32", "label": "int64"})
-    assert task(SPAM).text_columns(columns, [], "label") == list(pair)
+    assert text_columns(columns, [], "label") == list(pair)
 
 
 @pytest.mark.parametrize("kind", ["string", "large_string"])
 def test_only_text_column_is_the_text(kind: str) -> None:
     columns = features(idx="int32", review=kind, label=ClassLabel(names=["ham", "spam"]))
-    assert task(SPAM).text_columns(columns, [], "label") == ["review"]
+    assert text_columns(columns, [], "label") == ["review"]
 
 
 def test_label_column_is_no_text() -> None:
     columns = features(message="string", kind="string")
-    assert task(SPAM).text_columns(columns, [], "kind") == ["message"]
+    assert text_columns(columns, [], "kind") == ["message"]
 
 
 @pytest.mark.parametrize(
@@ -265,7 +280,7 @@ def test_label_column_is_no_text() -> None:
 )
 def test_unclear_text_columns_are_asked_for(columns: dict[str, Any], texts: str) -> None:
     with pytest.raises(DataError) as caught:
-        task(SPAM).text_columns(features(**columns, label="int64"), [], "label")
+        text_columns(features(**columns, label="int64"), [], "label")
     message = str(caught.value)
     assert f"Columns: {', '.join(columns)}, label; with text: {texts}." in message
     assert "--text-column" in message
@@ -273,8 +288,8 @@ def test_unclear_text_columns_are_asked_for(columns: dict[str, Any], texts: str)
 
 def test_requested_text_columns_are_taken_in_their_order() -> None:
     columns = features(sentence1="string", sentence2="string", label="int64")
-    assert task(SPAM).text_columns(columns, ["sentence2", "sentence1"], "label") == ["sentence2", "sentence1"]
-    assert task(SPAM).text_columns(columns, ["sentence2"], "label") == ["sentence2"]
+    assert text_columns(columns, ["sentence2", "sentence1"], "label") == ["sentence2", "sentence1"]
+    assert text_columns(columns, ["sentence2"], "label") == ["sentence2"]
 
 
 @pytest.mark.parametrize(
@@ -286,7 +301,7 @@ def test_requested_text_columns_are_taken_in_their_order() -> None:
 )
 def test_requested_text_columns_have_to_fit(requested: list[str], message: str) -> None:
     with pytest.raises(DataError) as caught:
-        task(SPAM).text_columns(features(a="string", b="string", c="string", label="int64"), requested, "label")
+        text_columns(features(a="string", b="string", c="string", label="int64"), requested, "label")
     assert str(caught.value) == message
 
 
@@ -301,7 +316,7 @@ def test_requested_text_columns_have_to_fit(requested: list[str], message: str) 
     ids=["label", "labels", "named first", "classes"],
 )
 def test_label_column_is_found(columns: dict[str, Any], found: str) -> None:
-    assert task(SPAM).label_column(features(**columns), None) == found
+    assert label_column(features(**columns), None) == found
 
 
 @pytest.mark.parametrize(
@@ -315,17 +330,17 @@ def test_label_column_is_found(columns: dict[str, Any], found: str) -> None:
 )
 def test_unclear_label_column_is_asked_for(columns: dict[str, Any]) -> None:
     with pytest.raises(DataError) as caught:
-        task(SPAM).label_column(features(**columns), None)
+        label_column(features(**columns), None)
     assert f"Columns: {', '.join(columns)}. Name it with --label-column." in str(caught.value)
 
 
 def test_requested_label_column_is_taken_or_missed() -> None:
     columns = features(text="string", label="int64", kind="string")
-    assert task(SPAM).label_column(columns, "kind") == "kind"
+    assert label_column(columns, "kind") == "kind"
     with pytest.raises(
         DataError, match=r"--label-column 'sort' is not a column of the dataset\. Columns: text, label, kind\."
     ):
-        task(SPAM).label_column(columns, "sort")
+        label_column(columns, "sort")
 
 
 CARD = {

@@ -18,10 +18,10 @@ from transformers import AutoModelForSequenceClassification
 
 import hfq
 import hfq.lightning
+from hfq.common.errors import GoalNotMetError
 from hfq.config import AccuracyCriterion, PostTrainingQuantConfig
-from hfq.errors import GoalNotMetError
-from hfq.local_hub import LocalHub
-from hfq.local_hub.server import USER
+from hfq.hub.local import LocalHub
+from hfq.hub.local.server import USER
 from hfq.quantization import fit
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore:.*LeafSpec.*", "ignore:.*isinstance.*")

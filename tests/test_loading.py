@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, CompressedTensorsConfig, Trainer, TrainingArguments
 
 import hfq
-import hfq.export
-from hfq.errors import ExportError, SourceError, UnsupportedError, UsageError
-from hfq.export import export
-from hfq.quantization.convert import quantize_model
-from hfq.quantization.scheme import Plan
+import hfq.export.checkpoint
+from hfq.common.errors import ExportError, SourceError, UnsupportedError, UsageError
+from hfq.export.checkpoint import export
+from hfq.ptq.convert import quantize_model
+from hfq.ptq.scheme import Plan
 from hfq.runtime.modules import Int8Embedding, memory_mib
-from hfq.source import Checkpoint, pull
+from hfq.source.checkpoint import Checkpoint, pull
 from hfq.tuning.candidates import Candidate
 
 BATCHES = token_batches(16)
@@ -116,7 +116,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
     for name, plan in plans.items():
         with pytest.MonkeyPatch.context() as patch:
             if name == "sharded":
-                patch.setattr(hfq.export, "SHARD_SIZE", "200KB")
+                patch.setattr(hfq.export.checkpoint, "SHARD_SIZE", "200KB")
             export(quantize_model(float_model, plan, space.folds), plan, checkpoint, folder=work / name)
     models = {plan: AutoModelForSequenceClassification.from_pretrained(work / plan) for plan in plans}
     answers = {"hfq first": {plan: logits(model, BATCHES) for plan, model in models.items()}}
@@ -487,7 +487,7 @@ def bad_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
             content[how["flip"]] ^= 1
         path.write_bytes(content[: how.get("size")])
 
-    monkeypatch.setattr(hfq.export, "save_file", write)
+    monkeypatch.setattr(hfq.export.checkpoint, "save_file", write)
     return how
 
 

@@ -34,9 +34,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import get_session, set_client_factory
 from huggingface_hub.utils._http import default_client_factory
 
-from hfq.errors import HubError
-from hfq.local_hub import LocalHub
-from hfq.network import be_patient
+from hfq.common.errors import HubError
+from hfq.hub.client import be_patient
+from hfq.hub.local import LocalHub
 
 CARD = """---
 license: apache-2.0

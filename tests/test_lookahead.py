@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hfq.tuning.acceptance import Goal
 from hfq.tuning.candidates import Candidate
+from hfq.tuning.goal import Goal
 from hfq.tuning.log import TrialLog
 from hfq.tuning.lookahead import LookAhead
 from hfq.tuning.options import Limits, Options

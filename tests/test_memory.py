@@ -12,10 +12,10 @@ from models import logits, tiny, token_batches
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from hfq.quantization.calibration import calibrate
-from hfq.quantization.convert import int8_linear
-from hfq.quantization.scheme import LayerScheme
-from hfq.runtime.memory import drop_file_pages
+from hfq.common.memory import drop_file_pages
+from hfq.ptq.calibration import calibrate
+from hfq.ptq.convert import int8_linear
+from hfq.ptq.scheme import LayerScheme
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

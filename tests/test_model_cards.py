@@ -10,7 +10,7 @@ import pytest
 from command import ROOT
 from PIL import Image, ImageChops, ImageStat
 
-from hfq.report import Report
+from hfq.report.report import Report
 
 CARDS = ROOT / "model_cards"
 NAMES = sorted(path.stem for path in CARDS.glob("*.json"))
@@ -22,7 +22,10 @@ def again(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cards")
     for name in NAMES:
         shutil.copy(CARDS / f"{name}.json", folder)
-    subprocess.run([sys.executable, "-m", "hfq.cards", "--folder", folder], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "hfq.report.cards", "--folder", folder],
+        check=True,
+    )
     return folder
 
 
@@ -34,7 +37,7 @@ def test_every_card_has_its_report() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_card_is_what_its_report_says(name: str, again: Path) -> None:
     committed = (CARDS / f"{name}.md").read_text(encoding="utf-8")
-    assert committed == (again / f"{name}.md").read_text(encoding="utf-8"), "run python -m hfq.cards"
+    assert committed == (again / f"{name}.md").read_text(encoding="utf-8"), "run python -m hfq.report.cards"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -5,10 +5,10 @@ import torch
 from models import PADDING, tiny, token_batches
 from torch import Tensor, nn
 
-from hfq.quantization.calibration import calibrate, encoder_output, sensitivity
-from hfq.quantization.convert import int8_linear
-from hfq.quantization.observers import OBSERVERS, InputStatistics, Range, affine
-from hfq.quantization.scheme import LayerScheme
+from hfq.ptq.calibration import calibrate, encoder_output, sensitivity
+from hfq.ptq.convert import int8_linear
+from hfq.ptq.observers import OBSERVERS, InputStatistics, Range, affine
+from hfq.ptq.scheme import LayerScheme
 from hfq.runtime.kernels import quantize_uint8
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")

@@ -13,9 +13,9 @@ from models import make_space, relative_error
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from hfq.export import write_weights_and_config
-from hfq.quantization.convert import quantize_model
-from hfq.quantization.scheme import LayerScheme, Plan
+from hfq.export.checkpoint import write_weights_and_config
+from hfq.ptq.convert import quantize_model
+from hfq.ptq.scheme import LayerScheme, Plan
 from hfq.runtime.stock import stock_transformers
 from hfq.tuning.candidates import Candidate
 

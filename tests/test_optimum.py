@@ -12,8 +12,8 @@ import pytest
 from command import CHECKPOINT, Done, forkserver, hfq, timeless, write_outliers, write_slice
 from transformers import BertConfig, BertForSequenceClassification
 
-from hfq import __version__
-from hfq.errors import GoalNotMetError, UsageError
+from hfq.common.errors import GoalNotMetError, UsageError
+from hfq.common.version import __version__
 from hfq.optimum import HfqQuantizer
 
 OPTIMUM_CLI = str(Path(sys.executable).with_name("optimum-cli"))

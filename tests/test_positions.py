@@ -9,8 +9,8 @@ import torch
 import transformers
 from command import CHECKPOINT
 
-from hfq.positions import lacks_padding, most_tokens
-from hfq.source import pull
+from hfq.source.checkpoint import pull
+from hfq.source.positions import lacks_padding, most_tokens
 
 MOST = 24
 ROBERTAS = (

@@ -11,12 +11,12 @@ import pytest
 from factories import make_folder, make_report
 from huggingface_hub import HfApi, constants
 
-from hfq import plots
-from hfq.errors import ExportError, HubError, SourceError, UsageError
-from hfq.hub import PushResult, push_folder, resolve_repo_id
-from hfq.local_hub import LocalHub
+from hfq.common.errors import ExportError, HubError, SourceError, UsageError
+from hfq.hub.local import LocalHub
+from hfq.publish import PushResult, push_folder, resolve_repo_id
 from hfq.recipe import make_recipe
-from hfq.watch import Watcher
+from hfq.report import plots
+from hfq.runs.watch import Watcher
 
 USER = "hfq-user"
 COMMIT = r"/commit/"

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from command import CHECKPOINT, ROOT, Running, forkserver, timeless, write_outliers, write_slice
 
-from hfq.local_hub import LocalHub
+from hfq.hub.local import LocalHub
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'hfq[ray]'")
 from ray.cluster_utils import Cluster  # noqa: E402 (after Ray is known to be there)

@@ -7,14 +7,14 @@ import torch
 from models import relative_error
 from torch import Tensor, nn
 
-from hfq.quantization.calibration import calibrate
-from hfq.quantization.convert import int8_layer, quantize_model
-from hfq.quantization.corrections import bias_corrections, correct_weights, input_means
-from hfq.quantization.equalization import best_factors, equalization_factors
-from hfq.quantization.graph import find_folds, fold_into
-from hfq.quantization.layers import find_quantizable, twin
-from hfq.quantization.rounding import gptq_rows, output_error, second_moments
-from hfq.quantization.scheme import LayerScheme, Rows, quantize_rows
+from hfq.ptq.calibration import calibrate
+from hfq.ptq.convert import int8_layer, quantize_model
+from hfq.ptq.corrections import bias_corrections, correct_weights, input_means
+from hfq.ptq.equalization import best_factors, equalization_factors
+from hfq.ptq.graph import find_folds, fold_into
+from hfq.ptq.layers import find_quantizable, twin
+from hfq.ptq.rounding import gptq_rows, output_error, second_moments
+from hfq.ptq.scheme import LayerScheme, Rows, quantize_rows
 from hfq.tuning.candidates import Candidate, Space
 from hfq.tuning.options import Options
 

@@ -12,9 +12,9 @@ from command import CHECKPOINT, ROOT, Done, forkserver, hfq, write_slice
 from factories import make_folder, make_report
 from hostile_hub import HostileHub
 
-from hfq.card import render_card
-from hfq.redact import redact, remember
-from hfq.report import Report
+from hfq.common.redact import redact, remember
+from hfq.report.card import render_card
+from hfq.report.report import Report
 from hfq.tuning.log import TrialLog
 
 TOKEN = "hf_" + "Recognisable0" * 3
@@ -136,7 +136,7 @@ def test_finds_tokens_by_their_look(text: str, expected: str) -> None:
 def test_what_a_library_logs_or_prints_is_redacted_too() -> None:
     script = f"""
 import logging, sys, warnings
-from hfq.redact import guard_streams, remember
+from hfq.common.redact import guard_streams, remember
 remember({ODD!r})
 guard_streams()
 logging.basicConfig(level=logging.DEBUG)

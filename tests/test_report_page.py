@@ -10,11 +10,12 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from hfq import plots
-from hfq.card import render_card
-from hfq.errors import SourceError
-from hfq.page import render_page
-from hfq.report import Report, Trial
+from hfq.common.errors import SourceError
+from hfq.report import plots
+from hfq.report.card import render_card
+from hfq.report.page import render_page
+from hfq.report.report import Report
+from hfq.tuning.trial import Trial
 
 needs_browser = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium is installed here: apt-get install chromium brings it"

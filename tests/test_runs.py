@@ -9,11 +9,11 @@ import pytest
 import yaml
 from command import CHECKPOINT, ROOT, Done, forkserver, hfq, write_outliers
 
-from hfq.errors import GoalNotMetError, HfqError
-from hfq.installation import installation
-from hfq.local_hub import LocalHub
+from hfq.common.errors import GoalNotMetError, HfqError
+from hfq.common.installation import installation
+from hfq.hub.local import LocalHub
 from hfq.recipe import Recipe
-from hfq.recipes import read_recipes
+from hfq.runs.recipe_folder import read_recipes
 
 FAST = {"dataset": "../data", "approach": "dynamic", "max_trials": 1}
 

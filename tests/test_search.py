@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from hfq.errors import ExportError
-from hfq.report import Trial
-from hfq.tuning.acceptance import Goal, mcnemar_p, paired_interval
+from hfq.common.errors import ExportError
+from hfq.measure.statistics import mcnemar_p, paired_interval
 from hfq.tuning.candidates import Candidate
+from hfq.tuning.goal import Goal
 from hfq.tuning.log import TrialLog
 from hfq.tuning.options import ALPHAS, Limits, Options
 from hfq.tuning.search import Outcome, Score, rank, tune
 from hfq.tuning.strategies import FINALISTS, GAP_CLOSED, STABLE, Searchable, basic
+from hfq.tuning.trial import Trial
 
 LAYERS = tuple(f"layer.{i}" for i in range(20))  # the most sensitive first
 MIN_MAX, MSE, ENTROPY = (Candidate("static", observer) for observer in ("min-max", "mse", "entropy"))

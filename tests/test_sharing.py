@@ -21,12 +21,12 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 import hfq
-from hfq.export import export
-from hfq.quantization.convert import quantize_model
+from hfq.export.checkpoint import export
+from hfq.ptq.convert import quantize_model
 from hfq.runtime.modules import pack_all, unpack_all
 from hfq.runtime.selection import select_kernel
 from hfq.runtime.skeleton import take_apart
-from hfq.source import pull
+from hfq.source.checkpoint import pull
 from hfq.tuning.candidates import Candidate
 
 pytestmark = [

@@ -9,10 +9,10 @@ from models import logits, make_space, quantized, relative_error, tiny, token_ba
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hfq.quantization.convert import quantize_model
-from hfq.quantization.graph import Fold, find_folds, fold_into
-from hfq.quantization.layers import find_quantizable
-from hfq.quantization.smoothquant import smoothed
+from hfq.ptq.convert import quantize_model
+from hfq.ptq.graph import Fold, find_folds, fold_into
+from hfq.ptq.layers import find_quantizable
+from hfq.ptq.smoothquant import smoothed
 from hfq.tuning.candidates import Candidate
 
 BATCHES = token_batches(2)

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from command import CHECKPOINT
 
-from hfq.data import load_task_data
-from hfq.dataset import load_splits
-from hfq.errors import DataError
-from hfq.local_hub import LocalHub
+from hfq.common.errors import DataError
+from hfq.data.dataset import load_splits
+from hfq.data.examples import load_task_data
+from hfq.hub.local import LocalHub
 from hfq.recipe import Recipe
-from hfq.source import pull
+from hfq.source.checkpoint import pull
 from hfq.tasks.text_classification import TextClassification
 
 Rows = list[tuple[str | None, ...]]

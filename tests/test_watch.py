@@ -13,9 +13,9 @@ import yaml
 from command import CHECKPOINT, Done, Running, copy_checkpoint, forkserver, write_outliers
 from factories import make_folder, make_report
 
-from hfq.hub import push_folder
-from hfq.local_hub import LocalHub
-from hfq.recipes import Outcome, exit_code
+from hfq.hub.local import LocalHub
+from hfq.publish import push_folder
+from hfq.runs.recipe_folder import Outcome, exit_code
 
 USER = "hfq-user"
 COMMIT = "/commit/"

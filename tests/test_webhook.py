@@ -18,10 +18,10 @@ import pytest
 import yaml
 from command import CHECKPOINT, Running, forkserver, write_slice
 
-from hfq.errors import UsageError
-from hfq.jobs import Job, JobQueue
-from hfq.local_hub import LocalHub
-from hfq.webhook import announced
+from hfq.common.errors import UsageError
+from hfq.hub.local import LocalHub
+from hfq.runs.job_queue import Job, JobQueue
+from hfq.runs.webhook import announced
 
 USER = "hfq-user"
 SECRET = "what only the Hub knows"

@@ -12,8 +12,8 @@ from command import CHECKPOINT, write_outliers, write_slice
 from github_actions import ACTION, WORKFLOWS, condition, evaluate, load, run_action
 from huggingface_hub import HfApi
 
-from hfq.local_hub import LocalHub
-from hfq.summary import plain, summarize
+from hfq.hub.local import LocalHub
+from hfq.report.summary import plain, summarize
 
 FILES = [*sorted(WORKFLOWS.glob("*.yml")), ACTION / "action.yml"]
 PINNED = re.compile(r"uses: [\w-]+/[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+")

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..benchmark import Process
-from ..errors import HfqError
-from ..source import Checkpoint
-from ..ui import Reporter
+from ..common.errors import HfqError
+from ..common.ui import Reporter
+from ..measure.process import Process
+from ..source.checkpoint import Checkpoint
 from .engines import REFERENCE
 from .run import opening_request
 
@@ -27,14 +27,14 @@ REPEAT = 5
 class Point:
     """One engine at one size. `axis`: which of layers, batch and length is `value`; the others are the usual ones.
 
-    `milliseconds`: median of a forward. `peak_mb`: MiB that loading and running took beyond importing.
+    `milliseconds`: median of a forward. `peak_mib`: MiB that loading and running took beyond importing.
     """
 
     engine: str
     axis: str
     value: int
     milliseconds: float
-    peak_mb: float
+    peak_mib: float
 
 
 def grow(quantized: Checkpoint, baseline: Checkpoint, *, threads: int, ui: Reporter) -> list[Point]:

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ..benchmark import Process
-from ..bounds import check_model
-from ..errors import UsageError
-from ..installation import installation
-from ..report import Report, package_versions, read_report
-from ..source import Checkpoint, pull
-from ..tasks import TASKS, find_task
-from ..ui import Reporter
+from ..common.errors import UsageError
+from ..common.installation import installation
+from ..common.ui import Reporter
+from ..measure.process import Process
+from ..report.report import package_versions, read_report
+from ..source.bounds import check_model
+from ..source.checkpoint import Checkpoint, pull
+from ..tasks.registry import make_task
 from .engines import ENGINES, PEERS, REFERENCE, missing, versions
 
 CALIBRATION = 100  # inputs, as the peers' own guides take
@@ -45,22 +45,22 @@ class Latency:
 class SecondProcess:
     """Another process that loads the same and answers one input, while the first has it loaded.
 
-    MiB that this took, less what imports take: `private_mb` is what it adds to the host, `shared_mb` what it has
+    MiB that this took, less what imports take: `private_mib` is what it adds to the host, `shared_mib` what it has
     resident and other processes as well, such as pages of the weight file and of libraries. Seconds: as in
     `EngineResult`.
     """
 
     load_s: float
     first_answer_s: float
-    private_mb: float
-    shared_mb: float
+    private_mib: float
+    shared_mib: float
 
 
 @dataclass(frozen=True)
 class EngineResult:
     """`load_s`: seconds. `first_answer_s`: seconds from the start of loading to the answer to one small input.
 
-    `size_mb`, `peak_mb`: MiB of the weights that it loads, and the peak less what imports take. `by_shape`: keys like
+    `size_mib`, `peak_mib`: MiB of the weights that it loads, and the peak less what imports take. `by_shape`: keys like
     "8x128". `agreement`: share of inputs of the largest shape, at least 16 and half of them padded, whose label is the
     float model's. `error`: relative difference of their logits. Both are None where nothing was compared. `failure`:
     why it did not run to the end; what it did until then was measured.
@@ -69,8 +69,8 @@ class EngineResult:
     name: str
     load_s: float = 0.0
     first_answer_s: float = 0.0
-    size_mb: float = 0.0
-    peak_mb: float = 0.0
+    size_mib: float = 0.0
+    peak_mib: float = 0.0
     agreement: float | None = None
     error: float | None = None
     by_shape: dict[str, Latency] = field(default_factory=dict)
@@ -135,10 +135,10 @@ def bench(
                 ui.warn(f"{name}: {error}")
                 continue
             weights = ENGINES[name].loads
-            found[name]["size_mb"] = (
-                {"quantized": quantized, "baseline": baseline}[weights].size_mb
+            found[name]["size_mib"] = (
+                {"quantized": quantized, "baseline": baseline}[weights].size_mib
                 if weights
-                else _size_mb(Path(folder) / name)
+                else _size_mib(Path(folder) / name)
             )
         for batch, length in sorted(shapes, key=lambda shape: shape[0] * shape[1]):
             ui.stage(f"Time {batch}×{length}")
@@ -169,7 +169,7 @@ def opening_request(quantized: Checkpoint, baseline: Checkpoint, *, threads: int
     Raises:
         SourceError: a checkpoint is not the model that its config says, which nobody may load then.
     """
-    auto_class = TASKS[find_task(quantized.config, None)].auto_class
+    auto_class = make_task(quantized.config).auto_class
     for checkpoint in (quantized, baseline):
         check_model(checkpoint, auto_class)
     vocabulary = quantized.config["vocab_size"]
@@ -214,7 +214,7 @@ def pull_baseline(quantized: Checkpoint, named: str | None, *, token: str | None
     if named is not None:
         return pull(named, token=token)
     report = read_report(quantized.path)
-    if not isinstance(report, Report):
+    if report.of_object:
         raise UsageError(
             f"{quantized.info.id} was made by fit from a model in memory. Say where its float checkpoint is: --baseline FOLDER"
         )
@@ -281,7 +281,7 @@ def _load(name: str, opening: dict[str, Any], loading: dict[str, Any]) -> tuple[
         raise
 
 
-def _size_mb(folder: Path) -> float:
+def _size_mib(folder: Path) -> float:
     """Of the weights that a peer made, MiB."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.suffix in WEIGHTS) / 2**20
 
@@ -308,7 +308,7 @@ def _time(
                 found[name]["failure"] = f"at {batch}x{length}: {error}"
                 del running[name]
                 continue
-            found[name]["peak_mb"] = answer["peak_mib"]
+            found[name]["peak_mib"] = answer["peak_mib"]
             if turn:
                 seconds[name] += answer["seconds"]
     for name in running:

@@ -6,9 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..files import write_bytes, write_text
-from ..plots import png, quiet_matplotlib
-from ..redact import redact
+from ..common.files import write_bytes, write_text
+from ..common.redact import redact
+from ..report.plots import png, quiet_matplotlib
 from .engines import ENGINES, PEERS, REFERENCE
 from .growth import BATCH, LENGTH, Point
 from .run import SAME_ANSWER, SAME_LOGITS, BenchResult, EngineResult
@@ -75,7 +75,7 @@ def markdown(result: BenchResult, growth: Sequence[Point]) -> str:
     if growth:
         lines += ["", "| | size | engine | ms | peak MiB |", "|---|---|---|---|---|"]
         lines += [
-            f"| {point.axis} | {point.value} | {point.engine} | {point.milliseconds:.1f} | {point.peak_mb:.0f} |"
+            f"| {point.axis} | {point.value} | {point.engine} | {point.milliseconds:.1f} | {point.peak_mib:.0f} |"
             for point in growth
         ]
     if versions := result.setup.get("versions"):
@@ -86,8 +86,8 @@ def markdown(result: BenchResult, growth: Sequence[Point]) -> str:
 def _engine_row(engine: EngineResult) -> str:
     compared = ("", "") if engine.agreement is None else (f"{engine.agreement:.1%}", f"{engine.error:.3f}")
     return (
-        f"| {engine.name} | {engine.load_s:.2f} | {engine.first_answer_s:.2f} | {engine.size_mb:.1f} "
-        f"| {engine.peak_mb:.0f} | {' | '.join(compared)} |"
+        f"| {engine.name} | {engine.load_s:.2f} | {engine.first_answer_s:.2f} | {engine.size_mib:.1f} "
+        f"| {engine.peak_mib:.0f} | {' | '.join(compared)} |"
     )
 
 
@@ -100,8 +100,8 @@ def _quantizing_while_loading(ran: Sequence[EngineResult]) -> str:
 
 def _second_processes(ran: Sequence[EngineResult]) -> list[str]:
     rows = [
-        f"| {engine.name} | {second.load_s:.2f} | {second.first_answer_s:.2f} | {second.private_mb:.1f} "
-        f"| {second.shared_mb:.1f} |"
+        f"| {engine.name} | {second.load_s:.2f} | {second.first_answer_s:.2f} | {second.private_mib:.1f} "
+        f"| {second.shared_mib:.1f} |"
         for engine in ran
         if (second := engine.second_process)
     ]
@@ -158,7 +158,7 @@ def _plot_growth(growth: Sequence[Point]) -> bytes:
             points = [point for point in growth if point.axis == axis and point.engine == engine]
             values = [point.value for point in points]
             grid[0][column].plot(values, [point.milliseconds for point in points], marker="o", label=engine)
-            grid[1][column].plot(values, [point.peak_mb for point in points], marker="o")
+            grid[1][column].plot(values, [point.peak_mib for point in points], marker="o")
         grid[0][column].set_title(f"{axis} ({fixed[axis]})")
         grid[1][column].set_xlabel(axis)
         for row in grid:

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..worker import peak_mib, resident_mib, serve
+from ..measure.process import peak_mib, resident_mib, serve
 
 if TYPE_CHECKING:
     from .engines import Preparing

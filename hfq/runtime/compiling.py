@@ -19,10 +19,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..common.memory import LargestInput, return_freed_memory
 from .blocked import lay_out, lay_out_for_kernels
 from .fusion import finish_fusing, wanted_fusions
 from .graphs import CompilerError, Graphs, dynamic_axes
-from .memory import LargestInput, return_freed_memory
 from .modules import pack_all
 from .slicing import TOKENS, SlicedForward, is_token_batch
 

@@ -1,6 +1,6 @@
 """Int8 twins of `nn.Conv1d` and `nn.Conv2d`, and of transformers' `Conv1D`, which is a Linear with its weight turned.
 
-Not here: which layers have a twin, and how their scales are found (`hfq.quantization`).
+Not here: which layers have a twin, and how their scales are found (`hfq.ptq`).
 """
 
 from functools import lru_cache

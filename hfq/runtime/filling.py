@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import SourceError
-from ..safetensors_header import read_header
+from ..common.errors import SourceError
+from ..common.safetensors_header import read_header
 from .modules import Int8Embedding, PackedModule, frozen
 
 Place = tuple[nn.Module, str]

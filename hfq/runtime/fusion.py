@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..errors import UsageError
+from ..common.errors import UsageError
+from ..common.memory import return_freed_memory
 from . import attention
 from .encoder_layer import run_directly
 from .flow import Flow, ignores_padding, last_readers, read_for_first_token, trace
 from .known_forward import KnownForward, runs_known_code
-from .memory import return_freed_memory
 from .modules import PACKING, Int8Linear, SharedMatmul, input_codes, pack_all
 from .narrowing import Narrowing
 from .post_ops import fuse_activations

@@ -25,7 +25,7 @@ import transformers
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .. import __version__
+from ..common.version import __version__
 from .attention import compiles_to_bfloat16, is_compiled
 from .modules import packed_linears
 from .native import machine, take_tensors

@@ -1,6 +1,6 @@
 """Int8 matmul kernels behind one interface. Which of them runs here, `hfq.runtime.selection` finds out.
 
-Not here: how scales are found (`hfq.quantization`) or where layers live (`hfq.runtime.modules`).
+Not here: how scales are found (`hfq.ptq`) or where layers live (`hfq.runtime.modules`).
 """
 
 from typing import Literal, Protocol

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..common.memory import drop_file_pages, keep_freed_memory
 from . import sharing
 from .checked import CheckedKernel
 from .first_token import of_first_token
@@ -24,7 +25,6 @@ from .kernels import (
     quantize_uint8,
 )
 from .known_forward import KnownForward
-from .memory import drop_file_pages, keep_freed_memory
 from .narrowing import Narrowing
 from .selection import select_kernel
 

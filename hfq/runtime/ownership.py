@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .memory import drop_file_pages
+from ..common.memory import drop_file_pages
 
 _MAPS = Path("/proc/self/maps")
 _LARGE = 1 << 20  # bytes that are worth a mapping

@@ -12,10 +12,10 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
-from ..errors import UnsupportedError
+from ..common.errors import UnsupportedError
+from ..common.memory import checkpoint_files
 from .filling import fill_modules
 from .fusion import fuse
-from .memory import checkpoint_files
 from .modules import Int8Embedding, PackedModule, note_files
 from .stock import is_stock
 from .swap import is_int8, must_be_widened, swap_modules

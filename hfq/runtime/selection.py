@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import torch
 
-from ..errors import UsageError
+from ..common.errors import UsageError
 from .checked import CheckedKernel, saturates_in_pairs
 from .kernels import Kernel, OneDnnKernel, PortableKernel, quantize_uint8
 

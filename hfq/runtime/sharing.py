@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import __version__
+from ..common.version import __version__
 from .kernels import Kernel, OneDnnKernel
 from .native import machine, packed_tensor
 from .packing import descriptor_of

@@ -6,17 +6,17 @@ from functools import lru_cache
 
 from torch import Tensor, nn
 
-from ..quantization.calibration import Statistics
-from ..quantization.convert import int8_layer
-from ..quantization.corrections import bias_corrections, correct_weights, input_means
-from ..quantization.equalization import best_factors
-from ..quantization.graph import Fold, fold_into
-from ..quantization.inputs import Batch
-from ..quantization.layers import CONVOLUTIONS, Quantizable, linear, twin, weight_rows
-from ..quantization.observers import CODES, OBSERVERS, InputStatistics, min_max
-from ..quantization.rounding import gptq_rows, second_moments
-from ..quantization.scheme import Approach, LayerScheme, Plan, Rows, quantize_rows
-from ..quantization.smoothquant import smoothed, smoothing_factors
+from ..ptq.calibration import Statistics
+from ..ptq.convert import int8_layer
+from ..ptq.corrections import bias_corrections, correct_weights, input_means
+from ..ptq.equalization import best_factors
+from ..ptq.graph import Fold, fold_into
+from ..ptq.inputs import Batch
+from ..ptq.layers import CONVOLUTIONS, Quantizable, linear, twin, weight_rows
+from ..ptq.observers import CODES, OBSERVERS, InputStatistics, min_max
+from ..ptq.rounding import gptq_rows, second_moments
+from ..ptq.scheme import Approach, LayerScheme, Plan, Rows, quantize_rows
+from ..ptq.smoothquant import smoothed, smoothing_factors
 from .options import ALPHAS, Alpha, Options, Rule
 
 CHUNK = 8  # layers whose second moments are held at a time: 36 MiB each at 3072 inputs

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from ..errors import ExportError
-from ..redact import redact
-from ..report import Trial
+from ..common.errors import ExportError
+from ..common.redact import redact
+from .trial import Trial
 
 
 class TrialLog:

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any, Protocol
 
-from ..quantization.scheme import Plan
-from ..report import Trial
+from ..ptq.scheme import Plan
 from .candidates import Candidate
 from .log import TrialLog
 from .search import Score
 from .strategies import Search, Searchable
+from .trial import Trial
 
 
 class Helpers(Protocol):

@@ -7,8 +7,8 @@ from typing import Literal
 
 from torch import nn
 
-from ..quantization.observers import OBSERVERS
-from ..quantization.scheme import Approach
+from ..ptq.observers import OBSERVERS
+from ..ptq.scheme import Approach
 
 ALPHAS: tuple["Alpha", ...] = (0.3, 0.5, 0.7)
 Alpha = float | Literal["auto"]

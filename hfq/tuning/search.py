@@ -4,12 +4,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..report import Trial
-from .acceptance import Goal
 from .candidates import Candidate
+from .goal import Goal
 from .log import TrialLog
 from .options import Limits, Options
 from .strategies import Search, Searchable, passed
+from .trial import Trial
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Score:
-    """What evaluating a quantized model found; the others as in `hfq.report.Trial`."""
+    """What evaluating a quantized model found; the others as in `hfq.tuning.trial.Trial`."""
 
     accuracy: float
     duration_s: float
     stock_agreement: float | None = None
-    logit_difference: float | None = None
-    memory_mb: float | None = None
-    size_mb: float | None = None
+    output_difference: float | None = None
+    memory_mib: float | None = None
+    size_mib: float | None = None
 
 
 def rank(options: Options, output_error: Callable[[Candidate], float], *, can_smooth: bool) -> dict[Candidate, float]:
@@ -100,9 +100,9 @@ def tune(
                 output_error(candidate),
                 goal.loss(score.accuracy),
                 score.stock_agreement,
-                score.logit_difference,
-                score.memory_mb,
-                score.size_mb,
+                score.output_difference,
+                score.memory_mib,
+                score.size_mib,
             )
             log.add(trial)
         found[candidate] = trial
@@ -131,8 +131,8 @@ def _by_objective(
     """A weighted sum of costs, each scaled to [0, 1] over the candidates it is to decide between."""
     costs: dict[str, dict[Candidate, float]] = {
         "performance": {candidate: found[candidate].duration_s for candidate in among},
-        "modelsize": {candidate: found[candidate].size_mb or 0.0 for candidate in among},
-        "footprint": {candidate: found[candidate].memory_mb or 0.0 for candidate in among},
+        "modelsize": {candidate: found[candidate].size_mib or 0.0 for candidate in among},
+        "footprint": {candidate: found[candidate].memory_mib or 0.0 for candidate in among},
         "accuracy": {candidate: found[candidate].loss or 0.0 for candidate in among},
     }
 

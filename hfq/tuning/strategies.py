@@ -8,11 +8,11 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-from ..errors import UsageError
-from ..installation import installation
-from ..report import Trial
+from ..common.errors import UsageError
+from ..common.installation import installation
 from .candidates import Candidate
 from .options import Options
+from .trial import Trial
 
 FINALISTS = 4  # fully static candidates that get an evaluation, best output error first: float layers cost more later
 GAP_CLOSED = (0.35, 0.8)  # of the output error between all static and all dynamic, by layers made dynamic

@@ -7,24 +7,24 @@ from functools import cache
 
 from torch import nn
 
-from ..quantization.calibration import calibrate, encoder_output, sensitivity
-from ..quantization.convert import int8_layer, quantize_model
-from ..quantization.graph import Fold, find_folds
-from ..quantization.inputs import Batch, head
-from ..quantization.layers import find_quantizable, linear
-from ..quantization.scheme import Plan
-from ..report import Trial
+from ..common.memory import free_unused, only_new_garbage, return_freed_memory
+from ..common.ui import Reporter
+from ..ptq.calibration import calibrate, encoder_output, sensitivity
+from ..ptq.convert import int8_layer, quantize_model
+from ..ptq.graph import Fold, find_folds
+from ..ptq.inputs import Batch, head
+from ..ptq.layers import find_quantizable, linear
+from ..ptq.scheme import Plan
 from ..runtime.fusion import fuse
-from ..runtime.memory import free_unused, only_new_garbage, return_freed_memory
 from ..runtime.modules import memory_mib, state_mib
-from ..ui import Reporter
-from .acceptance import Goal
 from .candidates import Candidate, Space
+from .goal import Goal
 from .log import TrialLog
 from .lookahead import Helpers, LookAhead
 from .options import Options
 from .search import Outcome, Score, rank, tune
 from .strategies import STRATEGIES, Searchable
+from .trial import Trial
 
 TRACED = 2  # examples of the batch that the graph is traced with
 
@@ -104,7 +104,7 @@ def score_plan(
     quantized = quantize_model(model, plan, folds)
     fuse(quantized)  # evaluate what will be loaded
     score = evaluate(quantized, plan)
-    return replace(score, memory_mb=memory_mib(quantized), size_mb=state_mib(quantized))
+    return replace(score, memory_mib=memory_mib(quantized), size_mib=state_mib(quantized))
 
 
 def prepare(

@@ -1,0 +1,196 @@
+"""A task's data: examples to calibrate on, to evaluate on and, where there are some, that nothing else sees."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..common.errors import DataError, UsageError
+from ..common.names import is_path
+from ..recipe import Recipe
+from ..source.checkpoint import Checkpoint
+from ..tasks.base import Alignment, Batch, Columns, Encoding, Processor, References, Task
+from ..tasks.text import is_text
+from .dataset import load_splits
+from .reference import find_dataset
+from .splits import calibration_split, evaluation_split, holdout_split
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features
+
+NO_TEXT = r"^\s*([+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|(?i:true|false))\s*$"
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """The data that tuned and measured the model. `revision` is a commit sha on the Hub, else None.
+
+    `columns`: by role. `alignment`: how its labels became the model's. `holdout_split` is a labelled split that neither
+    calibration nor tuning saw, where there is one. `max_length`: in tokens, 0 for no limit.
+    """
+
+    id: str
+    subset: str | None
+    revision: str | None
+    split: str
+    calibration_split: str
+    calibration_samples: int
+    columns: dict[str, list[str]]
+    alignment: str
+    examples: int
+    holdout_split: str | None = None
+    holdout_examples: int = 0
+    max_length: int = 0
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Encoded examples, shortest first so that batches hold little padding, and what is right for each."""
+
+    encodings: Sequence[Encoding]
+    references: References
+
+    def __len__(self) -> int:
+        return len(self.encodings)
+
+    def batches(self, task: Task, processor: Processor, batch_size: int) -> list[Batch]:
+        """Padded tensors, each with a row for every example."""
+        starts = range(0, len(self), batch_size)
+        return [task.collate(self.encodings[start : start + batch_size], processor) for start in starts]
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """What a run reads. `holdout`: labelled examples that neither calibration nor tuning sees, or None."""
+
+    info: DatasetInfo
+    task: Task
+    processor: Processor
+    calibration: Examples
+    evaluation: Examples
+    holdout: Examples | None
+    warnings: Sequence[str] = ()
+
+
+def load_task_data(checkpoint: Checkpoint, recipe: Recipe, *, task: Task, recipes: Path, token: str | None) -> TaskData:
+    """Load, align and encode.
+
+    Raises:
+        DataError: the dataset cannot be found or read, or does not fit the checkpoint.
+    """
+    reference = find_dataset(checkpoint, recipe, recipes=recipes)
+    splits, revision = load_splits(reference.id, reference.subset, token=token)
+    split = evaluation_split(splits, recipe.split or reference.split)
+    calibration = calibration_split(splits, recipe.calibration_split, split)
+    columns = task.columns(told_apart(splits[split]), _requested(recipe, task))
+    read = {name: splits[name] for name in dict.fromkeys((split, calibration))}
+    for name, rows in read.items():
+        _require_columns(rows, name, columns)
+    alignment = task.align(list(read.values()), columns)
+    task = task.informed(alignment)
+    processor = task.processor(checkpoint, max_length=recipe.max_length, trust_remote_code=recipe.trust_remote_code)
+    chosen = splits[calibration].shuffle(seed=recipe.seed)
+    chosen = chosen.select(range(min(recipe.calibration_samples, len(chosen))))
+    reader = _Reader(task, columns, alignment, processor)
+    evaluated = reader.examples(splits[split], split)
+    calibrated = reader.examples(chosen, calibration)
+    unseen = holdout_split(splits, {split, calibration}, lambda rows: reader.has_labels(rows))
+    held_out = reader.examples(splits[unseen], unseen) if unseen else None
+    local = is_path(reference.id)
+    info = DatasetInfo(
+        id=Path(reference.id).resolve().name if local else reference.id,
+        subset=reference.subset,
+        revision=revision,
+        split=split,
+        calibration_split=calibration,
+        calibration_samples=len(calibrated),
+        columns={role: list(names) for role, names in columns.items()},
+        alignment=alignment.how,
+        examples=len(evaluated),
+        holdout_split=unseen,
+        holdout_examples=len(held_out) if held_out else 0,
+        max_length=processor.max_length,
+    )
+    return TaskData(info, task, processor, calibrated, evaluated, held_out, _warnings(info, recipe))
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Rows to examples."""
+
+    task: Task
+    columns: Columns
+    alignment: Alignment
+    processor: Processor
+
+    def examples(self, rows: "Dataset", split: str) -> Examples:
+        if len(rows) == 0:
+            raise DataError(f"Split {split!r} is empty.")
+        references = self.task.references(rows, self.columns, self.alignment)
+        if None in references:
+            row = rows[references.index(None)]
+            labels = [row[name] for name in self.columns[self.task.label_role]]
+            raise DataError(
+                f"Split {split!r} has examples without a usable label (first: row {references.index(None)}, from 0: "
+                f"{', '.join(map(repr, labels))}). Choose a labelled split."
+            )
+        encodings = self.task.encode(rows, self.columns, self.processor)
+        order = sorted(range(len(encodings)), key=lambda row: self.task.length(encodings[row]))
+        return Examples([encodings[row] for row in order], [references[row] for row in order])
+
+    def has_labels(self, rows: "Dataset") -> bool:
+        if any(name not in rows.features for names in self.columns.values() for name in names):
+            return False
+        try:
+            return None not in self.task.references(rows, self.columns, self.alignment)
+        except DataError:  # that split is not asked for: it may hold what it likes
+            return False
+
+
+def told_apart(rows: "Dataset") -> "Features":
+    """The columns, where one that is stored as text and holds nothing but numbers, or true and false, is no text."""
+    import pyarrow.compute
+    from datasets import Features, Value
+
+    def holds_text(name: str) -> bool:
+        column = rows.data.column(name)
+        return not pyarrow.compute.all(pyarrow.compute.match_substring_regex(column, NO_TEXT), min_count=0).as_py()
+
+    columns = rows.features.items()
+    return Features({name: Value("null") if is_text(kind) and not holds_text(name) else kind for name, kind in columns})
+
+
+def _requested(recipe: Recipe, task: Task) -> dict[str, list[str]]:
+    """Columns that were asked for, by role; `text_columns` and `label_column` are other spellings of two roles."""
+    found = dict(recipe.columns)
+    if unknown := [role for role in found if role not in task.roles]:
+        raise UsageError(
+            f"columns: {', '.join(unknown)} is nothing that {task.name} reads. Expected some of: {', '.join(task.roles)}."
+        )
+    if recipe.text_columns:
+        found[task.text_role] = recipe.text_columns
+    if recipe.label_column:
+        found[task.label_role] = [recipe.label_column]
+    return found
+
+
+def _require_columns(rows: "Dataset", split: str, columns: Columns) -> None:
+    for name in (name for names in columns.values() for name in names):
+        if name not in rows.features:
+            raise DataError(f"Split {split!r} has no column {name!r}. Columns: {', '.join(rows.features)}.")
+
+
+def _warnings(info: DatasetInfo, recipe: Recipe) -> list[str]:
+    found = []
+    if info.calibration_samples < recipe.calibration_samples:
+        found.append(
+            f"Split {info.calibration_split!r} has {info.calibration_samples} examples, fewer than "
+            f"--calibration-samples {recipe.calibration_samples}."
+        )
+    if info.calibration_split == info.split:
+        found.append(
+            f"Calibration and evaluation both read split {info.split!r}: its accuracy is not independent of calibration."
+        )
+    if info.alignment.startswith("by position"):
+        found.append(f"Labels were aligned {info.alignment}.")
+    return found

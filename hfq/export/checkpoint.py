@@ -1,0 +1,155 @@
+"""Write a quantized model as a transformers folder in the compressed-tensors layout, and prove what was written.
+
+Format: https://github.com/neuralmagic/compressed-tensors and `../shared/DESIGN.md`.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..common.errors import ExportError
+from ..common.files import write_text
+from ..common.memory import drop_file_pages
+from ..ptq.scheme import Plan
+from ..runtime.conv import Int8Conv1D
+from ..source.checkpoint import Checkpoint
+from ..source.contents import list_contents
+from .patterns import find_patterns
+
+SHARD_SIZE = "5GB"
+WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+ACTIVATIONS: dict[str, dict[str, Any]] = {
+    "static": {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "tensor", "dynamic": False},
+    "dynamic": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
+}
+APPROACHES = ("static", "dynamic", "weight-only")
+FLOAT_LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, Conv1D)
+
+
+def export(model: nn.Module, plan: Plan, checkpoint: Checkpoint, *, folder: Path) -> None:
+    """Fill the new `folder` with weights, config, and what else belongs to the checkpoint (`hfq.contents`).
+
+    Raises:
+        ExportError: the disk is full or read-only, or a file does not read back bit for bit.
+        SourceError: a file that belongs to the checkpoint lies elsewhere, by way of a link.
+    """
+    try:
+        folder.mkdir(parents=True)
+        write_weights_and_config(model, plan, checkpoint.config, folder=folder)
+        for name in list_contents(checkpoint.path, checkpoint.contents):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            if not (folder / name).exists():  # what is made anew: config.json, which code may name too
+                shutil.copyfile(checkpoint.path / name, folder / name)
+    except OSError as error:
+        raise ExportError(
+            f"{folder} cannot be written: {error.strerror or error}. Free space or choose another --output."
+        ) from error
+
+
+def write_weights_and_config(model: nn.Module, plan: Plan, config: Mapping[str, Any], *, folder: Path) -> None:
+    """Weights and config.json, of a checkpoint whose float version has `config`.
+
+    Raises:
+        ExportError: the disk is full, or a file does not read back bit for bit.
+        OSError: the folder cannot be written.
+    """
+    _write_weights(_tensors(model), folder)
+    kept = {key: value for key, value in config.items() if key != "torch_dtype"}
+    kept |= {"dtype": "float32", "quantization_config": quantization_config(model, plan)}
+    write_text(folder / "config.json", json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
+
+
+def quantization_config(model: nn.Module, plan: Plan) -> dict[str, Any]:
+    """The `quantization_config` of config.json: groups of layers with one scheme, everything else under `ignore`."""
+    approaches: dict[str, str] = dict.fromkeys(plan.embeddings, "weight-only")
+    approaches |= {name: scheme.approach for name, scheme in plan.layers.items()}
+    ignored = [name for name, module in model.named_modules() if isinstance(module, FLOAT_LAYERS)]
+    patterns = find_patterns(model, {**approaches, **dict.fromkeys(ignored, "ignore")})
+    groups = [_group(approach, patterns[approach]) for approach in APPROACHES if approach in patterns]
+    # Stock transformers opens an int8 Conv1D only where it widens the whole model to float.
+    widened = {"dequantize": True} if any(isinstance(module, Int8Conv1D) for module in model.modules()) else {}
+    return widened | {
+        "quant_method": "compressed-tensors",
+        "format": "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
+        "ignore": patterns.get("ignore", []),
+    }
+
+
+def _group(approach: str, targets: list[str]) -> dict[str, Any]:
+    if approach == "weight-only":
+        return {"format": "naive-quantized", "targets": targets, "weights": WEIGHTS}
+    return {
+        "format": "int-quantized",
+        "targets": targets,
+        "weights": WEIGHTS,
+        "input_activations": ACTIVATIONS[approach],
+    }
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """State by name, contiguous, each shared tensor once (transformers ties the others again when it loads)."""
+    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items() if name not in tied}
+    memory = [tensor.untyped_storage().data_ptr() for tensor in tensors.values()]
+    return {
+        name: tensor.clone() if memory.count(tensor.untyped_storage().data_ptr()) > 1 else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _write_weights(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    split = split_torch_state_dict_into_shards(
+        dict(tensors), filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD_SIZE
+    )
+    for filename, names in split.filename_to_tensors.items():
+        path = folder / filename
+        temporary = folder / f".{filename}.tmp"
+        try:
+            save_file({name: tensors[name] for name in names}, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk is one
+            raise ExportError(f"{path} cannot be written: {error}. Free space or choose another --output.") from error
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())  # safetensors makes it private to its owner
+        _check(temporary, tensors, names)
+        temporary.replace(path)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _check(path: Path, tensors: Mapping[str, Tensor], names: Iterable[str]) -> None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            if set(file.keys()) != set(names):
+                raise ExportError(f"{path} does not hold the tensors that were written to it. Check the disk.")
+            for name in names:
+                read = file.get_tensor(name)
+                if not _bytes(read).equal(_bytes(tensors[name])):
+                    raise ExportError(f"{path} does not read back what was written: {name} differs. Check the disk.")
+                drop_file_pages(read)
+    except SafetensorError as error:
+        raise ExportError(f"{path} cannot be read back: {error}. Check the disk.") from error
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """As they are on disk: NaN equals itself there, and -0.0 is not 0.0."""
+    return tensor.reshape(-1).view(torch.uint8)

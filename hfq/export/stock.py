@@ -1,0 +1,101 @@
+"""The last check of a folder that was written: stock transformers opens it, and it is the model in memory.
+
+Where hfq is not installed nobody else would notice a weight that is another's, or a layer that was taken for float.
+"""
+
+import io
+from collections.abc import Iterator
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+
+from ..common.errors import ExportError
+from ..ptq.inputs import Batch
+from ..runtime.conv import Int8Conv1D
+from ..runtime.modules import Int8Embedding, Int8Linear
+from ..runtime.stock import stock_transformers
+
+FAR = 0.5  # relative to the answer: more than a code here and there that rounds the other way
+
+
+def check_written(model: PreTrainedModel, folder: Path, *, kind: type[PreTrainedModel], batch: Batch | None) -> None:
+    """Open `folder`, a `kind` in float, without hfq's quantizer and compare it with `model`, tensors and answers.
+
+    `batch`: what both are to answer, if anything.
+
+    Raises:
+        ExportError: it does not open, or it is another model than the one in memory.
+    """
+    try:
+        with stock_transformers(), redirect_stderr(io.StringIO()):  # of progress bars
+            stock = kind.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+            if hasattr(stock, "ct_decompress_hook"):  # else it was widened when it was loaded
+                stock.hf_quantizer.compressor.decompress_model(stock)
+            difference = next(_differences(model, stock), None)
+            if difference is None and batch is not None:
+                difference = _other_answer(model, stock, batch)
+    except Exception as error:  # whatever transformers, compressed-tensors or the model's code raises
+        raise ExportError(other_model(f"it cannot be opened ({type(error).__name__}: {error})")) from error
+    if difference is not None:
+        raise ExportError(other_model(difference))
+
+
+def other_model(reason: str) -> str:
+    """The message about a folder that stock transformers opens otherwise."""
+    return (
+        f"What was written would be another model where hfq is not installed: {reason}. It was removed. Keep that layer "
+        "in float, and please report it."
+    )
+
+
+def _differences(model: nn.Module, stock: nn.Module) -> Iterator[str]:
+    """What of `model` is otherwise in `stock`, which holds its weights in float."""
+    int8 = {name: module for name, module in model.named_modules() if isinstance(module, Int8Linear | Int8Embedding)}
+    widened = any(isinstance(module, Int8Conv1D) for module in int8.values())  # then stock quantizes no activations
+    for name, module in int8.items():
+        found: Any = stock.get_submodule(name)
+        if not _alike(found.weight, module.weight.detach() * module.weight_scale.detach()):
+            yield f"{name} has another weight"
+        if not widened and _activation(found) != getattr(module, "activation", "weight-only"):
+            yield f"{name} runs with {_activation(found)} activations"
+    state = stock.state_dict()
+    for name, tensor in model.state_dict().items():
+        owner, _, key = name.rpartition(".")
+        in_int8 = owner in int8 and (key in ("weight", "weight_scale") or (widened and key.startswith("input_")))
+        if not in_int8 and (name not in state or not _alike(state[name], tensor)):
+            yield f"{name} is another"
+
+
+def _activation(module: nn.Module) -> str:
+    scheme: Any = getattr(module, "quantization_scheme", None)
+    if scheme is None:
+        return "float"
+    if scheme.input_activations is None:
+        return "weight-only"
+    return "dynamic" if scheme.input_activations.dynamic else "static"
+
+
+def _alike(found: Tensor, expected: Tensor) -> bool:
+    return found.shape == expected.shape and torch.allclose(
+        found.float(), expected.float(), rtol=1e-5, atol=1e-30, equal_nan=True
+    )
+
+
+@torch.inference_mode()
+def _other_answer(model: nn.Module, stock: nn.Module, batch: Batch) -> str | None:
+    return answers_otherwise(_answer(model(**batch)), _answer(stock(**batch)))
+
+
+def answers_otherwise(ours: Tensor, theirs: Tensor) -> str | None:
+    """How far the answers of stock transformers are from the int8 model's; None where int8 may account for it."""
+    difference = ((theirs - ours).norm() / ours.norm().clamp(min=1e-12)).item()
+    return None if difference <= FAR or not ours.isfinite().all() else f"its answer differs by {difference:.1%}"
+
+
+def _answer(output: Any) -> Tensor:
+    return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()).float()

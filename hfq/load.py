@@ -1,0 +1,116 @@
+"""`hfq.load`: an int8 checkpoint with int8 kernels, its class chosen by its task, or given as a float skeleton."""
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from .common.errors import SourceError, UnsupportedError, UsageError
+from .common.memory import checkpoint_files, return_freed_memory
+from .runtime.conv import Int8Conv
+from .runtime.fusion import finish_fusing, fuse
+from .runtime.modules import Int8Linear, note_files, pack_all
+from .runtime.swap import is_int8, swap_modules, transformers_part
+from .source.bounds import bounded
+from .source.checkpoint import Checkpoint, pull
+from .tasks.registry import find_architecture, make_task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_ALIGNMENT = 64  # bytes, as torch allocates
+
+
+def load(
+    checkpoint: str | Path,
+    *,
+    model: nn.Module | None = None,
+    revision: str | None = None,
+    task: str | None = None,
+    token: str | None = None,
+    trust_remote_code: bool = False,
+    **kwargs: Any,
+) -> "PreTrainedModel | nn.Module":
+    """Load an int8 checkpoint, by Hub id or folder, ready to serve. Further arguments go to `from_pretrained`.
+
+    Layers are fused and weights in the layout of this CPU's kernels when it returns; `from_pretrained` leaves that to
+    the first forward. With `HFQ_SHARE=1` in the environment, processes of one user on one host share packed weights,
+    by files in the cache folder of the Hub's client, whichever of the two loads them.
+
+    Args:
+        model: for a module that is not transformers': one of the class that was quantized, in float and with any
+            weights. It is copied, not changed.
+
+    Example:
+        >>> model = hfq.load("me/bert-mrpc-int8")
+        >>> model(**tokenizer("a", "b", return_tensors="pt")).logits
+        >>> net = hfq.load("./saved_model", model=Net())
+
+    Raises:
+        SourceError: the checkpoint cannot be pulled or read.
+        UnsupportedError: it is not an int8 checkpoint, so there is nothing to run in int8.
+        UsageError: it holds a module of the user's own, and `model` is missing.
+    """
+    import transformers
+
+    found = pull(str(checkpoint), revision=revision, token=token, trust_remote_code=trust_remote_code, hashed=False)
+    if model is not None:
+        return _ready(_fill(model, found))
+    if "hfq_module" in found.config:
+        name = found.config["hfq_module"]
+        raise UsageError(f"{checkpoint} holds a {name}, which is not transformers'. Pass one: model={name}(…).")
+    architecture: Any = find_architecture(found.config)
+    if task is not None or architecture is None:
+        architecture = getattr(transformers, make_task(found.config, name=task).auto_class)
+    with bounded(found):
+        loaded = architecture.from_pretrained(found.path, trust_remote_code=trust_remote_code, **kwargs)
+    if not any(isinstance(module, Int8Linear | Int8Conv) for module in loaded.modules()):
+        raise UnsupportedError(
+            f"{checkpoint} has no layer that runs in int8 here. Expected a checkpoint made by `hfq quantize`; "
+            "load a float one with transformers."
+        )
+    return _ready(loaded)
+
+
+def _ready(model: nn.Module) -> nn.Module:
+    """Fused and packed now, so that the first request is answered as fast as the second."""
+    finish_fusing(model)
+    pack_all(model)
+    return_freed_memory()
+    return model
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """A file's tensors begin anywhere in it, and float sums over such a weight are rounded in another order than in memory.
+
+    int8 weights stay in the file until they are packed.
+    """
+    return tensor.clone() if tensor.is_floating_point() and tensor.data_ptr() % _ALIGNMENT else tensor
+
+
+def _fill(skeleton: nn.Module, checkpoint: Checkpoint) -> nn.Module:
+    """A copy of `skeleton` with the int8 modules and the tensors of `checkpoint`."""
+    from compressed_tensors.quantization import QuantizationConfig
+    from safetensors.torch import load_file
+
+    settings = checkpoint.config.get("quantization_config")
+    config = QuantizationConfig.model_validate(settings) if settings else None
+    if config is None or not is_int8(config):
+        raise UnsupportedError(f"{checkpoint.path} is not an int8 checkpoint that hfq can run.")
+    model = copy.deepcopy(skeleton).eval().requires_grad_(False)
+    part = transformers_part(model)
+    if part is not None and "hfq_module" not in checkpoint.config:
+        model.set_submodule(part, _fill(model.get_submodule(part), checkpoint))
+        return model
+    swap_modules(model, config)
+    state = {name: _aligned(tensor) for path in checkpoint.weights for name, tensor in load_file(path).items()}
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise SourceError(
+            f"{checkpoint.path} does not fit model, a {type(skeleton).__name__}: {' '.join(str(error).split())}"
+        ) from error
+    note_files(model, checkpoint_files())
+    fuse(model)
+    return model

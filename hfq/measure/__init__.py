@@ -1,0 +1,1 @@
+"""Score, time and memory of a model, and how two models compare."""

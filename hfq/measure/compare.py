@@ -1,0 +1,177 @@
+"""Last look before publishing: the exported folder, freshly loaded, beside the float checkpoint."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..common.errors import ExportError
+from ..common.ui import Reporter
+from ..data.examples import Examples
+from ..data.session import Session
+from ..export.stock import answers_otherwise, other_model
+from ..runtime.slicing import in_parts
+from ..source.checkpoint import Checkpoint
+from ..source.model import load_model
+from ..tasks.base import Batch, Outputs, References, SumMetric, Task
+from .evaluate import Engine, Evaluation, evaluate
+from .figures import Comparison, Measurement, StockComparison
+from .statistics import mcnemar_p, paired_interval, paired_interval_of_sets
+from .timing import Subject, Timing, examples_in, measure, outputs_of, timed_batches
+
+STOCK_TOKENS = 512  # at a time: what stock transformers computes of them takes twice the memory that it takes in float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Both checkpoints, and the splits they were compared on. `stock`: on the holdout, if there is one."""
+
+    baseline: Measurement
+    quantized: Measurement
+    comparisons: list[Comparison]
+    timed_examples: int
+    stock: StockComparison | None = None
+
+
+def evaluate_split(session: Session, model: nn.Module, batches: Sequence[Batch], examples: Examples) -> Evaluation:
+    """The recipe's metric of `model` on a split, by the recipe's engine."""
+    from ..common.memory import weights_left_in_file
+
+    recipe = session.recipe
+    engine = Engine(recipe.accelerator, recipe.devices, recipe.strategy)
+    with weights_left_in_file(model):
+        return evaluate(model, batches, examples.references, task=session.task, metric=session.metric, engine=engine)
+
+
+def measure_export(session: Session, exported: Checkpoint, baseline: Evaluation, *, ui: Reporter) -> Measured:
+    """The metric on every split, then time and memory in processes of their own."""
+    recipe, data = session.recipe, session.data
+    remote = recipe.trust_remote_code
+    model = load_model(exported, session.task.auto_class, trust_remote_code=remote)
+    quantized = evaluate_split(session, model, session.evaluation, data.evaluation)
+    comparisons = [
+        compare(session, baseline, quantized, references=data.evaluation.references, split=data.info.split),
+    ]
+    held_out: list[float | None] = [None, None]
+    stock = None
+    if data.holdout and data.info.holdout_split:
+        split, references = data.info.holdout_split, data.holdout.references
+        before = evaluate_split(session, session.model, session.holdout, data.holdout)
+        after = evaluate_split(session, model, session.holdout, data.holdout)
+        held_out = [before.score, after.score]
+        comparisons.append(compare(session, before, after, references=references, split=split))
+        ui.note(f"{split!r}, which tuning never saw: FP32 {before.score:.4f}, INT8 {after.score:.4f}")
+        stock = compare_with_stock(session, timed_outputs(session, model, held_out=True), exported, held_out=True)
+        ui.note(f"stock transformers agrees to {stock.agreement:.2%} on {stock.examples} examples there")
+
+    batches = timed_batches(session.evaluation)
+    subjects = [
+        Subject(checkpoint, session.task, trust_remote_code=remote) for checkpoint in (session.checkpoint, exported)
+    ]
+    timings = measure(subjects, batches, threads=recipe.threads)
+    return Measured(
+        _measurement(session.checkpoint, baseline, timings[0], held_out[0]),
+        _measurement(exported, quantized, timings[1], held_out[1]),
+        comparisons,
+        examples_in(batches),
+        stock,
+    )
+
+
+def timed_outputs(session: Session, model: nn.Module, *, held_out: bool = False) -> list[Tensor]:
+    """Outputs of `model` on what it is compared with stock transformers on: of the tuning split, or `held_out`."""
+    batches = timed_batches(session.holdout if held_out else session.evaluation)
+    with torch.inference_mode():
+        return [output for batch in batches for output in session.task.outputs(model, batch)]
+
+
+def compare_with_stock(
+    session: Session, ours: Outputs, exported: Checkpoint, *, held_out: bool = False
+) -> StockComparison:
+    """`ours`, by int8 kernels, beside the outputs of the exported model in a process where hfq is not used.
+
+    Both compute the same codes from the same scales, but sum in another order. A code that lies on the edge then
+    rounds the other way and moves every code after it, so the two agree only as well as int8 resolves the model.
+
+    Raises:
+        ExportError: they are so far apart that they cannot be the same model.
+    """
+    whole = timed_batches(session.holdout if held_out else session.evaluation)
+    batches = [dict(part) for batch in whole for part in in_parts(batch, tokens=STOCK_TOKENS)]
+    subject = Subject(exported, session.task, stock=True, trust_remote_code=session.recipe.trust_remote_code)
+    stock = outputs_of(subject, batches, threads=session.recipe.threads)
+    difference = answers_otherwise(*(torch.cat([row.float().flatten() for row in rows]) for rows in (ours, stock)))
+    if difference is not None:
+        raise ExportError(other_model(difference))
+    info = session.data.info
+    return StockComparison(
+        split=(info.holdout_split or "") if held_out else info.split,
+        examples=len(stock),
+        agreement=session.task.fidelity(stock, ours),
+        output_difference=_mean_difference(stock, ours),
+        seen_in_tuning=not held_out,
+    )
+
+
+def compare(
+    session: Session, first: Evaluation, second: Evaluation, *, references: References, split: str
+) -> Comparison:
+    """Two models' outputs for the same examples of `split`: float first, int8 second."""
+    task, seed = session.task, session.recipe.seed
+    rights = [task.per_example(found.outputs, references) for found in (first, second)]
+    found = Comparison(
+        split=split,
+        examples=len(references),
+        agreement=task.fidelity(first.outputs, second.outputs),
+        difference=second.score - first.score,
+        interval=_interval(task, session.metric, first.outputs, second.outputs, references=references, seed=seed),
+        seen_in_tuning=split == session.data.info.split,
+    )
+    a, b = rights
+    if a is None or b is None:
+        return found
+    only_first, only_second = int((a & ~b).sum()), int((~a & b).sum())
+    return replace(
+        found,
+        both_right=int((a & b).sum()),
+        only_float_right=only_first,
+        only_int8_right=only_second,
+        p_value=mcnemar_p(only_first, only_second),
+    )
+
+
+def _interval(
+    task: Task, metric: str, first: Outputs, second: Outputs, *, references: References, seed: int
+) -> tuple[float, float]:
+    by = task.metrics[metric]
+    if isinstance(by, SumMetric):
+        return paired_interval(by.of_sums, by.numbers(first, references), by.numbers(second, references), seed=seed)
+
+    def difference(rows: list[int]) -> float:
+        chosen = [references[row] for row in rows]
+        before, after = ([outputs[row] for row in rows] for outputs in (first, second))
+        return by.score(after, chosen) - by.score(before, chosen)
+
+    return paired_interval_of_sets(difference, len(references), seed=seed)
+
+
+def _mean_difference(first: Outputs, second: Outputs) -> float:
+    """Of every number that both models put out for the same example."""
+    pairs = [(a, b) for a, b in zip(first, second, strict=True) if a.shape == b.shape]
+    total = sum((a.float() - b.float()).abs().sum().item() for a, b in pairs)
+    return total / max(1, sum(a.numel() for a, _ in pairs))
+
+
+def _measurement(
+    checkpoint: Checkpoint, evaluation: Evaluation, timing: Timing, holdout_accuracy: float | None
+) -> Measurement:
+    return Measurement(
+        accuracy=evaluation.score,
+        duration_s=timing.duration_s,
+        memory_mib=timing.memory_mib,
+        size_mib=checkpoint.size_mib,
+        peak_memory_mib=timing.peak_memory_mib,
+        examples_per_s=timing.examples_per_s,
+        holdout_accuracy=holdout_accuracy,
+    )

@@ -1,0 +1,112 @@
+"""Processes that measure: one asks, in JSON lines, and another answers. Both ends are here, and what a process takes.
+
+Their own processes, so that memory is that of a user's program and no model profits from another's allocator settings.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from ..common.errors import HfqError
+
+P = TypeVar("P", bound="Process")
+S = TypeVar("S")
+
+
+class Process:
+    """`python -m MODULE`, which answers each JSON line with another. `name`: of what it measures, for messages."""
+
+    def __init__(self, module: str, name: str, *, variables: Mapping[str, str] | None = None) -> None:
+        self.name = name
+        self.log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 - closed with the process; a pipe would fill up
+        self.process = subprocess.Popen(  # noqa: S603 - our own module, by our own interpreter
+            [sys.executable, "-m", module],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            env={**os.environ, **(variables or {})},
+        )
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Send one request and wait for its answer."""
+        self.tell(request)
+        return self.hear()
+
+    def tell(self, request: dict[str, Any]) -> None:
+        """Send one request."""
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):  # then there is no answer either
+            print(json.dumps(request), file=self.process.stdin, flush=True)
+
+    def hear(self) -> dict[str, Any]:
+        """Wait for the answer to one request."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            self.log.seek(0)
+            tail = self.log.read().strip().splitlines()[-1:]
+            raise HfqError(f"The process that measures {self.name} ended early: {' '.join(tail) or 'no message'}.")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise HfqError(f"{self.name} cannot be loaded and run in a fresh process: {answer['error']}")
+        return answer
+
+    def close(self) -> None:
+        """End the process and its pipes."""
+        self.process.kill()
+        self.process.communicate()
+        self.log.close()
+
+    def __enter__(self: P) -> P:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def serve(opened: Callable[[dict[str, Any]], S], answer: Callable[[S, dict[str, Any]], dict[str, Any]]) -> None:
+    """Answer each request line; the first one opens the session that answers them all, itself included."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries print, in C++ too; only answers may go to the asker
+    sys.stdout = sys.stderr
+    session: S | None = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            session = opened(request) if session is None else session
+            found = answer(session, request)
+        except Exception as error:
+            found = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(found), file=answers, flush=True)
+
+
+def peak_mib() -> float:
+    """Resident peak of this process so far, MiB. `ru_maxrss` would count what the parent held before exec."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        if match:
+            return int(match[1]) / 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 1024
+
+
+def resident_mib() -> dict[str, float]:
+    """Resident memory of this process now, MiB: `private` to it, and `shared` with others, which have it mapped too."""
+    import psutil
+
+    found = psutil.Process().memory_full_info()  # on Linux, from smaps
+    return {"private": found.uss / 2**20, "shared": max(0, found.rss - found.uss) / 2**20}

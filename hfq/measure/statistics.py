@@ -1,0 +1,51 @@
+"""Is a difference between two models on the same examples more than chance."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+RESAMPLES = 2000
+RESAMPLES_OF_SETS = 500  # where the metric is computed anew for each
+_AT_ONCE = 1 << 22  # drawn indices held in memory
+
+
+def mcnemar_p(only_first_right: int, only_second_right: int) -> float:
+    """Exact two-sided p-value that both are equally often right (McNemar 1947, binomial form)."""
+    n = only_first_right + only_second_right
+    smaller = min(only_first_right, only_second_right)
+    tail = sum(math.comb(n, k) for k in range(smaller + 1)) / 2**n
+    return min(1.0, 2 * tail)
+
+
+def paired_interval(
+    metric: Callable[[Tensor], Tensor], first: Tensor, second: Tensor, *, seed: int
+) -> tuple[float, float]:
+    """95 % interval of metric(second) - metric(first): percentile bootstrap over pairs (Efron 1979).
+
+    `first`, `second`: float64 `[examples, k]`, numbers of the same examples that add up. `metric`: from sums `[..., k]`.
+    """
+    examples = len(first)
+    generator = torch.Generator().manual_seed(seed)
+    chunk = max(1, _AT_ONCE // (examples * first.shape[1]))
+    differences = []
+    for done in range(0, RESAMPLES, chunk):
+        drawn = torch.randint(examples, (min(chunk, RESAMPLES - done), examples), generator=generator)
+        differences.append(metric(second[drawn].sum(1)) - metric(first[drawn].sum(1)))
+    return _middle(torch.cat(differences))
+
+
+def paired_interval_of_sets(
+    difference: Callable[[list[int]], float], examples: int, *, seed: int
+) -> tuple[float, float]:
+    """The same for a metric of a whole set. `difference`: second less first, on the examples of the given numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [torch.randint(examples, (examples,), generator=generator).tolist() for _ in range(RESAMPLES_OF_SETS)]
+    found = torch.tensor([difference(rows) for rows in drawn], dtype=torch.float64)
+    return _middle(found[found.isfinite()])
+
+
+def _middle(values: Tensor) -> tuple[float, float]:
+    low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+    return low, high

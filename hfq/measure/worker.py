@@ -1,0 +1,101 @@
+"""A process that loads one model and times it: `python -m hfq.measure.worker`, driven by `hfq.measure.timing`."""
+
+import time
+from importlib import import_module
+from typing import Any
+
+from .process import peak_mib, serve
+
+
+def main() -> None:
+    """Answer `open` and `load` once, then `pass` and `outputs` as often as asked, until standard input ends."""
+    serve(_Session, _Session.answer)
+
+
+class _Session:
+    def __init__(self, request: dict[str, Any]) -> None:
+        import torch
+        import transformers
+
+        from ..tasks.registry import find_architecture, make_task
+
+        if request["threads"]:
+            torch.set_num_threads(request["threads"])
+        for module in request["imports"]:
+            import_module(module)
+        self.task = make_task(request["config"], name=request["task"])
+        self.auto_class = getattr(transformers, self.task.auto_class)
+        find_architecture(request["config"])  # imports the model's code before memory is counted
+        self.stock = request["stock"]
+        if self.stock:
+            _without_hfq()
+        transformers.utils.logging.disable_progress_bar()
+        self.torch = torch
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        if request["do"] == "open":
+            return {}
+        if request["do"] == "load":
+            return self._load(request)
+        return self.run_pass() if request["do"] == "pass" else self.save_outputs(request["path"])
+
+    def _load(self, request: dict[str, Any]) -> dict[str, float]:
+        from safetensors.torch import load_file
+
+        from ..common.memory import drop_checkpoint_pages
+        from ..runtime.modules import memory_mib
+
+        self.batches = _batches(load_file(request["batches"]))
+        imported_mib = peak_mib()
+        start = time.perf_counter()
+        self.model = self.auto_class.from_pretrained(
+            request["model"], dtype=self.torch.float32, trust_remote_code=request["trust_remote_code"]
+        ).eval()
+        load_s = time.perf_counter() - start
+        if request["compiled"]:
+            from ..runtime.compiling import compile
+
+            self.model = compile(self.model)
+        if self.stock:  # it widens its weights in the first forward: not with a batch's activations beside them
+            self._outputs({name: rows[:1] for name, rows in self.batches[-1].items()})
+            drop_checkpoint_pages()  # the int8 weights that it was widened from
+        self._outputs(self.batches[-1])  # warm-up, and the largest batch: the peak is reached here
+        return {"load_s": load_s, "imported_mib": imported_mib, "memory_mib": memory_mib(self.model)}
+
+    def run_pass(self) -> dict[str, float]:
+        start = time.perf_counter()
+        for batch in self.batches:
+            self._outputs(batch)
+        return {"seconds": time.perf_counter() - start, "peak_mib": peak_mib()}
+
+    def save_outputs(self, path: str) -> dict[str, float]:
+        from safetensors.torch import save_file
+
+        outputs = [output for batch in self.batches for output in self._outputs(batch)]
+        save_file({str(row): output.contiguous().clone() for row, output in enumerate(outputs)}, path)
+        return {}
+
+    def _outputs(self, batch: dict[str, Any]) -> list[Any]:
+        with self.torch.inference_mode():
+            return self.task.outputs(self.model, batch)
+
+
+def _batches(tensors: dict[str, Any]) -> list[dict[str, Any]]:
+    """Undo `hfq.measure.timing`'s flat `position.name` keys."""
+    batches: dict[int, dict[str, Any]] = {}
+    for key, tensor in tensors.items():
+        position, name = key.split(".", 1)
+        batches.setdefault(int(position), {})[name] = tensor
+    return [batches[position] for position in sorted(batches)]
+
+
+def _without_hfq() -> None:
+    """Load as transformers does where hfq is not installed."""
+    from transformers.quantizers import auto
+    from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+
+    auto.AUTO_QUANTIZER_MAPPING["compressed-tensors"] = CompressedTensorsHfQuantizer
+
+
+if __name__ == "__main__":
+    main()

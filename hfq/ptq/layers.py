@@ -1,0 +1,203 @@
+"""Which layers of a model can run in int8, and why the others cannot."""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..common.errors import UnsupportedError
+from ..common.memory import weights_left_in_file
+from .inputs import Batch
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+MATMULS = (nn.Linear, Conv1D)  # transformers' Conv1D is a Linear whose weight is stored transposed
+
+
+@dataclass(frozen=True)
+class Quantizable:
+    """Names in execution order, and the layers that stay float, by name, with the reason.
+
+    `layers`: Linear, Conv1D and convolutions. `pooled`: those of a transformers model whose input is
+    `[examples, features]`, without tokens. `other`: modules with parameters of a type that has no int8 twin, by name
+    their type. `tied`: of embeddings, and of Linear layers among them, the names of all that share the weight.
+    """
+
+    layers: tuple[str, ...]
+    embeddings: tuple[str, ...]
+    float_layers: Mapping[str, str] = field(default_factory=dict)
+    pooled: frozenset[str] = frozenset()
+    other: Mapping[str, str] = field(default_factory=dict)
+    tied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A copy whose parameters and buffers are the model's own tensors: replace them in it, never write to them."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, memo={id(tensor): tensor for tensor in tensors})
+
+
+def linear(model: nn.Module, name: str) -> nn.Linear:
+    """The layer of that name, which has a weight and perhaps a bias."""
+    return cast(nn.Linear, model.get_submodule(name))
+
+
+def why_not(layer: nn.Module) -> str | None:
+    """Why a convolution has no int8 twin, in words that follow its name; None if it has one."""
+    if type(layer) not in CONVOLUTIONS:
+        return f"is a {type(layer).__name__}, not a plain Conv1d or Conv2d"  # a subclass may compute something else
+    if layer.padding_mode != "zeros":
+        return f"pads with {layer.padding_mode!r}, not with zeros"
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        return "computes its weight at every call (weight_norm and its like)"
+    if not weight.is_floating_point():
+        return f"has {weight.dtype} weights, not real ones"
+    return None
+
+
+def weight_rows(layer: nn.Module) -> Tensor:
+    """The weight with output channels first: `[out, in]`, of a convolution `[out, in / groups, *kernel]`."""
+    weight = cast(Tensor, layer.weight).detach().float()
+    return weight.t().contiguous() if isinstance(layer, Conv1D) else weight
+
+
+def find_quantizable(
+    model: nn.Module,
+    batch: Batch | None,
+    *,
+    first: bool = True,
+    last: bool = False,
+    asked_for: Callable[[str, nn.Module], bool] | None = None,
+) -> Quantizable:
+    """Run one batch and see which layers with an int8 twin take part; without a batch, all are taken to.
+
+    `first`, `last`: whether the first and the last layer with a matmul may be int8. The last makes the logits, unless
+    the model ends without a head: it is tiny, and its rounding goes straight into the answer; it is only left in where
+    nothing else could be int8, where it is `asked_for`, or where its weight is an embedding's.
+
+    Raises:
+        UnsupportedError: no layer can run in int8.
+    """
+    kinds = (*MATMULS, *CONVOLUTIONS, nn.Embedding)
+    candidates = {name: module for name, module in model.named_modules() if type(module) in kinds}
+    stock = any(isinstance(module, PreTrainedModel) for module in model.modules())
+    called = dict.fromkeys(candidates, Call(0, False)) if batch is None else _called(model, candidates, batch)
+    reasons = {name: "not used by the forward pass" for name in candidates if name not in called}
+    reasons |= {
+        name: f"is a {type(module).__name__}, not a plain Embedding"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and name not in candidates
+    }
+    other = {
+        name: type(module).__name__
+        for name, module in model.named_modules()
+        if name not in candidates and name not in reasons and next(module.parameters(recurse=False), None) is not None
+    }
+    tied, untied = _sharing(model, called)
+    reasons = {name: reason for name, reason in (reasons | untied).items() if name not in tied}
+    for name in called:
+        if isinstance(candidates[name], CONVOLUTIONS):
+            # It would have to be written so that stock transformers drops the activation scales of all other layers.
+            reason = "stock transformers opens no int8 one" if stock else why_not(candidates[name])
+            reasons |= {} if reason is None else {name: reason}
+    embeddings = [n for n in called if isinstance(candidates[n], nn.Embedding) and n not in reasons and n not in tied]
+    ordered = [name for name in called if not isinstance(candidates[name], nn.Embedding)]
+    layers = [name for name in ordered if name not in reasons and name not in tied]
+    wanted = {name for name in layers if asked_for is not None and asked_for(name, candidates[name])}
+    if not first and layers[:1] == ordered[:1] and layers[0] not in wanted:
+        reasons[layers[0]] = "first layer"
+    if not last and len(layers) > 1 and layers[-1] == ordered[-1] and layers[-1] not in wanted:
+        if not _in_encoder(model, layers[-1]):
+            reasons[layers[-1]] = "makes the logits"
+        elif called[layers[-1]].answers:
+            reasons[layers[-1]] = "makes the answer"
+    layers = [name for name in layers if name not in reasons]
+    if not layers:
+        raise UnsupportedError(
+            f"{type(model).__name__} has no layer that can run in int8. hfq quantizes torch.nn.Linear, Embedding, "
+            "Conv1d and Conv2d, and transformers' Conv1D."
+        )
+    pooled = frozenset(name for name in layers if stock and called[name].dimensions == 2)
+    return Quantizable(tuple(layers), (*embeddings, *tied), reasons, pooled, other, tied)
+
+
+class Call(NamedTuple):
+    """Dimensions of a layer's input, and whether its output is what the model answers."""
+
+    dimensions: int
+    answers: bool
+
+
+def _called(model: nn.Module, candidates: Mapping[str, nn.Module], batch: Batch) -> dict[str, Call]:
+    """By name, in the order they were called first."""
+    called: dict[str, int] = {}
+    outputs: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def before_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            called.setdefault(name, layer_input(args, kwargs).dim())
+
+        return before_forward
+
+    def keep(name: str) -> Callable[..., None]:
+        def after_forward(_: nn.Module, __: Any, output: Tensor) -> None:
+            outputs.clear()
+            outputs[name] = output
+
+        return after_forward
+
+    handles = [module.register_forward_pre_hook(note(name), with_kwargs=True) for name, module in candidates.items()]
+    handles += [module.register_forward_hook(keep(name)) for name, module in candidates.items()]
+    try:
+        with weights_left_in_file(model), torch.inference_mode():
+            answer = tree_leaves(model(**batch))
+    finally:
+        for handle in handles:
+            handle.remove()
+    last = {name for name, output in outputs.items() if any(leaf is output for leaf in answer)}
+    return {name: Call(dimensions, name in last) for name, dimensions in called.items()}
+
+
+def _in_encoder(model: nn.Module, name: str) -> bool:
+    """Whether a layer is in a transformers model itself, and not in a head on it."""
+    layer = model.get_submodule(name)
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    return any(module is layer for part in parts for module in part.base_model.modules())
+
+
+def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """What a Linear, Embedding or convolution was called with, by position or by name."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def _sharing(model: nn.Module, called: Iterable[str]) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+    """Of layers whose weight other modules have too: by name, all that have it; and why the rest stays float.
+
+    One int8 weight serves lookups, and a Linear that multiplies by the same rows, whether or not they are called.
+    """
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name if key == "weight" else f"{name}.{key}")
+    modules = dict(model.named_modules())
+    # Stock transformers opens an int8 Conv1D only by widening the file's weights, and then a scale needs its own.
+    widened = any(isinstance(module, Conv1D) for module in modules.values())
+    tied: dict[str, tuple[str, ...]] = {}
+    reasons: dict[str, str] = {}
+    for name in called:
+        names = owners[id(modules[name]._parameters["weight"])] if "weight" in modules[name]._parameters else []
+        if len(names) < 2:
+            continue
+        kinds = {type(modules.get(owner)) for owner in names}
+        if kinds == {nn.Embedding} or (kinds == {nn.Embedding, nn.Linear} and not widened):
+            tied |= dict.fromkeys(names, tuple(names))
+        else:
+            others = ", ".join(other for other in names if other != name)
+            reasons[name] = f"shares its weight with {others}"
+    return tied, reasons

@@ -1,0 +1,204 @@
+"""The task contract: what every stage asks a task. No stage asks which task it is.
+
+A task is one file in this folder, with a class that derives from `Task`; `hfq/tasks/README.md` says how to write one.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from ..common.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import Tensor, nn
+
+    from ..source.checkpoint import Checkpoint
+
+Columns = Mapping[str, Sequence[str]]  # by role, the names of a dataset's columns
+Encoding = Mapping[str, Any]  # one example as the model's processor makes it, not padded yet
+Batch = dict[str, "Tensor"]  # padded; `labels`, where a task puts them there, never reach the model
+Outputs = Sequence["Tensor"]  # one for each example, in the data's order
+References = Sequence[Any]  # what is right for each example, in the same order
+
+
+class Metric(ABC):
+    """A score of a whole set of examples. It holds no data, and is sent to other processes with its task.
+
+    `label`: its name in tables and on axes. `in_points`: whether it is a fraction, so that differences are told in
+    percentage points.
+    """
+
+    label: str
+    higher_is_better = True
+    in_points = True
+
+    @abstractmethod
+    def score(self, outputs: Outputs, references: References) -> float:
+        """Its value."""
+
+
+class SumMetric(Metric):
+    """A metric of numbers that add up over examples, so that resampling takes no more than adding them again."""
+
+    @abstractmethod
+    def numbers(self, outputs: Outputs, references: References) -> "Tensor":
+        """float64 `[examples, k]`."""
+
+    @abstractmethod
+    def of_sums(self, sums: "Tensor") -> "Tensor":
+        """From sums over examples `[..., k]` to the metric `[...]`."""
+
+    def score(self, outputs: Outputs, references: References) -> float:
+        return self.of_sums(self.numbers(outputs, references).sum(0)).item()
+
+
+@dataclass(frozen=True)
+class Trivial:
+    """What a model that looks at no input scores, and what it does, in words that follow "always"."""
+
+    score: float
+    how: str
+
+
+class Alignment(Protocol):
+    """From what a dataset holds to what the model means. `how` is said in the log, the report and the card."""
+
+    @property
+    def how(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Processor:
+    """What encodes examples. `tool`: transformers' tokenizer or processor. `max_length`: in tokens, 0 for no limit."""
+
+    tool: Any
+    max_length: int = 0
+
+
+class Task(ABC):
+    """What a model is for: the columns it reads, how they become tensors, and how its outputs are judged.
+
+    A task is made for one checkpoint, from its config. It holds no data.
+    """
+
+    name: ClassVar[str]
+    auto_class: ClassVar[str]  # transformers' class that loads the model
+    pipeline_tag: ClassVar[str]  # the Hub's name of the task, and that of transformers' pipeline
+    roles: ClassVar[Mapping[str, str]]  # what its columns are, and what each holds
+    text_role: ClassVar[str] = "text"  # the role that --text-column names
+    label_role: ClassVar[str] = "label"  # the role that --label-column names
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        """Raises `UnsupportedError` where the config says that the model is for something else."""
+        self.config = config
+
+    @classmethod
+    def fits(cls, config: Mapping[str, Any]) -> bool:
+        """Whether a checkpoint, of an architecture that `auto_class` loads, is for this task."""
+        return True
+
+    # Data
+
+    @abstractmethod
+    def processor(self, checkpoint: "Checkpoint", *, max_length: int | None, trust_remote_code: bool) -> Processor:
+        """What encodes examples. `max_length`: what was asked for; None for the model's limit.
+
+        Raises:
+            DataError: its files are missing or damaged.
+            UsageError: the model takes no examples of that length.
+        """
+
+    @abstractmethod
+    def columns(self, features: Mapping[str, Any], requested: Columns) -> Columns:
+        """The columns to read for each role, given a dataset's features.
+
+        Raises:
+            DataError: a requested column does not exist, or the choice is not clear.
+        """
+
+    @abstractmethod
+    def align(self, splits: Sequence["Dataset"], columns: Columns) -> Alignment:
+        """How the labels in some splits become the model's.
+
+        Raises:
+            DataError: they do not fit; the message holds both sides.
+        """
+
+    @abstractmethod
+    def references(self, rows: "Dataset", columns: Columns, alignment: Any) -> list[Any]:
+        """What is right for each row, in the model's terms; None for a row without a label."""
+
+    @abstractmethod
+    def encode(self, rows: "Dataset", columns: Columns, processor: Processor) -> list[Encoding]:
+        """Each row as the model takes it, not padded.
+
+        Raises:
+            DataError: a row holds something else than its column should.
+        """
+
+    @abstractmethod
+    def collate(self, encodings: Sequence[Encoding], processor: Processor) -> Batch:
+        """Encodings as one padded batch of tensors, each with a row for every example."""
+
+    def length(self, encoding: Encoding) -> int:
+        """What examples are sorted by, so that batches hold little padding."""
+        return len(encoding["input_ids"])
+
+    # Outputs
+
+    @property
+    @abstractmethod
+    def metrics(self) -> Mapping[str, Metric]:
+        """By name; the first is the default."""
+
+    @abstractmethod
+    def outputs(self, model: "nn.Module", batch: Batch) -> list["Tensor"]:
+        """Run the model. One float tensor for each example, of any shape."""
+
+    def score(self, metric: str, outputs: Outputs, references: References) -> float:
+        """The value of a metric."""
+        return self.metrics[metric].score(outputs, references)
+
+    def per_example(self, outputs: Outputs, references: References) -> "Tensor | None":
+        """`[examples]`, bool: whether each is right. None where only the whole set can be judged."""
+        return None
+
+    @abstractmethod
+    def fidelity(self, outputs: Outputs, others: Outputs) -> float:
+        """How alike two models answer the same examples, in [0, 1]. 1: a user sees no difference."""
+
+    def trivial(self, metric: str, references: References) -> Trivial | None:
+        """What a model that looks at no input scores; None where that is not known."""
+        return None
+
+    def informed(self, alignment: Any) -> "Task":
+        """The task as it is for data of that alignment, where a dataset knows what the model does not say."""
+        return self
+
+    # Words
+
+    def usage(self) -> str:
+        """Python that runs the published model, which is called `{model}` there, for its card."""
+        return f'from transformers import pipeline\n\nmodel = pipeline("{self.pipeline_tag}", model="{{model}}", device="cpu")'
+
+    # The same for all
+
+    def metric(self, name: str | None) -> str:
+        """A metric's name, or the default's.
+
+        Raises:
+            UsageError: the task has no metric of that name.
+        """
+        if name is None:
+            return next(iter(self.metrics))
+        if name not in self.metrics:
+            raise UsageError(f"--metric {name} is none of {self.name}. Expected one of: {', '.join(self.metrics)}.")
+        return name
+
+
+def require_column(name: str, features: Mapping[str, Any], flag: str) -> None:
+    """Raises `DataError` where a dataset has no such column."""
+    if name not in features:
+        raise DataError(f"{flag} {name!r} is not a column of the dataset. Columns: {', '.join(features)}.")

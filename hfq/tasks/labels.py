@@ -1,0 +1,128 @@
+"""The labels that a model gives, and how a dataset's become them: decided here, once, and said.
+
+Label ids are the model's. Names are matched by name, never by position.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..common.errors import DataError, UnsupportedError
+
+UNLABELLED = -1
+
+
+@dataclass(frozen=True)
+class LabelMap:
+    """From a dataset's label values to the model's ids. `names`: of the ids, by the dataset where the model has none."""
+
+    ids: Mapping[Any, int]
+    how: str
+    names: Sequence[str] = ()
+
+    def __call__(self, value: Any) -> int | None:
+        """None: the dataset has no label for this example."""
+        return self.ids.get(value)
+
+
+class LabelNames:
+    """The labels of one model, in the order of their ids."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        """As transformers reads them: by id2label, else as many as num_labels says, else two. label2id may only name those.
+
+        Raises:
+            UnsupportedError: transformers would not know them.
+        """
+        given, count = config.get("id2label") or {}, config.get("num_labels")
+        self.names = [str(given[key]) for key in sorted(given, key=int)] or _nameless(2 if count is None else count)
+        label2id = config.get("label2id")
+        if self.names != _nameless(len(self.names)) or not isinstance(label2id, dict):
+            return
+        named = {i: str(name) for name, i in label2id.items() if isinstance(i, int)}
+        if sorted(named) == list(range(len(self.names))):
+            self.names = [named[i] for i in range(len(self.names))]
+        elif not given and count is None and len(label2id) > 2:
+            raise UnsupportedError(
+                f"config.json names {len(label2id)} labels in label2id alone, and transformers makes two of them without "
+                f'id2label. Add "id2label": {json.dumps({str(i): named[i] for i in sorted(named)})[:500]} to config.json.'
+            )
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{i}={name}" for i, name in enumerate(self.names))
+
+    def align(self, feature: Any, values: Sequence[Any]) -> LabelMap:
+        """Match a label column, by its `datasets` feature and its distinct `values`, to the model's ids.
+
+        Names are matched by name, never by position. Numbers that are no names are the model's own ids.
+
+        Raises:
+            DataError: the labels do not fit, or do in two ways; the message holds both sides.
+        """
+        if dataset_names := list(getattr(feature, "names", None) or []):
+            return self._by_name(dict(enumerate(dataset_names)))
+        present = [value for value in values if value is not None and value == value]  # NaN is not equal to itself
+        labelled = [value for value in present if _as_number(value) != UNLABELLED]
+        numbers = {value: _as_number(value) for value in labelled}
+        ids = {value: n for value, n in numbers.items() if n is not None and n in range(len(self.names))}
+        for named in (present, labelled):  # a model may call a label "-1"
+            found = self._find({value: str(value) for value in named})
+            if not found or found == ids:
+                continue
+            if len(ids) == len(found):
+                raise DataError(
+                    f"The dataset's labels {named[:20]} are names of the model's labels and ids of others "
+                    f"({self}). Write them in words, in both places."
+                )
+            return LabelMap(found, f"by name ({self})", self.names)
+        if not labelled or len(ids) < len(labelled):
+            raise self._mismatch(sorted(labelled, key=lambda value: (_as_number(value) or 0, str(value))))
+        every = {form: i for i in range(len(self.names)) for form in (i, str(i))}
+        return LabelMap({**every, **ids}, f"by id: integers are the model's ids ({self})", self.names)
+
+    def _find(self, names: Mapping[Any, str]) -> dict[Any, int]:
+        """The ids of labels by their names; nothing if one of them is no name of the model's."""
+        key = plain if len(set(map(plain, self.names))) == len(self.names) else str  # "A" and "a" may differ
+        ours = {key(name): i for i, name in enumerate(self.names)}
+        found = {value: ours[key(name)] for value, name in names.items() if key(name) in ours}
+        return found if len(found) == len(names) else {}
+
+    def _by_name(self, names: Mapping[Any, str]) -> LabelMap:
+        if found := self._find(names):
+            return LabelMap(found, f"by name ({self})", self.names)
+        if self.names == _nameless(len(self.names)) and len(names) == len(self.names):
+            pairs = ", ".join(f"{value}={name}" for value, name in names.items())
+            return LabelMap(
+                {value: value for value in names},
+                f"by position, since the model does not name its labels: taken as {pairs}",
+                list(names.values()),
+            )
+        raise self._mismatch(list(names.values()))
+
+    def _mismatch(self, values: Sequence[Any]) -> DataError:
+        return DataError(
+            f"The dataset's labels do not fit the model's. Dataset: {list(values)[:20]}; model (id2label): {self}. "
+            "Rename the dataset's labels, mend id2label in config.json, or name another column with --label-column."
+        )
+
+
+def plain(name: str) -> str:
+    """A name without what people write differently in it."""
+    return name.strip().lower().replace(" ", "_").replace("-", "_")
+
+
+def _nameless(count: int) -> list[str]:
+    return [f"LABEL_{i}" for i in range(count)]
+
+
+def _as_number(value: Any) -> int | None:
+    """The whole number that a label is, or is written as: 1, 1.0, "1" and "1.0", but no code such as "01"."""
+    if isinstance(value, str) and re.fullmatch(r"-?(0|[1-9]\d{0,8})(\.0+)?", value.strip()):
+        value = float(value)
+    whole = isinstance(value, int | float) and not isinstance(value, bool) and float(value).is_integer()
+    return int(value) if whole else None

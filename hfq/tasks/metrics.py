@@ -1,0 +1,65 @@
+"""Metrics that several tasks offer, by torchmetrics where it has them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import Metric, Outputs, References, SumMetric
+
+
+class MeanOf(SumMetric):
+    """The mean over examples of a function of outputs and references, `[examples]`."""
+
+    def __init__(
+        self,
+        label: str,
+        value: Callable[[Outputs, References], Tensor],
+        *,
+        higher_is_better: bool = True,
+        in_points: bool = True,
+    ) -> None:
+        self.label = label
+        self.value = value
+        self.higher_is_better = higher_is_better
+        self.in_points = in_points
+
+    def numbers(self, outputs: Outputs, references: References) -> Tensor:
+        values = self.value(outputs, references).double()
+        return torch.stack([values, torch.ones_like(values)], 1)
+
+    def of_sums(self, sums: Tensor) -> Tensor:
+        return sums[..., 0] / sums[..., 1]
+
+
+class Torchmetric(Metric):
+    """One of `torchmetrics.functional`, by name. `given`: from outputs and references to what it takes."""
+
+    def __init__(
+        self,
+        label: str,
+        name: str,
+        given: Callable[[Outputs, References], tuple[Tensor, Tensor]],
+        *,
+        higher_is_better: bool = True,
+        in_points: bool = True,
+        **settings: Any,
+    ) -> None:
+        self.label = label
+        self.name = name
+        self.given = given
+        self.higher_is_better = higher_is_better
+        self.in_points = in_points
+        self.settings = settings
+
+    def score(self, outputs: Outputs, references: References) -> float:
+        from torchmetrics import functional  # takes a second to import
+
+        value: Tensor = getattr(functional, self.name)(*self.given(outputs, references), **self.settings)
+        return value.item()
+
+
+def stacked(outputs: Outputs) -> Tensor:
+    """Outputs of one shape: `[examples, …]`."""
+    return torch.stack(list(outputs))

@@ -1,0 +1,89 @@
+"""Which tasks there are, and which one a checkpoint is for.
+
+A task is found by being a module of this folder: nothing lists them.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from difflib import get_close_matches
+from functools import cache
+from typing import Any
+
+from ..common.errors import UnsupportedError
+from .base import Task
+
+
+@cache
+def tasks() -> dict[str, type[Task]]:
+    """Every task by name, those that are made of another one before it."""
+    package = importlib.import_module(__package__)
+    modules = [
+        importlib.import_module(f"{__package__}.{found.name}") for found in pkgutil.iter_modules(package.__path__)
+    ]
+    classes = [value for module in modules for value in vars(module).values() if _is_task(value, module.__name__)]
+    return {task.name: task for task in sorted(classes, key=lambda task: (-len(task.__mro__), task.name))}
+
+
+def make_task(config: Mapping[str, Any], *, name: str | None = None) -> Task:
+    """The task of a checkpoint with this config.json: the one called `name`, else by its architecture.
+
+    `name` may also be the Hub's, which several tasks share.
+
+    Raises:
+        UnsupportedError: the architecture is unknown, or is for no task that hfq measures.
+    """
+    named = _called(name) if name else list(tasks().values())
+    architectures = config.get("architectures") or []
+    if name is None and find_architecture(config) is None:
+        raise UnsupportedError(
+            f"config.json names the architecture {architectures or None}, which transformers does not know. "
+            f"Pass --task if the checkpoint brings its own code: {', '.join(tasks())}."
+        )
+    for task in named:
+        if (name or _loads(task.auto_class, architectures)) and task.fits(config):
+            return task(config)
+    if name in tasks():
+        return tasks()[name](config)
+    raise UnsupportedError(
+        f"The architecture {', '.join(map(str, architectures))} is for none of the tasks that hfq measures: "
+        f"{', '.join(tasks())}. Pass --task if it is one of them; `hfq.quantization.fit` takes any model, with a score of your own."
+    )
+
+
+def find_architecture(config: Mapping[str, Any]) -> type | None:
+    """The class that a config.json names, where it is one of transformers' models; a config may name anything."""
+    import transformers
+
+    names = config.get("architectures") or [""]
+    found = getattr(transformers, names[0], None) if isinstance(names[0], str) else None
+    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
+
+
+def _is_task(value: Any, module: str) -> bool:
+    return isinstance(value, type) and issubclass(value, Task) and value.__module__ == module and "name" in vars(value)
+
+
+def _called(name: str) -> list[type[Task]]:
+    """Those with this name, here or on the Hub.
+
+    Raises:
+        UnsupportedError: there is none.
+    """
+    found = [task for task in tasks().values() if name in (task.name, task.pipeline_tag)]
+    if not found:
+        near = get_close_matches(name, tasks(), n=1, cutoff=0.5)
+        raise UnsupportedError(
+            f"Task {name!r} is not one that hfq measures{f'; did you mean {near[0]}' if near else ''}? "
+            f"Expected one of: {', '.join(tasks())}. `hfq.quantization.fit` takes any model, with a score of your own."
+        )
+    return found
+
+
+def _loads(auto_class: str, architectures: list[str]) -> bool:
+    """Whether transformers' auto class has a model of these architectures."""
+    import transformers
+
+    names = getattr(transformers, auto_class)._model_mapping._model_mapping.values()
+    every = {name for entry in names for name in ([entry] if isinstance(entry, str) else entry)}
+    return any(architecture in every for architecture in architectures)

@@ -1,0 +1,107 @@
+"""What tasks share whose model reads one text or a pair, and puts out one row of logits for it."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..common.errors import DataError
+from .base import Batch, Columns, Encoding, Processor, require_column
+from .text import TextTask, is_mixed, is_text, texts
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import Tensor, nn
+
+# Column pairs in the order their datasets give them to a model (GLUE and its kin).
+KNOWN_PAIRS = (
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+    ("premise", "hypothesis"),
+    ("question", "sentence"),
+    ("text", "text_pair"),
+)
+
+
+class SequenceTask(TextTask):
+    """Columns, tokens and logits; what is right, and how it is judged, is left to each task."""
+
+    auto_class = "AutoModelForSequenceClassification"
+    pipeline_tag = "text-classification"
+    roles: ClassVar[Mapping[str, str]] = {"text": "a text, or a pair of two columns", "label": "its label"}
+    label_columns: ClassVar[tuple[str, ...]] = ("label", "labels")
+
+    def columns(self, features: Mapping[str, Any], requested: Columns) -> Columns:
+        labels = self.find_labels(features, requested.get("label", ()))
+        return {"text": self._find_texts(features, requested.get("text", ()), labels), "label": labels}
+
+    def encode(self, rows: "Dataset", columns: Columns, processor: Processor) -> list[Encoding]:
+        encoded = self.tokens(processor, *(texts(rows, name) for name in columns["text"]))
+        return [{name: encoded[name][row] for name in encoded} for row in range(len(rows))]
+
+    def outputs(self, model: "nn.Module", batch: Batch) -> list["Tensor"]:
+        """Logits: float32 `[labels]` for each example."""
+        return list(model(**batch).logits.float().unbind())
+
+    def find_labels(self, features: Mapping[str, Any], requested: Sequence[str]) -> list[str]:
+        """The column of labels.
+
+        Raises:
+            DataError: it does not exist, or the choice is not clear.
+        """
+        if requested:
+            for name in requested:
+                require_column(name, features, "--label-column")
+            if len(requested) > 1:
+                raise DataError(f"{len(requested)} label columns were given; {self.name} reads one.")
+            return list(requested)
+        named = [name for name in self.label_columns if name in features]
+        classes = [name for name, feature in features.items() if hasattr(feature, "names")]
+        found = named or classes
+        if len(found) == 1:
+            return found
+        raise DataError(
+            f"Which column holds the label is not clear. Columns: {', '.join(features)}. Name it with --label-column."
+        )
+
+    def _find_texts(self, features: Mapping[str, Any], requested: Sequence[str], labels: Sequence[str]) -> list[str]:
+        if requested:
+            for name in requested:
+                require_column(name, features, "--text-column")
+                if name in labels:
+                    raise DataError(f"--text-column names the column {name!r}, which holds the label and not a text.")
+            if len(requested) > 2:
+                raise DataError(f"--text-column was given {len(requested)} times; a model reads one text or a pair.")
+            return list(requested)
+        found = [name for name, feature in features.items() if is_text(feature) and name not in labels]
+        found = found or [name for name, feature in features.items() if is_mixed(feature) and name not in labels]
+        for pair in KNOWN_PAIRS:
+            if set(pair) <= set(found):
+                return list(pair)
+        if len(found) == 1:
+            return found
+        raise DataError(
+            f"Which columns hold the text is not clear. Columns: {', '.join(features)}; with text: "
+            f"{', '.join(found) or 'none'}. Name them with --text-column, in order."
+        )
+
+
+def distinct(splits: "Sequence[Dataset]", column: str) -> list[Any]:
+    """The values of a column of labels, in some splits.
+
+    Raises:
+        DataError: they are no single labels.
+    """
+    from datasets import ClassLabel, Json, Value
+
+    values: set[Any] = set()
+    for rows in splits:
+        kind = rows.features[column]
+        if isinstance(kind, Json):  # of several types, which datasets keeps as they are
+            values |= {value if isinstance(value, Hashable) else str(value) for value in rows[column]}
+        elif isinstance(kind, ClassLabel | Value):
+            values |= set(rows.unique(column))
+        else:
+            raise DataError(
+                f"Column {column!r} holds {kind}, and not one label for each example. If the checkpoint gives any number "
+                "of labels, pass --task multi-label-classification; else name another column with --label-column."
+            )
+    return sorted(values, key=str)

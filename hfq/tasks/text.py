@@ -1,0 +1,85 @@
+"""What tasks on text share: a tokenizer, texts that are texts, tokens that the model knows."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..common.errors import DataError, UsageError
+from .base import Batch, Encoding, Processor, Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from ..source.checkpoint import Checkpoint
+
+
+LONGEST = 512  # tokens, where neither the tokenizer nor the model sets a limit
+
+
+class TextTask(Task):
+    """One whose model reads tokens."""
+
+    def processor(self, checkpoint: "Checkpoint", *, max_length: int | None, trust_remote_code: bool) -> Processor:
+        """Raises `DataError` also where the model cannot answer texts of different lengths."""
+        from ..source.model import load_tokenizer  # imports torch
+        from ..source.positions import lacks_padding, make_skeleton, most_tokens
+
+        tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
+        padding = tokenizer.pad_token_id
+        if lacks_padding(checkpoint, self.auto_class, trust_remote_code=trust_remote_code, padding=padding):
+            raise DataError(
+                f"config.json of {checkpoint.info.id} has no pad_token_id, without which its model cannot answer a batch of "
+                f'texts. Add "pad_token_id": {padding} to it, which is the tokenizer\'s.'
+            )
+        model = make_skeleton(checkpoint, self.auto_class, trust_remote_code=trust_remote_code)
+        limit = most_tokens(model) if model else None
+        if max_length is not None and limit and max_length > limit:
+            raise UsageError(f"--max-length {max_length} is more than this model takes: at most {limit} tokens.")
+        limits = [LONGEST if tokens > 10**6 else tokens for tokens in (tokenizer.model_max_length, limit or LONGEST)]
+        return Processor(tokenizer, max_length or min(limits))
+
+    def collate(self, encodings: Sequence[Encoding], processor: Processor) -> Batch:
+        return dict(processor.tool.pad([dict(row) for row in encodings], return_tensors="pt"))
+
+    def tokens(self, processor: Processor, *texts: Any, **settings: Any) -> Any:
+        """Token ids of texts, or of pairs, cut at the longest input.
+
+        Raises:
+            DataError: the tokenizer knows tokens that the model does not.
+        """
+        encoded = processor.tool(*texts, truncation=True, max_length=processor.max_length, **settings)
+        vocabulary = self.config.get("vocab_size")
+        largest = max((max(row, default=0) for row in encoded["input_ids"]), default=0)
+        if vocabulary and largest >= vocabulary:
+            raise DataError(
+                f"The tokenizer gives token ids up to {largest}, but the model has only {vocabulary} (vocab_size in "
+                "config.json). Take both from the same checkpoint."
+            )
+        return encoded
+
+
+def texts(rows: "Dataset", column: str, *, flag: str = "--text-column") -> list[str]:
+    """A column of texts.
+
+    Raises:
+        DataError: a row holds something else.
+    """
+    found = list(rows[column])
+    for row, value in enumerate(found):
+        if not isinstance(value, str):
+            raise DataError(
+                f"Row {row} (from 0) of split {rows.split or 'given'} has {value!r} in column {column!r}, and not a text. "
+                f"Mend or remove such rows, or name another column with {flag}."
+            )
+    return found
+
+
+def is_text(feature: Any) -> bool:
+    """Whether a column of this `datasets` feature holds texts."""
+    return getattr(feature, "dtype", None) in ("string", "large_string")
+
+
+def is_mixed(feature: Any) -> bool:
+    """Whether a column of a JSON file holds several types, of which some may be texts: the others are found by row."""
+    from datasets import Json
+
+    return isinstance(feature, Json)

@@ -1,0 +1,26 @@
+"""What one evaluated candidate gave."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate that was evaluated on the whole evaluation split.
+
+    `duration_s`: its forward passes there. `loss`: as the criterion counts it. `output_error`: squared error of
+    the encoder's output on the calibration slice, relative to the float model's output. `stock_agreement`: how alike
+    int8 kernels and stock transformers, which dequantizes, answer the same examples, in [0, 1] by the task's own measure,
+    and `output_difference` the mean absolute difference of their outputs; None where the goal was missed anyway. `memory_mib`: parameters
+    and buffers; `size_mib`: what of them is saved.
+    """
+
+    name: str
+    accuracy: float
+    duration_s: float
+    accepted: bool
+    output_error: float | None = None
+    loss: float | None = None
+    stock_agreement: float | None = None
+    output_difference: float | None = None
+    memory_mib: float | None = None
+    size_mib: float | None = None
