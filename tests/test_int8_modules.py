@@ -359,7 +359,7 @@ def test_a_sum_in_the_memory_of_the_residual_is_the_same(kernel: str, approach: 
     for residual in (normal(2, 50, 48), normal(1, 50, 48), normal(2, 48, 50).mT, normal(2, 50, 48).bfloat16()):
         expected = layer(x) + residual
         with torch.no_grad():
-            assert torch.allclose(layer(x, residual, overwrite=True), expected, atol=1e-4)
+            assert torch.allclose(layer(x, residual, in_place=True), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("approach", ["static", "dynamic"])

@@ -49,10 +49,7 @@ def test_products_are_exact(shape: tuple[int, int], zero_point: int) -> None:
         pack(weight, WeightMemory()),
         scale,
         None,
-        input_scale=1.0,
-        zero_point=zero_point,
-        post_op=None,
-        output=None,
+        (1.0, zero_point),
     )
     assert torch.equal(y.double(), (codes.double() - zero_point) @ weight.double().t())
 

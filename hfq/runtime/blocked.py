@@ -80,15 +80,13 @@ class BlockedMatmul:
         if packed.activation == "static":
             scale, zero_point, bias = packed.input_scale, packed.zero_point, packed.bias
             self.scale, self.bias, self.input_codes = packed.scale * scale, None, _codes(scale, zero_point)
-        zeros = packed.kernel.static(
-            torch.zeros(1, packed.in_features, dtype=torch.uint8), packed.weight, packed.scale, bias,
-            input_scale=scale, zero_point=zero_point, post_op=None, output=None,
-        )  # fmt: skip
+        codes = torch.zeros(1, packed.in_features, dtype=torch.uint8)
+        zeros = packed.kernel.static(codes, packed.weight, packed.scale, bias, (scale, zero_point))
         self.offset = zeros.view(-1).contiguous()
         self.output_codes = None if packed.output is None else _codes(*packed.output)
 
     def __call__(
-        self, x: Tensor, post_op: PostOp | None, residual: Tensor | None = None, overwrite: bool = False
+        self, x: Tensor, post_op: PostOp | None, residual: Tensor | None = None, in_place: bool = False
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         if x.dtype == torch.uint8:

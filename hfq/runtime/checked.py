@@ -5,12 +5,11 @@ weights are large, of the same sign, and both codes are large as well does that 
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .kernels import OneDnnKernel, PortableKernel, PostOp
+from .kernels import PLAIN, Codes, Epilogue, OneDnnKernel, PortableKernel
 from .native import bytes_of
 
 GROUP = 4  # input channels; where there are some left over, oneDNN may start its pairs anywhere
@@ -28,6 +27,7 @@ class CheckedKernel(OneDnnKernel):
     def __init__(self) -> None:
         super().__init__()
         self._portable = PortableKernel()
+        self._traced = OneDnnKernel()  # made here: a lock cannot be made while a graph is traced
 
     def pack(self, weight: Tensor, scale: Tensor) -> Tensor:
         """A plain weight, which is the portable kernel's, where oneDNN's cannot be read, or adds in another way."""
@@ -50,27 +50,14 @@ class CheckedKernel(OneDnnKernel):
         packed: Tensor,
         scale: Tensor,
         bias: Tensor | None,
-        *,
-        input_scale: float,
-        zero_point: int,
-        post_op: PostOp | None,
-        output: tuple[float, int] | None,
-        residual: Tensor | None = None,
-        overwrite: bool = False,
-        dtype: torch.dtype = torch.float32,
+        input_codes: Codes,
+        epilogue: Epilogue = PLAIN,
     ) -> Tensor:
-        how: dict[str, Any] = {
-            "input_scale": input_scale,
-            "zero_point": zero_point,
-            "post_op": post_op,
-            "output": output,
-            "dtype": dtype,
-        }
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             # What is computed anew depends on the codes, which a graph does not. It sees no memory either.
-            packed = OneDnnKernel().unpack(packed, scale, codes.shape[-1])
+            packed = self._traced.unpack(packed, scale, codes.shape[-1])
         if not packed.is_mkldnn:
-            return self._portable.static(codes, packed, scale, bias, residual=residual, **how)
+            return self._portable.static(codes, packed, scale, bias, input_codes, epilogue)
         columns = _columns(packed)
         rows = codes.reshape(-1, len(columns))
         in_floats = len(rows) < FEW_ROWS
@@ -79,18 +66,19 @@ class CheckedKernel(OneDnnKernel):
             wrong = pairs.may_saturate(rows)
             in_floats = len(wrong) * WORTHWHILE > len(scale)
         if in_floats:
-            return self._portable.static(codes, columns.t(), scale, bias, residual=residual, **how)
+            return self._portable.static(codes, columns.t(), scale, bias, input_codes, epilogue)
         if not len(wrong):
-            return super().static(codes, packed, scale, bias, residual=residual, overwrite=overwrite, **how)
+            return super().static(codes, packed, scale, bias, input_codes, epilogue)
+        residual = epilogue.residual
         anew = self._portable.static(
             codes,
             columns.index_select(1, wrong).t(),
             scale[wrong],
             None if bias is None else bias[wrong],
-            residual=None if residual is None else residual.index_select(-1, wrong),
-            **how,
+            input_codes,
+            epilogue if residual is None else epilogue._replace(residual=residual.index_select(-1, wrong)),
         )
-        y = super().static(codes, packed, scale, bias, residual=residual, overwrite=overwrite, **how)
+        y = super().static(codes, packed, scale, bias, input_codes, epilogue)
         y.view(-1, len(scale)).index_copy_(1, wrong, anew.reshape(-1, len(wrong)))
         return y
 
@@ -140,7 +128,7 @@ def saturates_in_pairs() -> bool:
         expected = pairs.sum(-1).clamp_(-MOST - 1, MOST).sum(-1).float()
         try:
             packed = kernel.pack(weight, scale)
-            found = kernel.static(codes, packed, scale, None, input_scale=1.0, zero_point=0, post_op=None, output=None)
+            found = kernel.static(codes, packed, scale, None, (1.0, 0))
         except (RuntimeError, AttributeError, NotImplementedError):
             return False
         if not torch.equal(found, expected):

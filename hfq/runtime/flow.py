@@ -287,9 +287,9 @@ class _StandIn:
     answer: Answer
     thread: int = field(default_factory=threading.get_ident)
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None, *, overwrite: bool = False) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None = None, *, in_place: bool = False) -> Tensor:
         if threading.get_ident() != self.thread:  # somebody who wants an answer
-            return type(self.layer).forward(self.layer, x, residual, overwrite=overwrite)
+            return type(self.layer).forward(self.layer, x, residual, in_place=in_place)
         y = self.answer(self.layer, x)
         return y if residual is None else y + residual
 

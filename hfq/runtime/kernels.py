@@ -3,7 +3,7 @@
 Not here: how scales are found (`hfq.ptq`) or where layers live (`hfq.runtime.modules`).
 """
 
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -31,10 +31,31 @@ _ONEDNN_POST_OPS: dict[PostOp | None, tuple[str, str]] = {
 }
 
 
+Codes = tuple[float, int]  # scale, and zero point in [0, 255]: x = (code - zero point) * scale
+
+
+class Epilogue(NamedTuple):
+    """What a matmul does with its products before they are stored.
+
+    First comes `post_op`, an activation function. Then, with `output`, they become uint8 codes of those, else `dtype`.
+    Or `residual`, float `[.., out]`, is added; then there is neither of both, and `dtype` is float32. `in_place`: nobody
+    reads the residual afterwards, so the sum may take its memory.
+    """
+
+    post_op: PostOp | None = None
+    output: Codes | None = None
+    residual: Tensor | None = None
+    in_place: bool = False
+    dtype: torch.dtype = torch.float32
+
+
+PLAIN = Epilogue()
+
+
 class Kernel(Protocol):
     """A matmul of quantized activations with one layer's packed int8 weight.
 
-    Activations are uint8 codes: `x = (code - zero_point) * input_scale`, `zero_point` in [0, 255].
+    Activations are uint8 codes.
     """
 
     name: str
@@ -54,20 +75,10 @@ class Kernel(Protocol):
         packed: Tensor,
         scale: Tensor,
         bias: Tensor | None,
-        *,
-        input_scale: float,
-        zero_point: int,
-        post_op: PostOp | None,
-        output: tuple[float, int] | None,
-        residual: Tensor | None = None,
-        overwrite: bool = False,
-        dtype: torch.dtype = torch.float32,
+        input_codes: Codes,
+        epilogue: Epilogue = PLAIN,
     ) -> Tensor:
-        """uint8 `[.., in]`, one scale and zero point for all, to `dtype` `[.., out]`, after `post_op`.
-
-        With `output`, a scale and zero point, to uint8 codes of those. With `residual`, `[.., out]`, that is added;
-        then there is neither `post_op` nor `output`, and `dtype` is float32. `overwrite`: the sum may take its memory.
-        """
+        """uint8 `[.., in]`, codes of `input_codes`, to `[.., out]`, as the epilogue has it."""
 
     def dynamic(
         self, x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, *, post_op: PostOp | None
@@ -95,9 +106,7 @@ class OneDnnKernel:
             return found
         # The packed layout is oneDNN's own business, so ask the matmul: identity times weight is exact in int32.
         identity = torch.eye(in_features, dtype=torch.uint8)
-        columns = self.static(
-            identity, packed, torch.ones_like(scale), None, input_scale=1.0, zero_point=0, post_op=None, output=None
-        )
+        columns = self.static(identity, packed, torch.ones_like(scale), None, (1.0, 0))
         return columns.t().to(torch.int8).contiguous()
 
     def static(
@@ -106,19 +115,14 @@ class OneDnnKernel:
         packed: Tensor,
         scale: Tensor,
         bias: Tensor | None,
-        *,
-        input_scale: float,
-        zero_point: int,
-        post_op: PostOp | None,
-        output: tuple[float, int] | None,
-        residual: Tensor | None = None,
-        overwrite: bool = False,
-        dtype: torch.dtype = torch.float32,
+        input_codes: Codes,
+        epilogue: Epilogue = PLAIN,
     ) -> Tensor:
-        name, algorithm = _ONEDNN_POST_OPS[post_op]
+        post_op, output, residual, in_place, dtype = epilogue
+        input_scale, zero_point = input_codes
         shape = (*codes.shape[:-1], scale.shape[0])
-        if residual is not None and _can_be_added(residual, shape, overwrite):
-            in_place = overwrite and not torch.compiler.is_compiling()
+        if residual is not None and _can_be_added(residual, shape, in_place):
+            in_place = in_place and not torch.compiler.is_compiling()
             y = torch.ops.onednn.qlinear_pointwise.binary(
                 codes, input_scale, zero_point, packed, scale, _NO_ZERO_POINTS, residual, bias,
                 1.0, 0, torch.float32, 1.0, 0, "sum" if in_place else "add", 1.0, "none", [], "",
@@ -126,6 +130,7 @@ class OneDnnKernel:
             residual = None
         else:
             output_scale, output_zero_point = output or (1.0, 0)
+            name, algorithm = _ONEDNN_POST_OPS[post_op]
             y = torch.ops.onednn.qlinear_pointwise(
                 codes, input_scale, zero_point, packed, scale, _NO_ZERO_POINTS, bias,
                 output_scale, output_zero_point, torch.uint8 if output else dtype, name, [], algorithm,
@@ -151,7 +156,7 @@ class OneDnnKernel:
         rows = rows.float()
         row_scale = token_scale(rows)
         codes = quantize_uint8(rows / row_scale, 1.0, 128)
-        products = self.static(codes, packed, scale, None, input_scale=1.0, zero_point=128, post_op=None, output=None)
+        products = self.static(codes, packed, scale, None, (1.0, 128))
         out = products if out is None else out
         if bias is None:
             return torch.mul(products, row_scale, out=out)
@@ -181,20 +186,15 @@ class PortableKernel:
         packed: Tensor,
         scale: Tensor,
         bias: Tensor | None,
-        *,
-        input_scale: float,
-        zero_point: int,
-        post_op: PostOp | None,
-        output: tuple[float, int] | None,
-        residual: Tensor | None = None,
-        overwrite: bool = False,
-        dtype: torch.dtype = torch.float32,
+        input_codes: Codes,
+        epilogue: Epilogue = PLAIN,
     ) -> Tensor:
+        input_scale, zero_point = input_codes
         y = self._matmul(codes.float().sub_(zero_point), packed, scale * input_scale, bias)
-        y = apply_post_op(y, post_op)
-        if residual is not None:
-            return added(y, residual)
-        return y.to(dtype) if output is None else quantize_uint8(y, *output)
+        y = apply_post_op(y, epilogue.post_op)
+        if epilogue.residual is not None:
+            return added(y, epilogue.residual)
+        return y.to(epilogue.dtype) if epilogue.output is None else quantize_uint8(y, *epilogue.output)
 
     def dynamic(
         self, x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, *, post_op: PostOp | None
@@ -210,11 +210,11 @@ class PortableKernel:
         return y if bias is None else y.add_(bias)
 
 
-def _can_be_added(residual: Tensor, shape: tuple[int, ...], overwrite: bool) -> bool:
+def _can_be_added(residual: Tensor, shape: tuple[int, ...], in_place: bool) -> bool:
     """Whether oneDNN can, and should, add `residual` to products of `shape`."""
     if residual.dtype != torch.float32 or residual.shape != shape or not residual.is_contiguous():
         return False
-    return overwrite or torch.compiler.is_compiling() or residual.numel() < MANY_NUMBERS
+    return in_place or torch.compiler.is_compiling() or residual.numel() < MANY_NUMBERS
 
 
 def added(y: Tensor, residual: Tensor) -> Tensor:

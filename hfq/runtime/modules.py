@@ -17,6 +17,7 @@ from . import sharing
 from .checked import CheckedKernel
 from .first_token import of_first_token
 from .kernels import (
+    Epilogue,
     Kernel,
     PortableKernel,
     PostOp,
@@ -158,22 +159,22 @@ class Int8Linear(PackedModule):
         self._group: SharedMatmul | None = None
         self._packed: Any = None  # PackedLinear or _Slice
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, *, overwrite: bool = False) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, *, in_place: bool = False) -> Tensor:
         """float `[.., in]` to the same dtype, `[.., out]`. uint8 is taken as the codes of this layer's input scale.
 
-        `residual`, float `[.., out]`, is added to the result; only where the layer `is_plain`. `overwrite`: nobody reads
+        `residual`, float `[.., out]`, is added to the result; only where the layer `is_plain`. `in_place`: nobody reads
         it any more, so the sum may take its memory.
         """
         if not torch.is_grad_enabled():
-            return self._answer(x, residual, overwrite)
+            return self._answer(x, residual, in_place)
         with torch.no_grad():
             return self._answer(x, residual, False)
 
-    def _answer(self, x: Tensor, residual: Tensor | None, overwrite: bool) -> Tensor:
+    def _answer(self, x: Tensor, residual: Tensor | None, in_place: bool) -> Tensor:
         packed = self._packed or self.pack()
         if self.first_token is not None and self.first_token.under_way:
-            return of_first_token(lambda x, residual: packed(x, self.post_op, residual, overwrite), x, residual)
-        y: Tensor = packed(x, self.post_op, residual, overwrite)
+            return of_first_token(lambda x, residual: packed(x, self.post_op, residual, in_place), x, residual)
+        y: Tensor = packed(x, self.post_op, residual, in_place)
         return y
 
     def emit_codes_for(self, consumer: "Int8Linear | None") -> None:
@@ -273,7 +274,7 @@ class PackedLinear:
         self.narrowing = first.narrowing if all(module.narrowing for module in modules) else None
 
     def __call__(
-        self, x: Tensor, post_op: PostOp | None, residual: Tensor | None = None, overwrite: bool = False
+        self, x: Tensor, post_op: PostOp | None, residual: Tensor | None = None, in_place: bool = False
     ) -> Tensor:
         if self.activation == "weight-only":
             weight = self.weight.to(x.dtype) * self.scale[:, None].to(x.dtype)
@@ -286,18 +287,14 @@ class PackedLinear:
             return y if residual is None else added(y, residual)
         codes = x if x.dtype == torch.uint8 else quantize_uint8(x.float(), self.input_scale, self.zero_point)
         narrow = self.narrowing is not None and residual is None and self.narrowing.active
+        dtype = torch.bfloat16 if narrow else torch.float32
         y = self.kernel.static(
             codes,
             self.weight,
             self.scale,
             self.bias,
-            input_scale=self.input_scale,
-            zero_point=self.zero_point,
-            post_op=post_op,
-            output=self.output,
-            residual=residual,
-            overwrite=overwrite,
-            dtype=torch.bfloat16 if narrow else torch.float32,
+            (self.input_scale, self.zero_point),
+            Epilogue(post_op, self.output, residual, in_place, dtype),
         )
         if self.output or narrow:
             return y
@@ -316,7 +313,7 @@ class _Slice:
         self.start, self.stop = start, stop
 
     def __call__(
-        self, x: Tensor, post_op: PostOp | None, residual: Tensor | None = None, overwrite: bool = False
+        self, x: Tensor, post_op: PostOp | None, residual: Tensor | None = None, in_place: bool = False
     ) -> Tensor:
         y = self.shared(x, self.start)[..., self.start : self.stop]
         return y if residual is None else y + residual

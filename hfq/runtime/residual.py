@@ -43,7 +43,7 @@ class NormalizedSum:
             y: Tensor = norm(self.linear(x, residual))
             return y
         # Nobody's hook sees these calls, so they need not be seen: after a matmul, which empties caches, steps take long.
-        y = self.linear.forward(x, residual, overwrite=True)
+        y = self.linear.forward(x, residual, in_place=True)
         if y.numel() < MANY:
             return functional.layer_norm(y, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
         for part in y.view(-1, y.shape[-1]).split(max(1, PART // y.shape[-1])):

@@ -46,9 +46,7 @@ def _onednn_is_exact() -> bool:
     kernel = OneDnnKernel()
     try:
         codes = quantize_uint8(torch.full((rows, depth), 255.0), 1.0, 0)
-        y = kernel.static(
-            codes, kernel.pack(weight, scale), scale, None, input_scale=1.0, zero_point=0, post_op=None, output=None
-        )
+        y = kernel.static(codes, kernel.pack(weight, scale), scale, None, (1.0, 0))
     except (RuntimeError, AttributeError, NotImplementedError):
         return False
     return bool((y == 255 * 127 * depth).all())
@@ -69,6 +67,6 @@ def _onednn_is_fast() -> bool:
         packed = kernel.pack(weight, scale)
         for _ in range(3):  # the first sets up, and the fastest counts
             start = time.perf_counter()
-            kernel.static(codes, packed, scale, None, input_scale=1.0, zero_point=0, post_op=None, output=None)
+            kernel.static(codes, packed, scale, None, (1.0, 0))
             seconds[kernel.name] = min(seconds.get(kernel.name, math.inf), time.perf_counter() - start)
     return seconds["onednn"] < seconds["portable"]
