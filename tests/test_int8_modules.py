@@ -284,11 +284,6 @@ def test_memory_counts_each_weight_once_as_int8(kernel: str) -> None:
     assert memory_mib(model) * 2**20 == expected
 
 
-def test_no_gradient_flows() -> None:
-    x = normal(2, 7).requires_grad_()
-    assert not any(make(approach)(x).requires_grad for approach in SCHEMES)
-
-
 def test_unknown_isa_is_a_usage_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match=r"HFQ_ISA is 'junk'; expected 'native' .* or 'portable'"):
         next(use_kernel("junk", monkeypatch))
@@ -372,15 +367,11 @@ def test_autocast_rounds_no_sum_of_codes(kernel: str, approach: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("approach", SCHEMES)
-def test_a_layer_can_be_traced_or_says_that_it_cannot(kernel: str, approach: str) -> None:
+def test_a_layer_can_be_traced(kernel: str, approach: str) -> None:
     layer, x, other = make(approach, EVEN), normal(80, 64), normal(3, 64)
-    if kernel == "portable" or approach == "weight-only":
-        with torch.inference_mode():
-            traced = torch.jit.trace(layer, (x,), check_trace=False)
-        assert torch.allclose(traced(other), layer(other), atol=1e-5)
-    elif select_kernel().name == "onednn":  # whose weights a trace cannot hold
-        with pytest.raises(RuntimeError, match=r"Tensor|Scalar"):
-            torch.jit.trace(layer, (x,))
+    with torch.inference_mode():
+        traced = torch.jit.trace(layer, (x,), check_trace=False)
+    assert torch.allclose(traced(other), layer(other), atol=1e-5)
 
 
 @pytest.mark.parametrize("approach", SCHEMES)

@@ -9,6 +9,7 @@ import torch
 from command import CHECKPOINT, DEMO
 from models import quantized, relative_error, tiny, token_batches
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import hfq
@@ -21,15 +22,24 @@ from hfq.tuning.candidates import Candidate
 Forward = tuple[list[tuple[int, ...]], Any]
 
 
+class Embedded(TorchDispatchMode):
+    """Notes the shapes of ids that are looked up in `table`."""
+
+    def __init__(self, table: Tensor) -> None:
+        super().__init__()
+        self.table, self.seen = table, list[tuple[int, ...]]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.embedding.default and args[0].data_ptr() == self.table.data_ptr():
+            self.seen.append(tuple(args[1].shape))
+        return func(*args, **(kwargs or {}))
+
+
 def shapes_of(model: Any, run: Any) -> Forward:
-    """Shapes of the ids that reach the embedding, and what the model returned."""
-    seen: list[tuple[int, ...]] = []
-    embedding = model.get_input_embeddings()
-    handle = embedding.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape)))
-    with torch.inference_mode():
+    """Shapes of the ids that reach the embedding, and what the model returned. No hook: it would see the whole batch."""
+    with torch.inference_mode(), Embedded(model.get_input_embeddings().weight) as embedded:
         outputs = run(model)
-    handle.remove()
-    return seen, outputs
+    return embedded.seen, outputs
 
 
 def take_slices(model: Any) -> None:

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from . import attention, operations  # noqa: F401 - operations are registered
 from .graphs import FACTS, LIBRARY, REFUSED, digest, dynamic_axes
 from .known_forward import KnownForward
-from .modules import Int8Linear
+from .modules import Int8Linear, compiling_ahead
 from .skeleton import put_together
 
 
@@ -75,8 +75,8 @@ class Rebuilt(nn.Module):
 
     def forward(self, inputs: Tensor, tensors: list[Tensor]) -> Any:
         model = put_together(self.skeleton, tensors)
-        known = (layer.first_token for layer in model.modules() if isinstance(layer, Int8Linear))
-        with next(filter(None, known), KnownForward()).running():
+        known = (layer.fused_in for layer in model.modules() if isinstance(layer, Int8Linear))
+        with compiling_ahead(), next(filter(None, known), KnownForward()).running():
             return model(**dict(zip(self.names, inputs.unbind(), strict=True)))
 
 

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from ..common.memory import LargestInput, return_freed_memory
 from .blocked import lay_out, lay_out_for_kernels
-from .fusion import finish_fusing, wanted_fusions
+from .fusion import finish_fusing, known_of, wanted_fusions
 from .graphs import CompilerError, Graphs, dynamic_axes
+from .known_forward import enter
 from .modules import pack_all
-from .slicing import TOKENS, SlicedForward, is_token_batch
+from .slicing import TOKENS, is_token_batch
 
 Model = TypeVar("Model", bound=nn.Module)
 SIZES = 4  # of images that a model is compiled for, a minute each; others run uncompiled
@@ -36,7 +37,7 @@ def compile(model: Model) -> Model:
     The first single input and the first batch that this machine sees are compiled when they come, by a process of its
     own, which takes a minute or two for BERT-base: for tokens of any length, or for images of the size that they have.
     Inputs that a gradient is wanted of run as before. What results is kept on disk, in `TORCHINDUCTOR_CACHE_DIR` or the
-    cache folder of the Hub's client, and other processes load it in milliseconds. The tensors are those of the moment:
+    cache folder of the Hub's client, and other processes load it in milliseconds. Copies of the model run uncompiled. The tensors are those of the moment:
     replacing one afterwards has no effect. Classes are compiled as their packages have them: what a program changed in
     them while it runs is not seen. Without a C++ compiler, and with nothing on disk, the model is returned as it is,
     with a warning.
@@ -45,11 +46,10 @@ def compile(model: Model) -> Model:
         >>> model = hfq.compile(hfq.load("me/bert-mrpc-int8"))
     """
     finish_fusing(model)
-    forward = model.forward
-    if isinstance(forward.forward if isinstance(forward, SlicedForward) else forward, _Compiled):
+    forward = enter(model, known_of(model))
+    if forward.compiled is not None:
         return model
-    if isinstance(forward, SlicedForward):
-        forward.check_known()  # what is compiled cannot look anew each time
+    forward.settle()
     pack_all(model)  # what is packed while it is traced would be packed again each time
     fusions = wanted_fusions()
     lay_out(model, panels="compiled-matmul" in fusions)
@@ -64,10 +64,7 @@ def compile(model: Model) -> Model:
         lay_out_for_kernels(model)
         return model
     return_freed_memory()  # what packing left: activations of compiled code mostly do not fit into it
-    if isinstance(forward, SlicedForward):
-        forward.forward = _Compiled(model, forward.forward, graphs=graphs, compiler=compiler)
-    else:
-        model.forward = _Compiled(model, forward, graphs=graphs, compiler=compiler)
+    forward.compiled = _Compiled(model, forward.forward, graphs=graphs, compiler=compiler)
     return model
 
 
@@ -84,11 +81,6 @@ class _Compiled:
         self._sizes: set[tuple[int, ...]] = set()
         self._main_input = getattr(model, "main_input_name", TOKENS[0])
         self._own = types.MethodType(type(model).forward, model)
-        functools.update_wrapper(self, self._own)  # transformers reads its signature
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """A copy of the model runs uncompiled: what was compiled holds this one's weights."""
-        return _uncompiled, (self._model,)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         unusual = torch.is_grad_enabled() or self._model.training or not torch.backends.mkldnn.enabled
@@ -165,10 +157,6 @@ class _Compiled:
             self._graphs = None
             lay_out_for_kernels(self._model)
         warnings.warn(f"hfq.compile failed: the model runs uncompiled, with the same answers. {error}", stacklevel=4)
-
-
-def _uncompiled(model: nn.Module) -> types.MethodType:
-    return types.MethodType(type(model).forward, model)
 
 
 class _InProcess:

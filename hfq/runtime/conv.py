@@ -3,15 +3,18 @@
 Not here: which layers have a twin, and how their scales are found (`hfq.ptq`).
 """
 
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.grad import conv1d_input, conv2d_input
 
+from .gradients import is_wanted, straight_through
 from .kernels import quantize_uint8
-from .modules import Int8Linear, PackedModule, frozen, input_codes
+from .modules import Int8Linear, PackedModule, frozen, input_codes, is_recorded, recorded_codes, unrecorded
 from .selection import select_kernel
 
 ConvActivation = Literal["static", "weight-only"]
@@ -24,7 +27,7 @@ class Int8Conv(PackedModule):
 
     State: `weight` int8 `[out, in / groups, *kernel]`, symmetric; `weight_scale` float32 `[out, 1, 1(, 1)]`; `bias`
     float `[out]` or absent; with static activations also `input_scale` float32 `[1]` and `input_zero_point` int8 `[1]`.
-    `weight-only` computes in floats with the dequantized weight. Inference only: no gradient flows through it.
+    `weight-only` computes in floats with the dequantized weight. A gradient flows through it, and none to its tensors.
     """
 
     input_scale: nn.Parameter
@@ -101,15 +104,27 @@ class Int8Conv(PackedModule):
         """
         if x.dim() == len(self.kernel_size) + 1:
             return self(x[None])[0]
+        if any(self._extra):
+            x = F.pad(x, self._extra)
+        if is_wanted(x):
+            return straight_through(x, self, self._answer)
         with torch.no_grad():
-            if any(self._extra):
-                x = F.pad(x, self._extra)
-            return self._static(x) if self.activation == "static" else self._weight_only(x)
+            return self._answer(x)
+
+    def input_gradient(self, gradient: Tensor, shape: torch.Size) -> Tensor:
+        """float32 of `shape`."""
+        of_input = conv1d_input if len(self.kernel_size) == 1 else conv2d_input
+        return of_input(shape, self.weight.float(), gradient, *self._geometry)
+
+    def _answer(self, x: Tensor) -> Tensor:
+        return self._static(x) if self.activation == "static" else self._weight_only(x)
 
     def _weight_only(self, x: Tensor) -> Tensor:
         return self._convolve(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def _static(self, x: Tensor) -> Tensor:
+        if is_recorded():
+            return self._recorded(x)
         packed = self._packed or self.pack()
         input_scale, zero_point = input_codes(self)
         codes = quantize_uint8(x.float(), input_scale, zero_point)
@@ -132,6 +147,13 @@ class Int8Conv(PackedModule):
             y = self._convolve(codes.float().sub_(zero_point), self.codes.float(), None)
         y = y.mul_(self.weight_scale.float()[:, 0] * input_scale)
         return (y if bias is None else y.add_(bias.view_as(self.weight_scale[:, 0]))).to(x.dtype)
+
+    def _recorded(self, x: Tensor) -> Tensor:
+        """The same, from its tensors alone and in operations that run anywhere."""
+        with unrecorded() if self._packed is not None else nullcontext():
+            weight = self.codes.float()
+        y = self._convolve(recorded_codes(self, x), weight, None) * (self.weight_scale[:, 0] * self.input_scale)
+        return (y if self.bias is None else y + self.bias.view_as(self.weight_scale[:, 0])).to(x.dtype)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         convolve = F.conv1d if len(self.kernel_size) == 1 else F.conv2d

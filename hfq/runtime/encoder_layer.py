@@ -54,7 +54,7 @@ class EncoderLayer:
         self.attended, self.inner, self.outer = attended, inner, outer
 
     def __call__(self, *args: Any, **named: Any) -> Any:
-        if self.known.runs_directly:
+        if self.known.runs_directly and self.projection.is_used:
             others = [*args[2:], *(value for name, value in named.items() if name != _MASK)]
             plain = len(args) > 0 and all(value is None or value is False for value in others)
             if plain and self.implementation in (NAME, "sdpa"):
@@ -103,7 +103,12 @@ def _has_steps(layer: nn.Module) -> bool:
     if "forward" in layer.__dict__ or len(_linears(layer)) != 6 or len(_norms(layer)) != 2:
         return False
     named = list(inspect.signature(layer.forward).parameters)[1:2] == [_MASK]
-    return named and all(map(runs_known_code, layer.modules()))  # other code may do more than answer
+    return named and all(map(_runs_plainly, layer.modules()))  # other code may do more than answer
+
+
+def _runs_plainly(module: nn.Module) -> bool:
+    plain = not (module._forward_hooks or module._forward_pre_hooks or "parametrizations" in module._modules)
+    return plain and runs_known_code(module)
 
 
 def _read(layer: nn.Module, known: KnownForward) -> EncoderLayer:

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .modules import Int8Linear, SharedMatmul
+from .trial import trial
 
 _ADD = torch.ops.aten.add.Tensor
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
@@ -114,7 +115,7 @@ class Flow:
 
 
 def trace(model: nn.Module, example: Mapping[str, Any]) -> Flow | None:
-    """The flow of one forward on `example`; None where that is no input of the model's.
+    """The flow of one forward on `example`; None where that is no input of the model's, or one that it changes itself for.
 
     Layers answer zeros in the form they will have: codes where they emit codes, columns where they share a matmul. So
     a model that cannot run with them shows it here.
@@ -128,14 +129,14 @@ def trace(model: nn.Module, example: Mapping[str, Any]) -> Flow | None:
         return y
 
     try:
-        with torch.inference_mode(), standing_in(model.modules(), answer), _Operations(flow):
+        with trial(model) as tried, torch.inference_mode(), standing_in(model.modules(), answer), _Operations(flow):
             leaves = tree_leaves(model(**example))
             flow.outputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             flow.opaque = any(not isinstance(leaf, Tensor | int | float | str | None) for leaf in leaves)
     except Exception:  # the model's own code: an example that does not fit only means that nothing is fused
         return None
     flow.read_by_others += flow.outputs
-    return flow
+    return None if tried.changed else flow
 
 
 def last_readers(model: nn.Module, example: Mapping[str, Tensor], flow: Flow) -> set[Int8Linear]:
@@ -264,8 +265,11 @@ def _waves(number: int, in_features: int, out_features: int) -> tuple[Tensor, Te
 
 
 def _outputs(model: nn.Module, inputs: Mapping[str, Tensor], answer: Answer) -> list[Tensor]:
-    with standing_in(model.modules(), answer):
-        return [leaf for leaf in tree_leaves(model(**inputs)) if isinstance(leaf, Tensor)]
+    with trial(model) as tried, standing_in(model.modules(), answer):
+        outputs = [leaf for leaf in tree_leaves(model(**inputs)) if isinstance(leaf, Tensor)]
+    if tried.changed:
+        raise ValueError("The model changes itself for these")
+    return outputs
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from ..common.memory import return_freed_memory
 from . import attention
 from .encoder_layer import run_directly
 from .flow import Flow, ignores_padding, last_readers, read_for_first_token, trace
-from .known_forward import KnownForward, runs_known_code
+from .known_forward import FUSED, FusedForward, KnownForward, Structure, enter, runs_known_code
 from .modules import PACKING, Int8Linear, SharedMatmul, input_codes, pack_all
 from .narrowing import Narrowing
 from .post_ops import fuse_activations
@@ -39,15 +39,37 @@ def fuse(model: nn.Module, *, at_first_forward: bool = False) -> None:
         UsageError: `HFQ_FUSIONS` names a fusion that does not exist.
     """
     wanted = wanted_fusions()
+    known = known_of(model)
     if "activation" in wanted:
         # Never later: a thread that is between a layer and its activation function would skip it, or do it twice.
-        fuse_activations(model)
+        fuse_activations(model, known)
     if "slices" in wanted and isinstance(model, PreTrainedModel):
-        slice_batches(model)
-    if at_first_forward:
+        slice_batches(model, known)
+    if at_first_forward or Structure(model).is_watched():  # no hook is to see examples
+        _enter(model, known)
         _AtFirstForward(model, wanted)
     else:
         _fuse_calls(model, wanted)
+
+
+def known_of(model: nn.Module) -> KnownForward:
+    """What says to layers of `model` what may be done: what does already, or a new one."""
+    layers = [module for module in model.modules() if isinstance(module, Int8Linear)]
+    known = next(filter(None, (layer.fused_in for layer in layers)), None) or KnownForward()
+    for layer in layers:
+        layer.fused_in = layer.fused_in or known
+    return known
+
+
+def _enter(model: nn.Module, known: KnownForward) -> None:
+    """Let forwards of `model`, and of transformers' models in it, tell layers what may be done in them, if it is as now."""
+    forwards = []
+    for module in list(model.modules()):
+        if module is model or isinstance(module, PreTrainedModel):
+            forwards.append(enter(module, known))
+            forwards[-1].inner = module is not model
+    for forward in forwards:
+        forward.look_again()
 
 
 def finish_fusing(model: nn.Module) -> None:
@@ -114,8 +136,9 @@ class _AtFirstForward:
         if model.training or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return False  # dropout would hide the flow, and a compiler would take the search for a part of the model
         with PACKING:
-            if self.done:
-                return False
+            forward = model.__dict__.get("forward")
+            if self.done or not isinstance(forward, FusedForward) or not forward.is_as_it_was():
+                return False  # what a user put there meanwhile is not to see examples
             self.done = True  # the search calls the model itself
             self.handle.remove()
             _fuse_calls(model, self.wanted)
@@ -124,18 +147,19 @@ class _AtFirstForward:
 
 def _fuse_calls(model: nn.Module, wanted: tuple[str, ...]) -> None:
     """The fusions that change what layers do when they are called, and nothing that a block holds on to."""
-    if "residual" in wanted:
-        for parent in list(model.modules()):
-            fuse_residual(parent)
-    for part, example in _examples(model):
-        flow = _fuse_flow(part, example, wanted)
-        if "attention" in wanted and part is model:
-            _fuse_attention(model, example, flow)
-    forward = model.__dict__.get("forward")
-    directly = {"encoder-layer", "residual"}.issubset(wanted)  # it adds in matmuls
-    if directly and isinstance(forward, SlicedForward) and forward.known is not None:
-        run_directly(model, forward.known)
-        forward.know(forward.known)  # as it is now
+    known = known_of(model)
+    with known.running(FUSED):
+        if "residual" in wanted:
+            for parent in list(model.modules()):
+                fuse_residual(parent)
+        for part, example in _examples(model):
+            flow = _fuse_flow(part, example, wanted)
+            if "attention" in wanted and part is model:
+                _fuse_attention(model, example, flow)
+        directly = {"encoder-layer", "residual"}.issubset(wanted)  # it adds in matmuls
+        if directly and isinstance(model.__dict__.get("forward"), SlicedForward) and _is_told(model):
+            run_directly(model, known)
+    _enter(model, known)
 
 
 def _examples(model: nn.Module) -> Iterator[tuple[nn.Module, Mapping[str, Tensor]]]:
@@ -158,39 +182,51 @@ def _fuse_flow(model: nn.Module, example: Mapping[str, Tensor], wanted: Sequence
     Returns: what the first one showed.
     """
     flow = trace(model, example)
+    usual = flow is not None
+    if not usual:
+        found = ((flow, longer) for longer in _longer(model, example) if (flow := trace(model, longer)) is not None)
+        flow, example = next(found, (None, example))
     if flow is None:
         return None
     forward = model.__dict__.get("forward")
-    if isinstance(forward, SlicedForward):
+    if usual and isinstance(forward, SlicedForward):
         forward.cuts_padding = forward.cuts_padding or ignores_padding(model, example)
-        if forward.known is None:
-            forward.know(_tell_of_known_forwards(model, example, flow, wanted))
+        if not _is_told(model):
+            _tell_of_known_forwards(model, example, flow, known=forward.known, wanted=wanted)
     undo = [fusion(flow) for name, fusion in FLOW_FUSIONS.items() if name in wanted]
     while undo and not _same_forms(flow, trace(model, example)):
         undo.pop()()
     return flow
 
 
+def _longer(model: nn.Module, example: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
+    """Longer texts than `example`, for models that do something else with short ones."""
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", 0) if "input_ids" in example else 0
+    for length in (128 << i for i in range(6)):
+        if length <= most:
+            yield {"input_ids": example["input_ids"][:1].repeat(1, length)[:, :length]}
+
+
 Fusion = Callable[[Flow], Callable[[], None]]  # does it, and returns what undoes it
 
 
 def _tell_of_known_forwards(
-    model: nn.Module, example: Mapping[str, Tensor], flow: Flow, wanted: Sequence[str]
-) -> KnownForward | None:
-    """Have layers compute no more than the first token of each row where `model` reads no more of it, and add in place.
-
-    Returns: what tells them of forwards in which they may; None if there are none such.
-    """
+    model: nn.Module, example: Mapping[str, Tensor], flow: Flow, *, known: KnownForward, wanted: Sequence[str]
+) -> None:
+    """Have layers compute no more than the first token of each row where `model` reads no more of it, and add in place."""
     layers = read_for_first_token(model, example, flow) if "first-token" in wanted else []
     adding = set()
     if "residual" in wanted and all(map(runs_known_code, model.modules())):
         adding = last_readers(model, example, flow)
-    known = KnownForward() if layers or adding else None
     for layer in layers:
         layer.first_token = known
     for layer in adding:
         layer.in_place = known
-    return known
+
+
+def _is_told(model: nn.Module) -> bool:
+    """Whether it was found what layers of `model` may leave out."""
+    return any(isinstance(m, Int8Linear) and (m.first_token or m.in_place) is not None for m in model.modules())
 
 
 def _requantization(flow: Flow) -> Callable[[], None]:

@@ -5,17 +5,20 @@ A module's `state_dict` is its checkpoint entry, whatever layout the kernel keep
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from multiprocessing.context import get_spawning_popen
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..common.memory import drop_file_pages, keep_freed_memory
 from . import sharing
 from .checked import CheckedKernel
 from .first_token import of_first_token
+from .gradients import straight_through
 from .kernels import (
     Epilogue,
     Kernel,
@@ -24,6 +27,7 @@ from .kernels import (
     added,
     apply_post_op,
     quantize_uint8,
+    token_scale,
 )
 from .known_forward import KnownForward
 from .narrowing import Narrowing
@@ -51,9 +55,26 @@ class PackedModule(nn.Module):
     def pack(self) -> Any:
         """Hand the weight over, and return what it became. The first forward does it, unless `pack_all` did."""
         with PACKING:
+            if self._packed is None and not self.has_plain_weight:
+                return self.make_packed()
             if self._packed is None and (packed := self.make_packed()) is not None:
                 self.hand_over(packed)
             return self._packed
+
+    @property
+    def has_plain_weight(self) -> bool:
+        """Whether it is the module's parameter; else torch computes it anew for each forward, from parametrizations or a mask."""
+        return self._packed is not None or "weight" in self._parameters
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As any module's. Who puts another parameter beside the weight, a mask say, wants to find it as it was."""
+        if self.__dict__.get("_packed") is not None:
+            self.free_weight()
+        super().register_parameter(name, param)
+
+    def free_weight(self) -> None:
+        """Have the weight for itself, as a plain parameter."""
+        self.unpack()
 
     def hand_over(self, packed: "PackedWeight") -> None:
         """Take `packed` in the place of the plain weight."""
@@ -70,6 +91,8 @@ class PackedModule(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         packed: PackedWeight | None = self.__dict__.get("_packed")
+        if name == "parametrizations":  # whoever asks for them looks for the weight next, among parameters
+            self.free_weight()
         if name == "weight" and packed is not None:
             return frozen(packed.unpack())  # for model code that looks at a weight's dtype or device
         return super().__getattr__(name)
@@ -128,7 +151,8 @@ class Int8Linear(PackedModule):
     `first_token`: the forwards in which its answers are read for no further token (`hfq.runtime.first_token`).
     `in_place`: the forwards in which what is added to its answers is read by nobody afterwards (`hfq.runtime.residual`).
     `narrowing`: says whether they are bfloat16 whatever the input is (`hfq.runtime.narrowing`).
-    Inference only: no gradient flows through it.
+    `fused_in`: the forwards in which it does the work of others at all; in any other it answers as a Linear does.
+    A gradient flows through it (`hfq.runtime.gradients`), and none to its tensors.
     """
 
     def __init__(
@@ -155,6 +179,7 @@ class Int8Linear(PackedModule):
         self.first_token: KnownForward | None = None
         self.in_place: KnownForward | None = None
         self.narrowing: Narrowing | None = None
+        self.fused_in: KnownForward | None = None
         self._reader: tuple[Int8Linear] | None = None  # in a tuple: it is another module's child, not ours
         self._group: SharedMatmul | None = None
         self._packed: Any = None  # PackedLinear or _Slice
@@ -167,15 +192,47 @@ class Int8Linear(PackedModule):
         """
         if not torch.is_grad_enabled():
             return self._answer(x, residual, in_place)
+        if x.requires_grad or (residual is not None and residual.requires_grad):
+            if residual is not None or (self.fused_in or KnownForward()).fuses:
+                raise RuntimeError(
+                    "A gradient is wanted of an input that hfq did not see, in a forward whose layers are fused. "
+                    "Load the model with HFQ_FUSIONS=none in the environment."
+                )
+            return straight_through(x, self, lambda x: self._answer(x, None, False))
         with torch.no_grad():
             return self._answer(x, residual, False)
 
+    def input_gradient(self, gradient: Tensor, shape: torch.Size) -> Tensor:
+        """float32 `[.., in]` of `[.., out]`."""
+        codes, scale = self.weight_rows()
+        return (gradient * scale) @ codes.float()
+
     def _answer(self, x: Tensor, residual: Tensor | None, in_place: bool) -> Tensor:
+        alone = self.fused_in is not None and not self.fused_in.fuses
+        if is_recorded() and (alone or self.is_plain):
+            return self._recorded(x)
         packed = self._packed or self.pack()
+        if alone:
+            products: Tensor = packed.alone(x)
+            return products
         if self.first_token is not None and self.first_token.under_way:
             return of_first_token(lambda x, residual: packed(x, self.post_op, residual, in_place), x, residual)
         y: Tensor = packed(x, self.post_op, residual, in_place)
         return y
+
+    def _recorded(self, x: Tensor) -> Tensor:
+        """What it answers, from its tensors alone and in operations that run anywhere. Sums are float32's."""
+        with unrecorded() if self._packed is not None else nullcontext():
+            weight = self.weight_rows()[0].float()
+        scale = self.weight_scale.reshape(-1)
+        if self.activation == "weight-only":
+            y = nn.functional.linear(x.float(), weight) * scale
+        elif self.activation == "dynamic":
+            row_scale = token_scale(x.float())
+            y = nn.functional.linear((x.float() / row_scale).round().clamp(-128, 127), weight) * scale * row_scale
+        else:
+            y = nn.functional.linear(recorded_codes(self, x), weight) * (scale * self.input_scale)
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
 
     def emit_codes_for(self, consumer: "Int8Linear | None") -> None:
         """Return uint8 codes of `consumer`'s input scale from now on, instead of floats; None: floats again."""
@@ -210,6 +267,8 @@ class Int8Linear(PackedModule):
 
     def pack(self) -> Any:
         with PACKING:
+            if self._group is not None and not all(module.has_plain_weight for module in self._group.modules):
+                self._group.dissolve()
             if self._group is None:
                 return super().pack()
             if self._packed is None:
@@ -224,8 +283,22 @@ class Int8Linear(PackedModule):
         if self._group is not None:
             self._group.release()
 
+    def free_weight(self) -> None:
+        if self._group is not None:
+            self._group.dissolve()
+        self.unpack()
+
     def weight_rows(self) -> tuple[Tensor, Tensor]:
-        """int8 `[out, in]` and float32 `[out]`, as kernels take them."""
+        """int8 `[out, in]` and float32 `[out]`, as kernels take them.
+
+        Raises:
+            TypeError: the weight is not int8 any more.
+        """
+        if self.weight.dtype != torch.int8:
+            raise TypeError(
+                f"The weight of an {type(self).__name__} became {self.weight.dtype}: an int8 weight times a mask of int8 "
+                "stays one. Prune or parametrize the float model, then quantize it."
+            )
         return self.weight.detach(), self.weight_scale.detach().float().reshape(-1)
 
     @staticmethod
@@ -273,8 +346,17 @@ class PackedLinear:
         self.output = input_codes(first._reader[0]) if first._reader else None
         self.narrowing = first.narrowing if all(module.narrowing for module in modules) else None
 
+    def alone(self, x: Tensor) -> Tensor:
+        """float `[.., out]`, whatever it is to be for others."""
+        return self._products(x, None, None, False, alone=True)
+
     def __call__(
         self, x: Tensor, post_op: PostOp | None, residual: Tensor | None = None, in_place: bool = False
+    ) -> Tensor:
+        return self._products(x, post_op, residual, in_place)
+
+    def _products(
+        self, x: Tensor, post_op: PostOp | None, residual: Tensor | None, in_place: bool, *, alone: bool = False
     ) -> Tensor:
         if self.activation == "weight-only":
             weight = self.weight.to(x.dtype) * self.scale[:, None].to(x.dtype)
@@ -286,17 +368,18 @@ class PackedLinear:
             y = y if y.dtype == x.dtype else y.to(x.dtype)
             return y if residual is None else added(y, residual)
         codes = x if x.dtype == torch.uint8 else quantize_uint8(x.float(), self.input_scale, self.zero_point)
-        narrow = self.narrowing is not None and residual is None and self.narrowing.active
+        narrow = not alone and self.narrowing is not None and residual is None and self.narrowing.active
         dtype = torch.bfloat16 if narrow else torch.float32
+        output = None if alone else self.output
         y = self.kernel.static(
             codes,
             self.weight,
             self.scale,
             self.bias,
             (self.input_scale, self.zero_point),
-            Epilogue(post_op, self.output, residual, in_place, dtype),
+            Epilogue(post_op, output, residual, in_place, dtype),
         )
-        if self.output or narrow:
+        if output or narrow:
             return y
         dtype = self.dtype if x.dtype == torch.uint8 else x.dtype
         return y if y.dtype == dtype else y.to(dtype)
@@ -317,6 +400,10 @@ class _Slice:
     ) -> Tensor:
         y = self.shared(x, self.start)[..., self.start : self.stop]
         return y if residual is None else y + residual
+
+    def alone(self, x: Tensor) -> Tensor:
+        """Of what `x` is now: the layers before may have been given it before somebody changed it."""
+        return self.shared.products(x)[..., self.start : self.stop].contiguous()
 
     def unpack(self) -> Tensor:
         return self.shared.unpack()[
@@ -378,6 +465,11 @@ class SharedMatmul:
             module.unpack()
         for module in self.modules:
             module._group = None
+
+    @property
+    def is_used(self) -> bool:
+        """Whether the layers have no matmuls of their own again."""
+        return self.modules[0]._group is self
 
     @property
     def starts(self) -> list[int]:
@@ -478,6 +570,48 @@ def input_codes(module: PackedModule) -> tuple[float, int]:
 
 def _weight_of(numbers: Any) -> nn.Parameter:
     return frozen(torch.from_numpy(numbers))
+
+
+def is_recorded() -> bool:
+    """Whether somebody takes down what is computed, to run it elsewhere: packed weights are of no use there."""
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    return torch.jit.is_tracing() or (torch.compiler.is_exporting() and not _ahead.of_packed)
+
+
+class _Ahead(threading.local):
+    of_packed = False
+
+
+_ahead = _Ahead()
+
+
+@contextmanager
+def compiling_ahead() -> Iterator[None]:
+    """For the length of the block, what is exported is to be compiled for the packed weights of this machine."""
+    _ahead.of_packed = True
+    try:
+        yield
+    finally:
+        _ahead.of_packed = False
+
+
+def recorded_codes(module: PackedModule, x: Tensor) -> Tensor:
+    """Codes of `x` without their zero point, float32."""
+    zero_point = module.input_zero_point.float()
+    return ((x.float() / module.input_scale).round() + zero_point).clamp(-128, 127) - zero_point
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """For the length of the block, what is computed is a constant to whoever records."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        with _disable_current_modes():
+            yield
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:

@@ -9,22 +9,39 @@ from collections.abc import Sequence
 from typing import Any, cast, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .examples import answer_of, noise
 from .kernels import PostOp, apply_post_op
+from .known_forward import KnownForward, is_as_made
 from .modules import Int8Linear
 
 _EXAMPLES = (*(i / 8 for i in range(-48, 49)), -1e4, -100, -12, -8, 8, 12, 100, 1e4)  # some functions clip
 
 
-def fuse_activations(model: nn.Module) -> None:
+class FusedActivation(nn.Module):
+    """An activation function that the layer before it has computed already, in forwards in which they are fused."""
+
+    def __init__(self, activation: nn.Module, known: KnownForward) -> None:
+        super().__init__()
+        self.activation, self.known = activation, known
+        self.training = activation.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same, or what the function makes of it."""
+        if self.known.fuses:
+            return x
+        y: Tensor = self.activation(x)
+        return y
+
+
+def fuse_activations(model: nn.Module, known: KnownForward) -> None:
     """Replace activation functions by post-ops of the Linear before each, a sibling. Parents that are alike are tried once."""
     tried: list[tuple[list[Any], list[tuple[str, str, PostOp]]]] = []
     for parent in list(model.modules()):
         linears = [name for name, child in parent.named_children() if isinstance(child, Int8Linear)]
         functions = [name for name, child in parent.named_children() if _may_be_activation(child)]
-        if not linears or not functions:
+        if not linears or not functions or not is_as_made(parent):
             continue
         form = _form(parent)
         found = next((found for other, found in tried if _are_alike(form, other)), None)
@@ -33,7 +50,7 @@ def fuse_activations(model: nn.Module) -> None:
             tried.append((form, found))
         for linear, function, post_op in found:
             getattr(parent, linear).post_op = post_op
-            setattr(parent, function, nn.Identity())
+            setattr(parent, function, FusedActivation(getattr(parent, function), known))
 
 
 def _find_activations(
@@ -71,11 +88,11 @@ def _are_alike(form: list[Any], other: list[Any]) -> bool:
 
 
 def _may_be_activation(module: nn.Module) -> bool:
-    return not (module._parameters or module._modules or isinstance(module, nn.Dropout | nn.Identity))
+    return not (module._parameters or module._modules or isinstance(module, nn.Dropout | nn.Identity | FusedActivation))
 
 
 def _is_behind(parent: nn.Module, linear: Int8Linear, name: str) -> bool:
-    """Whether the function `name` is applied to what `linear` answers and to nothing else; it is taken out if so."""
+    """Whether the function `name` is applied to what `linear` answers and to nothing else."""
     activation = getattr(parent, name)
     for dtype in (torch.float64, torch.float32):  # without oneDNN if that will do, as below
         x, y = noise(linear.in_features, dtype=dtype), noise(linear.out_features, dtype=dtype)
@@ -84,10 +101,8 @@ def _is_behind(parent: nn.Module, linear: Int8Linear, name: str) -> bool:
             continue
         setattr(parent, name, nn.Identity())
         after = answer_of(parent, x, answers={linear: activation(y.clone())})
-        if after is not None and torch.equal(before, after):
-            return True
         setattr(parent, name, activation)
-        return False
+        return after is not None and torch.equal(before, after)
     return False
 
 

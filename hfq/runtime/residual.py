@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from .examples import answer_of, noise
 from .first_token import of_first_token
+from .known_forward import is_as_made
 from .modules import Int8Linear
 
 MANY = 1 << 20  # numbers, of which another copy would fill caches with what is wanted no more
@@ -21,16 +22,21 @@ PART = 1 << 18  # of them that are normalized at a time where they lie, in cache
 class NormalizedSum:
     """The `forward` of a residual block: `norm(linear(x) + residual)`, where the matmul adds. `names`: of its two arguments.
 
+    `block`: whose it is; where it is not fused, that runs as its class says.
+
     In forwards in which nobody reads the residual afterwards (`linear.in_place`), oneDNN adds to it where it lies, for
     nothing; a sum in memory of its own takes as long as a third of the matmul.
     """
 
-    def __init__(self, linear: Int8Linear, norm: nn.LayerNorm, *names: str) -> None:
-        self.linear, self.norm = linear, norm
+    def __init__(self, linear: Int8Linear, norm: nn.LayerNorm, *names: str, block: nn.Module | None = None) -> None:
+        self.linear, self.norm, self.block = linear, norm, block
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         self.signature = inspect.Signature([inspect.Parameter(name, kind) for name in names])
 
     def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        if self.block is not None and not (self.linear.fused_in and self.linear.fused_in.fuses):
+            y: Tensor = type(self.block).forward(self.block, *args, **kwargs)
+            return y
         x, residual = self.signature.bind(*args, **kwargs).args if kwargs else args
         first_token = self.linear.first_token
         if first_token is not None and first_token.under_way:
@@ -56,7 +62,7 @@ def fuse_residual(parent: nn.Module) -> None:
     children = list(parent.children())
     linears = [child for child in children if isinstance(child, Int8Linear)]
     norms = [child for child in children if type(child) is nn.LayerNorm]
-    if len(linears) != 1 or len(norms) != 1 or "forward" in parent.__dict__ or not linears[0].is_plain:
+    if len(linears) != 1 or len(norms) != 1 or not is_as_made(parent) or not linears[0].is_plain:
         return
     parameters = inspect.signature(parent.forward).parameters.values()
     if [parameter.kind for parameter in parameters] != 2 * [inspect.Parameter.POSITIONAL_OR_KEYWORD]:
@@ -67,4 +73,4 @@ def fuse_residual(parent: nn.Module) -> None:
     x, y, residual = noise(linear.in_features), noise(linear.out_features), noise(linear.out_features, seed=1)
     found = answer_of(parent, x, residual, answers={linear: y})
     if found is not None and torch.equal(found, norm(y + residual)):
-        parent.forward = NormalizedSum(linear, norm, *(parameter.name for parameter in parameters))
+        parent.forward = NormalizedSum(linear, norm, *(parameter.name for parameter in parameters), block=parent)

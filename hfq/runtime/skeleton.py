@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from .blocked import BlockedMatmul, in_blocks
+from .known_forward import FUSED, KNOWN, FusedForward, KnownForward
 from .modules import Int8Linear, PackedLinear, SharedMatmul
 
 # The versions of these are known, so the name of a class stands for its code.
@@ -62,7 +63,7 @@ class _Pickler(pickle.Pickler):
         self.tensors: list[Tensor] = []
         self._position: dict[int, int] = {}
         # Of an inner model, whose outer one's answers need no other token, all tokens are answers.
-        self._known = getattr(model.__dict__.get("forward"), "known", None)
+        self._most = FUSED if getattr(model.__dict__.get("forward"), "inner", False) else KNOWN
 
     def persistent_id(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -83,14 +84,14 @@ class _Pickler(pickle.Pickler):
             return _new, (BlockedMatmul,), matmul.__dict__, None, None, _set_state
         if isinstance(value, threading.local):
             return threading.local, ()
+        if isinstance(value, KnownForward):
+            return KnownForward, (min(value.most, self._most),)
         if isinstance(value, nn.Module | SharedMatmul | PretrainedConfig):  # their own ways leave out packed weights
             state = {name: item for name, item in value.__dict__.items() if name not in _ORIGIN}
             if "training" in state:
                 state["training"] = False
-            if value is self.model:
+            if value is self.model or isinstance(state.get("forward"), FusedForward):
                 state.pop("forward", None)
-            if isinstance(value, Int8Linear) and value.first_token is not self._known:
-                state["first_token"] = None
             if isinstance(value, Int8Linear) and value._packed is not None:
                 state["_parameters"] = {}  # they are in what was packed
             return __newobj__, (type(value),), state, None, None, _set_state

@@ -6,7 +6,6 @@ most models; which, `hfq.runtime.flow` finds out, and others keep it.
 """
 
 import functools
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.memory import LargestInput
-from .known_forward import KnownForward, Structure
+from .known_forward import FusedForward, KnownForward
 
 MOST_TOKENS = 1024  # rows x length of a slice
 MOST_TOKENS_IN_TILES = 2048  # with AMX, where matmuls are over so soon that what is between them counts
@@ -23,10 +22,11 @@ KEYS = 16  # torch's attention takes as long for the 15 keys beyond a multiple o
 TOKENS = ("input_ids", "attention_mask", "token_type_ids")
 
 
-def slice_batches(model: nn.Module) -> None:
+def slice_batches(model: nn.Module, known: KnownForward | None = None) -> None:
     """Let `model` take its batches in slices where it answers with one row of logits for each of them."""
     if "forward" not in model.__dict__:
-        model.forward = SlicedForward(model)
+        model.forward = SlicedForward(model, known or KnownForward())
+        model.forward.look_again()
 
 
 def row_lengths(attention_mask: Tensor) -> Tensor:
@@ -100,87 +100,52 @@ def in_parts(batch: Mapping[str, Any], *, tokens: int = MOST_TOKENS) -> Iterator
         yield {name: value[start : start + size] for name, value in batch.items()}
 
 
-class SlicedForward:
-    """A model's `forward` that runs another one, its class's own, on one slice after the other.
+class SlicedForward(FusedForward):
+    """A model's `forward` that runs another one on one slice after the other."""
 
-    It knows what a plain batch is, so it also says to layers which forwards are known ones.
-    """
+    kept = ("cuts_padding",)
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.known: KnownForward | None = None
-        self._structure: Structure | None = None
-        self.forward: Callable[..., Any] = types.MethodType(type(model).forward, model)
+    def __init__(self, model: nn.Module, known: KnownForward) -> None:
+        super().__init__(model, known)
         self._largest = LargestInput()
         self.whole = False  # the model answers in a form that cannot be put together
         self.cuts_padding = False
-        functools.update_wrapper(self, self.forward)  # transformers reads its signature
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        kept = ("known", "_structure", "cuts_padding")
-        return SlicedForward, (self.model,), {name: getattr(self, name) for name in kept}
-
-    def know(self, known: KnownForward | None) -> None:
-        """Have layers that have `known` told of forwards of plain inputs, as long as the model is as it is now."""
-        self.known = known
-        self._structure = None if known is None else Structure(self.model)
-
-    def check_known(self) -> None:
-        """Have every token computed again, for good, if the model is not the one any more that was looked at."""
-        if self._structure is not None and not self._structure.is_as_it_was():
-            for module in self.model.modules():
-                if getattr(module, "first_token", None) is self.known:
-                    module.first_token = None  # type: ignore[assignment]
-            self.know(None)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.known is None:
-            return self._in_slices(*args, **kwargs)
-        with self.known.running(self._is_known(*args, **kwargs)):
-            return self._in_slices(*args, **kwargs)
-
-    def _in_slices(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         inputs = dict(zip(TOKENS, args, strict=False)) | kwargs
-        if len(args) > 1 or not self._can_slice(inputs):
-            return self.forward(*args, **kwargs)
+        if len(args) > 1 or self.whole or self.model.training or not is_token_batch(inputs):
+            return forward(*args, **kwargs)
         mask = inputs.get("attention_mask")
         rows, length = inputs["input_ids"].shape
         lengths = [length] * rows if mask is None or not self.cuts_padding else _kept_lengths(mask)
         parts = slices(lengths)
         uncut = len(parts) < 2 and max(lengths, default=length) == length
         with self._largest.of(min(rows * length, tokens_at_once())):
-            return self.forward(*args, **kwargs) if uncut else self._in_parts(inputs, lengths, parts)
+            return forward(*args, **kwargs) if uncut else self._in_parts(forward, inputs, lengths, parts)
 
-    def _in_parts(self, inputs: dict[str, Tensor], lengths: list[int], parts: list[list[int]]) -> Any:
+    def _in_parts(
+        self, forward: Callable[..., Any], inputs: dict[str, Tensor], lengths: list[int], parts: list[list[int]]
+    ) -> Any:
         logits: Tensor | None = None
         for part_rows in parts:
             index = torch.tensor(part_rows)
             longest = max(1, lengths[part_rows[-1]])
-            outputs = self.forward(**{name: value[index, :longest] for name, value in inputs.items()})
+            outputs = forward(**{name: value[index, :longest] for name, value in inputs.items()})
             part = outputs.get("logits") if isinstance(outputs, dict) and len(outputs) == 1 else None
             if part is None or part.dim() != 2:
                 self.whole = True
-                return self.forward(**inputs)
+                return forward(**inputs)
             if logits is None:
                 logits = part.new_empty(len(lengths), part.shape[1])
             logits[index] = part
         outputs["logits"] = logits
         return outputs
 
-    def _is_known(self, *args: Any, **kwargs: Any) -> bool:
-        """Whether these are plain inputs of the model that was looked at."""
+    def is_plain(self, *args: Any, **kwargs: Any) -> bool:
         name = getattr(self.model, "main_input_name", TOKENS[0])
         inputs = dict(zip((name,), args, strict=False)) | kwargs
         plain = len(args) < 2 and (is_token_batch(inputs) or (name == "pixel_values" and inputs.keys() == {name}))
-        if not plain or self.model.training or torch.jit.is_tracing() or torch.compiler.is_compiling():
-            return False
-        return self._structure is not None and self._structure.is_as_it_was()
-
-    def _can_slice(self, inputs: dict[str, Any]) -> bool:
-        """Whether these are plain token batches, of a model that is not being trained."""
-        if self.whole or self.model.training or torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return False
-        return is_token_batch(inputs)
+        return plain and not self.model.training
 
 
 def _kept_lengths(mask: Tensor) -> list[int]:
