@@ -15,14 +15,14 @@ __all__ = ["__version__", "by_length", "compile", "load"]
 
 if TYPE_CHECKING:
     from .load import load
-    from .runtime.compiling import compile
-    from .runtime.slicing import by_length
+    from .runtime.compiling.compile import compile
+    from .runtime.fusion.slicing import by_length
 
 
 @when_imported("transformers.quantizers.auto")
 def _register(auto: Any) -> None:
     def int8_quantizer(config: Any, **kwargs: Any) -> Any:
-        from .runtime.quantizer import make_quantizer  # imports torch: not before a checkpoint asks for it
+        from .runtime.loading.quantizer import make_quantizer  # imports torch: not before a checkpoint asks for it
 
         return make_quantizer(config, **kwargs)
 
@@ -32,12 +32,12 @@ def _register(auto: Any) -> None:
 @when_imported("transformers.modeling_utils")
 def _import_runtime(_: Any) -> None:
     with suppress(ImportError):  # which the first int8 checkpoint raises again: no reason not to load float ones
-        from .runtime import quantizer  # noqa: F401  # takes as long as loading a model, so it is no part of that
+        from .runtime.loading import quantizer  # noqa: F401  # takes as long as loading a model, so it is no part of that
 
 
 @when_imported("transformers.trainer")
 def _watch_trainings(trainer: Any) -> None:
-    from .runtime.quantizer import RefuseTraining
+    from .runtime.loading.quantizer import RefuseTraining
 
     trainer.DEFAULT_CALLBACKS.append(RefuseTraining)
 
@@ -48,11 +48,11 @@ def __getattr__(name: str) -> Any:
 
         return load
     if name == "compile":
-        from .runtime.compiling import compile
+        from .runtime.compiling.compile import compile
 
         return compile
     if name == "by_length":
-        from .runtime.slicing import by_length
+        from .runtime.fusion.slicing import by_length
 
         return by_length
     raise AttributeError(f"module 'hfq' has no attribute {name!r}")

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from .common.errors import SourceError, UnsupportedError, UsageError
 from .common.memory import checkpoint_files, return_freed_memory
-from .runtime.conv import Int8Conv
-from .runtime.fusion import finish_fusing, fuse
-from .runtime.modules import Int8Linear, note_files, pack_all
-from .runtime.swap import is_int8, swap_modules, transformers_part
+from .runtime.fusion.fuse import finish_fusing, fuse
+from .runtime.int8.conv import Int8Conv
+from .runtime.int8.linear import Int8Linear, note_files, pack_all
+from .runtime.loading.swap import is_int8, swap_modules, transformers_part
 from .source.bounds import bounded
 from .source.checkpoint import Checkpoint, pull
 from .tasks.registry import find_architecture, make_task

@@ -18,7 +18,7 @@ from .ptq.inputs import Batch
 from .ptq.scheme import Plan
 from .report.card import render_fit_card
 from .report.report import Report
-from .runtime.swap import transformers_part
+from .runtime.loading.swap import transformers_part
 from .tuning.trial import Trial
 
 _CLASSES: dict[type, type] = {}

@@ -11,7 +11,7 @@ from hfq.ptq.calibration import calibrate
 from hfq.ptq.convert import quantize_model
 from hfq.ptq.graph import find_folds
 from hfq.ptq.layers import find_quantizable
-from hfq.runtime.modules import Int8Linear
+from hfq.runtime.int8.linear import Int8Linear
 from hfq.tuning.candidates import Candidate, Space
 
 transformers.utils.logging.set_verbosity_error()

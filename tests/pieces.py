@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hfq.runtime.attention import compiles_to_bfloat16
-from hfq.runtime.blocked import gelu
-from hfq.runtime.compiler import compile_graph
-from hfq.runtime.layouts import VNNI
+from hfq.runtime.compiling.blocked import gelu
+from hfq.runtime.compiling.inductor.compiler import compile_graph
+from hfq.runtime.fusion.attention import compiles_to_bfloat16
+from hfq.runtime.kernels.layouts import VNNI
 
 HEADS, SIZE, FEATURES, PRODUCTS = 3, 32, 96, 192
 SHAPE = [2, 5, 70]  # of the inputs, tokens and what of them is seen; compiled for any other batch and length

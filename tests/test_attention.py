@@ -15,12 +15,12 @@ from transformers import BertConfig
 from hfq.common.errors import UsageError
 from hfq.ptq.convert import int8_linear
 from hfq.ptq.scheme import LayerScheme
-from hfq.runtime import attention
-from hfq.runtime.attention import bfloat16_attention
-from hfq.runtime.flow import trace
-from hfq.runtime.fusion import fuse, wanted_fusions
-from hfq.runtime.modules import SharedMatmul
-from hfq.runtime.narrowing import Narrowing
+from hfq.runtime.fusion import attention
+from hfq.runtime.fusion.attention import bfloat16_attention
+from hfq.runtime.fusion.flow import trace
+from hfq.runtime.fusion.fuse import fuse, wanted_fusions
+from hfq.runtime.int8.linear import SharedMatmul
+from hfq.runtime.int8.narrowing import Narrowing
 from hfq.tuning.candidates import Candidate
 
 LONG = token_batches(2, rows=32, length=40)

@@ -11,8 +11,8 @@ from models import quantized
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from hfq.runtime import attention
-from hfq.runtime.fusion import fuse
+from hfq.runtime.fusion import attention
+from hfq.runtime.fusion.fuse import fuse
 from hfq.tuning.candidates import Candidate
 
 TEXTS = 24

@@ -19,12 +19,12 @@ from torch._dynamo.utils import counters
 from transformers import AutoModel, BertForSequenceClassification, ViTConfig, ViTForImageClassification
 
 import hfq
-from hfq.runtime import compiling
-from hfq.runtime.attention import can_compile, compiles_to_bfloat16, multiplies_in_tiles
-from hfq.runtime.blocked import in_blocks
-from hfq.runtime.fusion import fuse
-from hfq.runtime.modules import Int8Linear
-from hfq.runtime.selection import select_kernel
+from hfq.runtime.compiling import compile as compiling
+from hfq.runtime.compiling.blocked import in_blocks
+from hfq.runtime.fusion.attention import can_compile, compiles_to_bfloat16, multiplies_in_tiles
+from hfq.runtime.fusion.fuse import fuse
+from hfq.runtime.int8.linear import Int8Linear
+from hfq.runtime.kernels.selection import select_kernel
 from hfq.tuning.candidates import Candidate
 
 BATCHES = token_batches(2)

@@ -30,7 +30,7 @@ from hfq.cli.commands import app
 from hfq.config import PostTrainingQuantConfig
 from hfq.hub.local import LocalHub
 from hfq.quantization import fit
-from hfq.runtime.fusion import FUSION_SETS
+from hfq.runtime.fusion.fuse import FUSION_SETS
 from hfq.tasks.registry import tasks
 
 FOLDERS = ("hfq", "model_cards", "pipelines", "tests", ".github")

@@ -19,10 +19,10 @@ from transformers import (
 )
 
 import hfq
-from hfq.runtime.compiler import Rebuilt, trace
-from hfq.runtime.fusion import EXACT, fuse
-from hfq.runtime.selection import select_kernel
-from hfq.runtime.skeleton import take_apart
+from hfq.runtime.compiling.inductor.compiler import Rebuilt, trace
+from hfq.runtime.compiling.skeleton import take_apart
+from hfq.runtime.fusion.fuse import EXACT, fuse
+from hfq.runtime.kernels.selection import select_kernel
 from hfq.tuning.candidates import Candidate
 
 BATCHES = token_batches(2)

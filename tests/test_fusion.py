@@ -17,11 +17,11 @@ from transformers.models.distilbert.modeling_distilbert import TransformerBlock
 
 from hfq.ptq.convert import int8_linear
 from hfq.ptq.scheme import LayerScheme
-from hfq.runtime.encoder_layer import EncoderLayer
-from hfq.runtime.fusion import fuse
-from hfq.runtime.modules import Int8Linear
-from hfq.runtime.residual import NormalizedSum
-from hfq.runtime.selection import select_kernel
+from hfq.runtime.fusion.encoder_layer import EncoderLayer
+from hfq.runtime.fusion.fuse import fuse
+from hfq.runtime.fusion.residual import NormalizedSum
+from hfq.runtime.int8.linear import Int8Linear
+from hfq.runtime.kernels.selection import select_kernel
 from hfq.tuning.candidates import Candidate
 
 FAMILIES = ["Bert", "DistilBert", "Roberta", "Electra", "MPNet"]

@@ -21,8 +21,8 @@ from hfq.common.errors import UnsupportedError
 from hfq.ptq.convert import int8_conv, int8_linear
 from hfq.ptq.layers import why_not
 from hfq.ptq.scheme import LayerScheme, Rows
-from hfq.runtime.conv import ConvActivation, Int8Conv, Int8Conv1D, runs_onednn
-from hfq.runtime.selection import select_kernel
+from hfq.runtime.int8.conv import ConvActivation, Int8Conv, Int8Conv1D, runs_onednn
+from hfq.runtime.kernels.selection import select_kernel
 
 ACTIVATIONS: tuple[ConvActivation, ...] = ("static", "weight-only")
 SCHEMES = {"static": LayerScheme.static((-2.0, 3.0)), "dynamic": LayerScheme("dynamic")}

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from hfq.common.errors import UsageError
 from hfq.ptq.convert import int8_embedding, int8_linear
 from hfq.ptq.scheme import LayerScheme, quantize_rows
-from hfq.runtime.kernels import PostOp
-from hfq.runtime.modules import Int8Embedding, Int8Linear, memory_mib, pack_all
-from hfq.runtime.selection import select_kernel
+from hfq.runtime.int8.linear import Int8Embedding, Int8Linear, memory_mib, pack_all
+from hfq.runtime.kernels.kernel import PostOp
+from hfq.runtime.kernels.selection import select_kernel
 
 SCHEMES = {"static": LayerScheme.static((-2.0, 3.0)), "dynamic": LayerScheme("dynamic")}
 ODD = (7, 5)

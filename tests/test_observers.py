@@ -9,7 +9,7 @@ from hfq.ptq.calibration import calibrate, encoder_output, sensitivity
 from hfq.ptq.convert import int8_linear
 from hfq.ptq.observers import OBSERVERS, InputStatistics, Range, affine
 from hfq.ptq.scheme import LayerScheme
-from hfq.runtime.kernels import quantize_uint8
+from hfq.runtime.kernels.kernel import quantize_uint8
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 CLIPPING = ("percentile-99.99", "percentile-99.999", "mse", "entropy")

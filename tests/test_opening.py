@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from hfq.export.checkpoint import write_weights_and_config
 from hfq.ptq.convert import quantize_model
 from hfq.ptq.scheme import LayerScheme, Plan
-from hfq.runtime.stock import stock_transformers
+from hfq.runtime.loading.stock import stock_transformers
 from hfq.tuning.candidates import Candidate
 
 

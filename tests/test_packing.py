@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from hfq.runtime.kernels import OneDnnKernel
-from hfq.runtime.native import bytes_of
-from hfq.runtime.packing import WORTHWHILE, descriptor_of, pack
-from hfq.runtime.selection import select_kernel
-from hfq.runtime.weight_memory import WeightMemory
+from hfq.runtime.kernels.kernel import OneDnnKernel
+from hfq.runtime.kernels.native import bytes_of
+from hfq.runtime.kernels.packing import WORTHWHILE, descriptor_of, pack
+from hfq.runtime.kernels.selection import select_kernel
+from hfq.runtime.kernels.weight_memory import WeightMemory
 
 SHAPES = [(256, 256), (832, 320), (64, 4096), (320, 252), (300, 512), (256, 254), (70_000, 1), (64, 64)]
 

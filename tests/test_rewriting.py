@@ -10,14 +10,14 @@ import torch
 from models import quantized, relative_error, tiny, token_batches
 from torch import Tensor
 
-from hfq.runtime import compiling
-from hfq.runtime.attention import can_compile, compiles_to_bfloat16
-from hfq.runtime.blocked import gelu, lay_out
-from hfq.runtime.fusion import fuse
-from hfq.runtime.graphs import Graph
-from hfq.runtime.modules import pack_all
-from hfq.runtime.selection import select_kernel
-from hfq.runtime.skeleton import take_apart
+from hfq.runtime.compiling import compile as compiling
+from hfq.runtime.compiling.blocked import gelu, lay_out
+from hfq.runtime.compiling.graphs import Graph
+from hfq.runtime.compiling.skeleton import take_apart
+from hfq.runtime.fusion.attention import can_compile, compiles_to_bfloat16
+from hfq.runtime.fusion.fuse import fuse
+from hfq.runtime.int8.linear import pack_all
+from hfq.runtime.kernels.selection import select_kernel
 from hfq.tuning.candidates import Candidate
 
 BATCHES = token_batches(2)
@@ -119,8 +119,8 @@ def test_numbers_that_16_bits_cannot_hold_are_the_largest(compiled: Graph) -> No
     [("Bert", 2), ("DistilBert", 2), ("Roberta", 2), ("Electra", 2), ("MPNet", 2)],  # the last multiplies itself
 )
 def test_they_are_found_whatever_the_family(family: str, attentions: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hfq.runtime.compiler import Rebuilt, trace
-    from hfq.runtime.rewriting import rewrite
+    from hfq.runtime.compiling.inductor.compiler import Rebuilt, trace
+    from hfq.runtime.compiling.inductor.rewriting import rewrite
 
     monkeypatch.setenv("HFQ_FUSIONS", "exact")  # torch's attention, which is looked for, whatever the CPU
     model = quantized(tiny(family), Candidate("static"), BATCHES)

@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import hfq
-from hfq.runtime import slicing
-from hfq.runtime.flow import ignores_padding
-from hfq.runtime.fusion import fuse
-from hfq.runtime.slicing import slice_batches, slices
+from hfq.runtime.fusion import slicing
+from hfq.runtime.fusion.flow import ignores_padding
+from hfq.runtime.fusion.fuse import fuse
+from hfq.runtime.fusion.slicing import slice_batches, slices
 from hfq.tuning.candidates import Candidate
 
 Forward = tuple[list[tuple[int, ...]], Any]

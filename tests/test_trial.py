@@ -7,8 +7,8 @@ from models import quantized, relative_error, token_batches
 from torch import Tensor, nn
 from transformers import BigBirdConfig, BigBirdForSequenceClassification
 
-from hfq.runtime.fusion import fuse
-from hfq.runtime.trial import trial
+from hfq.runtime.fusion.fuse import fuse
+from hfq.runtime.fusion.snapshot import trial
 from hfq.tuning.candidates import Candidate
 
 

@@ -68,7 +68,7 @@ class Hfq:
     loads: Checkpoint | None = "quantized"
 
     def load(self, path: Path, job: Job) -> Run:
-        import hfq.runtime.quantizer  # noqa: F401
+        import hfq.runtime.loading.quantizer  # noqa: F401
 
         return _transformers(_model(path, job))
 
@@ -77,7 +77,7 @@ class HfqCompiled(Hfq):
     """The same, through `hfq.compile`."""
 
     def load(self, path: Path, job: Job) -> Run:
-        from hfq.runtime.compiling import compile
+        from hfq.runtime.compiling.compile import compile
 
         return _transformers(compile(_model(path, job)))
 

@@ -1,1 +1,1 @@
-""""""
+"""A dataset's rows, and the examples that a task makes of them."""

@@ -21,7 +21,7 @@ from ..common.errors import ExportError
 from ..common.files import write_text
 from ..common.memory import drop_file_pages
 from ..ptq.scheme import Plan
-from ..runtime.conv import Int8Conv1D
+from ..runtime.int8.conv import Int8Conv1D
 from ..source.checkpoint import Checkpoint
 from ..source.contents import list_contents
 from .patterns import find_patterns

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 
 from ..common.errors import ExportError
 from ..ptq.inputs import Batch
-from ..runtime.conv import Int8Conv1D
-from ..runtime.modules import Int8Embedding, Int8Linear
-from ..runtime.stock import stock_transformers
+from ..runtime.int8.conv import Int8Conv1D
+from ..runtime.int8.linear import Int8Embedding, Int8Linear
+from ..runtime.loading.stock import stock_transformers
 
 FAR = 0.5  # relative to the answer: more than a code here and there that rounds the other way
 

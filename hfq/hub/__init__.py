@@ -1,1 +1,1 @@
-""""""
+"""All HTTP: the Hub's client, downloads, repositories and commits."""

@@ -11,7 +11,7 @@ from ..common.ui import Reporter
 from ..data.examples import Examples
 from ..data.session import Session
 from ..export.stock import answers_otherwise, other_model
-from ..runtime.slicing import in_parts
+from ..runtime.fusion.slicing import in_parts
 from ..source.checkpoint import Checkpoint
 from ..source.model import load_model
 from ..tasks.base import Batch, Outputs, References, SumMetric, Task

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..runtime.selection import select_kernel
+from ..runtime.kernels.selection import select_kernel
 
 
 def hardware() -> dict[str, Any]:

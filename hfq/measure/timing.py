@@ -100,7 +100,7 @@ class Worker(Process):
                 "do": "open",
                 "task": subject.task.name,
                 "config": dict(subject.task.config),
-                "imports": ["compressed_tensors", "hfq.runtime.quantizer"] if quantized else [],
+                "imports": ["compressed_tensors", "hfq.runtime.loading.quantizer"] if quantized else [],
                 "stock": subject.stock,
                 "threads": threads,
             }

@@ -43,7 +43,7 @@ class _Session:
         from safetensors.torch import load_file
 
         from ..common.memory import drop_checkpoint_pages
-        from ..runtime.modules import memory_mib
+        from ..runtime.int8.linear import memory_mib
 
         self.batches = _batches(load_file(request["batches"]))
         imported_mib = peak_mib()
@@ -53,7 +53,7 @@ class _Session:
         ).eval()
         load_s = time.perf_counter() - start
         if request["compiled"]:
-            from ..runtime.compiling import compile
+            from ..runtime.compiling.compile import compile
 
             self.model = compile(self.model)
         if self.stock:  # it widens its weights in the first forward: not with a batch's activations beside them

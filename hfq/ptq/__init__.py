@@ -1,1 +1,1 @@
-""""""
+"""Post-training quantization: ranges, scales, and the algorithms that better them."""

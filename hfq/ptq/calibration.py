@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from ..common.memory import weights_left_in_file
-from ..runtime.slicing import in_parts
+from ..runtime.fusion.slicing import in_parts
 from .inputs import Batch
 from .layers import CONVOLUTIONS, layer_input
 from .observers import BINS, InputStatistics

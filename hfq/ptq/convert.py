@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..common.errors import UnsupportedError
-from ..runtime.conv import Int8Conv, Int8Conv1D
-from ..runtime.modules import Int8Embedding, Int8Linear
-from ..runtime.swap import replacer
+from ..runtime.int8.conv import Int8Conv, Int8Conv1D
+from ..runtime.int8.linear import Int8Embedding, Int8Linear
+from ..runtime.loading.swap import replacer
 from .graph import Fold, fold_into
 from .layers import CONVOLUTIONS, linear, twin, why_not
 from .scheme import LayerScheme, Plan, Rows, quantize_rows

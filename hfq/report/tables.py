@@ -107,8 +107,8 @@ def describe_runtime() -> dict[str, Any]:
     import torch
 
     from ..measure.hardware import hardware
-    from ..runtime.compiling import has_compiler
-    from ..runtime.fusion import wanted_fusions
+    from ..runtime.compiling.compile import has_compiler
+    from ..runtime.fusion.fuse import wanted_fusions
 
     fusions = wanted_fusions()
     reported = torch.cpu.get_capabilities()
@@ -126,7 +126,7 @@ def describe_runtime() -> dict[str, Any]:
 
 def _where_bfloat16(fusions: Sequence[str]) -> str:
     """Where attention multiplies bfloat16 numbers."""
-    from ..runtime.attention import is_compiled, multiplies_bfloat16
+    from ..runtime.fusion.attention import is_compiled, multiplies_bfloat16
 
     if "attention" in fusions and multiplies_bfloat16():
         return "yes"

@@ -1,1 +1,1 @@
-""""""
+"""Recipes unattended, or on many machines."""

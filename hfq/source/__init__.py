@@ -1,1 +1,1 @@
-""""""
+"""A checkpoint, checked before anything is loaded from it."""

@@ -15,8 +15,8 @@ from ..ptq.graph import Fold, find_folds
 from ..ptq.inputs import Batch, head
 from ..ptq.layers import find_quantizable, linear
 from ..ptq.scheme import Plan
-from ..runtime.fusion import fuse
-from ..runtime.modules import memory_mib, state_mib
+from ..runtime.fusion.fuse import fuse
+from ..runtime.int8.linear import memory_mib, state_mib
 from .candidates import Candidate, Space
 from .goal import Goal
 from .log import TrialLog

@@ -1,0 +1,267 @@
+"""Compiled graphs on disk: machine code of one model's forward, for any length, that takes the weights as arguments.
+
+Loading one takes milliseconds and none of the compiler's memory. It is compiled by a process of its own
+(`hfq.runtime.compiling.inductor.compiler`), which is given the model without its weights (`hfq.runtime.compiling.skeleton`).
+"""
+
+import ctypes
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ...common.version import __version__
+from ..fusion.attention import compiles_to_bfloat16, is_compiled
+from ..int8.linear import packed_linears
+from ..kernels.native import machine, take_tensors
+from .skeleton import stand_in, take_apart
+
+LIBRARY = "graph.so"
+FACTS = "graph.json"
+REFUSED = "refused.txt"
+MOST = 4  # graphs for one kind of input; each is right where its conditions hold, which lengths and batches may decide
+_COMPILING = threading.Lock()
+_log = logging.getLogger(__name__)
+
+
+class CompilerError(Exception):
+    """What compiles has failed, which says nothing about the model: a broken compiler, a full disk."""
+
+
+class Graphs:
+    """The graphs of one model, which are loaded, or compiled and kept, when an input first asks for them."""
+
+    def __init__(self, folder: Path, *, skeleton: bytes, tensors: list[Tensor], fusions: Sequence[str]) -> None:
+        self.folder = folder
+        self._fusions = fusions
+        self._skeleton = skeleton
+        self._tensors = tensors
+        self._loaded: dict[tuple[Any, ...], list[Graph]] = {}
+        self._refused: set[tuple[Any, ...]] = set()
+
+    @classmethod
+    def of(cls, model: nn.Module, root: Path, *, fusions: Sequence[str]) -> "Graphs | None":
+        """None where the model cannot be compiled by another process. `fusions`: those that are wanted."""
+        parts = take_apart(model, blocks="compiled-matmul" in fusions)
+        if parts is None or any(tensor.device.type != "cpu" for tensor in parts[1]):
+            return None
+        skeleton, tensors = parts
+        # A float model keeps to float products.
+        narrow = compiles_to_bfloat16()
+        here = {
+            "compiled-attention": is_compiled(fusions) and (not narrow or bool(packed_linears(model))),
+            "compiled-residual": narrow and "compiled-residual" in fusions,
+        }
+        wanted = [name for name, is_wanted in here.items() if is_wanted]
+        facts = json.dumps([_code(), machine(), wanted, *map(stand_in, tensors)])
+        key = hashlib.sha256(facts.encode() + skeleton)
+        return cls(root / key.hexdigest()[:32], skeleton=skeleton, tensors=tensors, fusions=wanted)
+
+    def find(self, names: Sequence[str], inputs: Tensor) -> "Graph | None":
+        """A loaded graph for `inputs`, int64 `[names, batch, length]` or float32 `[1, batch, channels, height, width]`."""
+        for graph in self._loaded.get(_kind(names, inputs), ()):
+            if graph.fits(inputs):
+                return graph
+        return None
+
+    def has_loaded(self) -> bool:
+        """Whether there is any that the model's weights have to stay as they are for."""
+        return any(self._loaded.values())
+
+    def may_make(self, names: Sequence[str], inputs: Tensor) -> bool:
+        """Whether nothing was found yet that keeps such inputs from having a graph."""
+        return _kind(names, inputs) not in self._refused
+
+    def make(
+        self, names: Sequence[str], inputs: Tensor, *, before_compiling: Callable[[], object] | None
+    ) -> "Graph | None":
+        """Load or compile a graph for `inputs`. None if it cannot be.
+
+        Args:
+            before_compiling: raises if `inputs` are not worth it. None: nothing can be compiled.
+
+        Raises:
+            CompilerError: it may be another time.
+        """
+        kind = _kind(names, inputs)
+        with _COMPILING:
+            graph = self.find(names, inputs)
+            while graph is None and kind not in self._refused:
+                loaded = self._loaded.setdefault(kind, [])
+                folder = self.folder / "-".join(map(str, (*kind, len(loaded))))
+                found = self._load(folder)
+                if found is None and before_compiling and len(loaded) < MOST and not folder.exists():
+                    before_compiling()
+                    self._compile(names, inputs, folder)
+                    found = self._load(folder)
+                if found is None:
+                    self._refused.add(kind)
+                else:
+                    loaded.append(found)
+                    graph = self.find(names, inputs)
+            return graph
+
+    def _load(self, folder: Path) -> "Graph | None":
+        """The graph in `folder`; None if there is none."""
+        if (folder / REFUSED).exists():
+            _log.info("Not compiled ahead: %s", (folder / REFUSED).read_text(encoding="utf-8"))
+        elif folder.exists():
+            try:
+                return Graph(folder, self._tensors)
+            except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+                _log.warning("%s is damaged and is deleted: %s", folder, error)
+                shutil.rmtree(folder, ignore_errors=True)
+            except (OSError, RuntimeError) as error:  # others, who may read it or have the memory, go on with it
+                _log.warning("%s is not used: %s", folder, error)
+        return None
+
+    def _compile(self, names: Sequence[str], inputs: Tensor, folder: Path) -> None:
+        """Have another process compile into `folder`, which appears whole or not at all.
+
+        Raises:
+            CompilerError: it does not appear.
+        """
+        request = {
+            "names": list(names),
+            "inputs": stand_in(inputs),
+            "threads": torch.get_num_threads(),
+            "fusions": self._fusions,
+            "tensors": [stand_in(tensor) for tensor in self._tensors],
+        }
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".", dir=self.folder) as unfinished:
+                made = Path(unfinished) / "graph"
+                made.mkdir()
+                self._run_compiler({**request, "folder": str(made)})
+                try:
+                    made.rename(folder)
+                except OSError:
+                    if not folder.exists():  # else another process was faster
+                        raise
+        except OSError as error:
+            raise CompilerError(str(error)) from error
+
+    def _run_compiler(self, request: dict[str, Any]) -> None:
+        # It is to find the modules that this process found, and none in the folder that the user is in.
+        path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
+        done = subprocess.run(
+            [sys.executable, "-m", "hfq.runtime.compiling.inductor.compiler"],
+            input=json.dumps(request).encode() + b"\n" + self._skeleton,
+            capture_output=True,
+            env={
+                **os.environ,
+                "PYTHONPATH": path,
+                "PYTHONSAFEPATH": "1",
+                "TORCHINDUCTOR_CACHE_DIR": str(self.folder.parent),
+            },
+        )
+        if done.returncode:
+            printed = done.stderr.decode(errors="replace").strip()
+            _log.info("%s", printed)
+            raise CompilerError(printed.rpartition("\n")[2] or f"The compiling process ended with {done.returncode}.")
+
+
+class Graph:
+    """One loaded graph. Several threads may call it at once, and no other thread waits while it computes.
+
+    Raises:
+        FileNotFoundError, ValueError, KeyError, TypeError: what is in the folder is not what was put there.
+        OSError, RuntimeError: it cannot be read or loaded here.
+    """
+
+    def __init__(self, folder: Path, tensors: list[Tensor]) -> None:
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        if facts["sha256"] != digest(folder, facts["conditions"], facts["outputs"]):
+            raise ValueError("its files are not those that were compiled")
+        self._tensors = tensors
+        self._outputs = pytree.treespec_loads(facts["outputs"])
+        condition = " and ".join(f"({guard})" for guard in facts["conditions"]) or "True"
+        # Arithmetic on the shape that the compiler wrote down; the library beside it is machine code of the same origin.
+        self._condition = compile(condition, str(folder / FACTS), "eval")
+        # Not torch's own runner: that one holds the interpreter's lock while it computes.
+        self._library = ctypes.CDLL(str(folder / LIBRARY))
+        self._container = _Pointer()
+        threads = ctypes.c_size_t(os.cpu_count() or 1)
+        self._check(
+            self._library.AOTInductorModelContainerCreateWithDevice(
+                ctypes.byref(self._container), threads, b"cpu", None
+            )
+        )
+        weakref.finalize(self, self._library.AOTInductorModelContainerDelete, self._container).atexit = False
+
+    def fits(self, inputs: Tensor) -> bool:
+        """Whether the conditions hold under which it was compiled."""
+        return bool(eval(self._condition, {"__builtins__": {}}, {"shape": inputs.shape}))  # noqa: S307  # nosec B307
+
+    def __call__(self, inputs: Tensor) -> Any:
+        """What the model answers to `inputs`, as they were found."""
+        capsules = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors([inputs, *self._tensors])
+        given = (_Pointer * len(capsules))(*map(_capsule_pointer, capsules, repeat(None)))  # it frees them
+        count = self._outputs.num_leaves
+        answers = (_Pointer * count)()
+        self._check(
+            self._library.AOTInductorModelContainerRun(
+                self._container, given, _Size(len(given)), answers, _Size(count), None, None
+            )
+        )
+        return pytree.tree_unflatten(take_tensors(list(answers)), self._outputs)
+
+    def _check(self, status: int) -> None:
+        if status:
+            message = ctypes.c_char_p()
+            self._library.AOTInductorGetLastError(ctypes.byref(message))
+            raise RuntimeError(f"A compiled graph failed: {(message.value or b'').decode(errors='replace')}")
+
+
+def digest(folder: Path, conditions: list[str], outputs: str) -> str:
+    """SHA-256 of what a graph consists of."""
+    content = hashlib.sha256((folder / LIBRARY).read_bytes())
+    content.update(json.dumps([conditions, outputs]).encode())
+    return content.hexdigest()
+
+
+_Pointer, _Size = ctypes.c_void_p, ctypes.c_size_t
+_capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_capsule_pointer.restype, _capsule_pointer.argtypes = _Pointer, [ctypes.py_object, ctypes.c_char_p]
+
+
+def dynamic_axes(inputs: Tensor) -> list[int]:
+    """Of one graph: a batch, if it is not 1, and a length. Images have the size that they have."""
+    return [axis for axis in ((1, 2) if inputs.dim() == 3 else (1,)) if axis == 2 or inputs.shape[axis] > 1]
+
+
+def _kind(names: Sequence[str], inputs: Tensor) -> tuple[Any, ...]:
+    """What has a graph of its own: which inputs there are, of which size if it is one, one or a batch, and for how many threads."""
+    sizes = inputs.shape[2:] if inputs.dim() > 3 else ()
+    which = "+".join(names) + "".join(f",{size}" for size in sizes)
+    return which, "single" if inputs.shape[1] == 1 else "batch", torch.get_num_threads()
+
+
+def _code() -> list[str]:
+    """Whose code a graph was compiled from and by. hfq's own by content, as it changes between versions here."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+        digest.update(path.read_bytes())
+    settings = [f"{name}={value}" for name, value in sorted(os.environ.items()) if _is_setting(name)]
+    torch_version = f"{torch.__version__} {torch.version.git_version}"
+    return [torch_version, transformers.__version__, __version__, digest.hexdigest(), *settings]
+
+
+def _is_setting(name: str) -> bool:
+    return name.startswith(("TORCHINDUCTOR_", "AOT_INDUCTOR_", "ONEDNN_", "DNNL_")) and not name.endswith("_CACHE_DIR")

@@ -1,0 +1,143 @@
+"""Attention between int8 layers: bfloat16 products where the CPU multiplies bfloat16, torch's own attention elsewhere.
+
+It stands under its own name in transformers' attention registry, so every model that looks its attention up there can
+use it, whatever its family. Which attention runs depends on the model and the CPU alone, never on how many texts come
+together, how long they are or how they are padded, so that a text is rounded in a batch as it is alone. With AMX, torch's fused attention is fastest on bfloat16; it keeps scores and sums in
+float32. With AVX-512 BF16 alone, two batched matmuls through oneDNN take two thirds of the float32 attention's time.
+"""
+
+import functools
+import itertools
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "hfq"
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for bfloat16 products (AVX-512 BF16, AMX): without them it is emulated."""
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
+def multiplies_in_tiles() -> bool:
+    """Whether this CPU has AMX for bfloat16."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16")) and not onednn_is_limited()
+
+
+def can_compile() -> bool:
+    """Whether `hfq.runtime.compiling.inductor.attention_template` runs here: its products are oneDNN's, which may be told of another CPU."""
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") and not onednn_is_limited()
+
+
+def onednn_is_limited() -> bool:
+    """Whether oneDNN is told of a lesser CPU."""
+    return any(os.environ.get(name) for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"))
+
+
+def compiles_to_bfloat16() -> bool:
+    """Whether attention that is compiled multiplies bfloat16 numbers; else float32."""
+    return multiplies_bfloat16() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def is_compiled(fusions: Sequence[str]) -> bool:
+    """Whether `hfq.compile` compiles attention here, too, given the fusions that are wanted."""
+    return "compiled-attention" in fusions and can_compile()
+
+
+def register(*, compiled: bool = False) -> None:
+    """Put the attention under `NAME` where transformers looks it up. It takes the same masks as "sdpa".
+
+    `compiled`: torch's own, which `hfq.runtime.compiling.inductor.attention_template` stands in for.
+    """
+    own = functools.partial(bfloat16_attention, tiles=multiplies_in_tiles())
+    AttentionInterface.register(NAME, sdpa_attention_forward if compiled else own)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+class Registration:
+    """What a model keeps whose config names `NAME`: wherever it is unpickled, transformers knows the name."""
+
+    def __init__(self) -> None:
+        if NAME not in AttentionInterface():
+            register()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Registration, ()
+
+
+def can_replace(model: PreTrainedModel) -> bool:
+    """Whether `model` runs torch's attention because nobody asked for another."""
+    return model.config._attn_implementation == "sdpa" and multiplies_bfloat16()
+
+
+def bfloat16_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    *,
+    tiles: bool = False,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """`softmax(q k^T * scaling + mask) v` of an encoder: float `[batch, heads, length, size]` to `[batch, length, heads, size]`.
+
+    `attention_mask`: bool, true where a key may be seen, broadcast to `[batch, heads, length, keys]`. Products are
+    bfloat16 with float32 sums. What an encoder does not do (causal masks, shared key heads, dropout, additive masks) goes
+    to torch's attention; small inputs do not, though they gain nothing, or their answers would be others. `tiles`: the
+    CPU has AMX. A float32 model may hand over bfloat16 (`hfq.runtime.int8.narrowing`).
+    """
+    batch, heads, length, size = query.shape
+    keys = key.shape[2]
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    # Without padding, a causal mask may be left to `is_causal`: the mask does not say whether there is one.
+    plain = not causal and key.shape[1] == heads and value.shape == key.shape and not dropout
+    plain &= not any(kwargs.get(name) is not None for name in ("position_bias", "cache", "softcap", "s_aux"))
+    plain &= attention_mask is None or attention_mask.dtype == torch.bool
+    dtype = _dtype_of(module, query.dtype) if query.dtype == torch.bfloat16 else query.dtype
+    if not plain:
+        query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+        )
+    scale = size**-0.5 if scaling is None else scaling
+    if tiles:
+        return fused_attention(query, key, value, attention_mask, scale=scale, dtype=dtype), None
+    scores = torch.bmm(_rows(query).mul_(scale), _rows(key).transpose(1, 2))
+    if attention_mask is not None:
+        scores.view(batch, heads, length, keys).masked_fill_(~attention_mask, torch.finfo(scores.dtype).min)
+    y = torch.bmm(scores.softmax(-1), _rows(value)).view(batch, heads, length, size)
+    return torch.empty(batch, length, heads, size, dtype=dtype).copy_(y.transpose(1, 2)), None
+
+
+def fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The same by torch's fused attention: products of bfloat16, scores, softmax and sums in float32."""
+    if query.dtype != torch.bfloat16 or key.dtype != torch.bfloat16 or value.dtype != torch.bfloat16:
+        query, key, value = (tensor.to(torch.bfloat16) for tensor in (query, key, value))
+    y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    return y.transpose(1, 2).to(dtype).contiguous()
+
+
+def _dtype_of(module: torch.nn.Module, default: torch.dtype) -> torch.dtype:
+    """Of the floats that `module` computes with: an int8 weight that is not packed yet is its parameter, too."""
+    near = (p for child in module.children() for p in child._parameters.values() if p is not None)  # takes less time
+    return next((p.dtype for p in itertools.chain(near, module.parameters()) if p.is_floating_point()), default)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`[batch, heads, length, size]` in any layout to bfloat16 `[batch * heads, length, size]`, in one pass."""
+    return torch.empty(x.shape, dtype=torch.bfloat16).copy_(x).flatten(0, 1)

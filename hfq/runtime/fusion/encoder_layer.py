@@ -1,0 +1,219 @@
+"""A transformer's encoder layer as a handful of calls, one after the other.
+
+Between two matmuls, a model's own code takes twenty steps through its modules. For a single short text they take as long
+as the matmuls do, and they hold on to tensors whose memory is wanted for the next.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..int8.known_forward import KnownForward, runs_known_code
+from ..int8.linear import Int8Linear, SharedMatmul
+from .attention import NAME
+from .flow import example_answer, standing_in
+from .probe import noise
+from .residual import NormalizedSum
+
+_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+_LAYER_NORM = torch.ops.aten.layer_norm.default
+_ADD = torch.ops.aten.add.Tensor
+_ARGUMENTS = [argument.name for argument in _ATTENTION._schema.arguments]
+_MASK = "attention_mask"
+
+
+class EncoderLayer:
+    """The `forward` of a layer: in known forwards its steps without its modules', else that of its class.
+
+    The steps: `projection`, query, key and value in one matmul; attention of `heads`, with products times `scale`; the
+    residual sum `attended`; the matmul `inner`; and the residual sum `outer`. `attention`: the module that has the first.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        known: KnownForward,
+        *,
+        attention: nn.Module,
+        projection: SharedMatmul,
+        heads: int,
+        scale: float | None,
+        attended: NormalizedSum,
+        inner: Int8Linear,
+        outer: NormalizedSum,
+    ) -> None:
+        self.layer, self.known, self.attention = layer, known, attention
+        self.projection, self.heads, self.scale = projection, heads, scale
+        self.attended, self.inner, self.outer = attended, inner, outer
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        if self.known.runs_directly and self.projection.is_used:
+            others = [*args[2:], *(value for name, value in named.items() if name != _MASK)]
+            plain = len(args) > 0 and all(value is None or value is False for value in others)
+            if plain and self.implementation in (NAME, "sdpa"):
+                return self.steps(args[0], args[1] if len(args) > 1 else named.get(_MASK))
+        return type(self.layer).forward(self.layer, *args, **named)
+
+    @property
+    def implementation(self) -> str:
+        """The name of the attention that the model is to use."""
+        config: Any = self.attention.config
+        name: str = config._attn_implementation
+        return name
+
+    def steps(self, hidden: Tensor, mask: Tensor | None, products: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """float `[batch, length, features]` to the same. No name outlives what it names. `products`: of `projection`."""
+        batch, length, _ = hidden.shape
+        parts = (products or self.projection.products)(hidden).view(batch, length, 3 * self.heads, -1).transpose(1, 2)
+        query, key, value = parts.split(self.heads, 1)
+        del parts
+        plain = mask is None or mask.dtype == torch.bool
+        if query.dtype != hidden.dtype and plain and not getattr(self.attention, "is_causal", True):  # narrowed for it
+            y = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scale)
+            del query, key, value
+            y = y.transpose(1, 2).to(hidden.dtype)
+        else:
+            attend = ALL_ATTENTION_FUNCTIONS[self.implementation]
+            y = attend(self.attention, query, key, value, mask, dropout=0.0, scaling=self.scale)[0]
+            del query, key, value
+        hidden = self.attended(y.reshape(batch, length, -1), hidden)
+        del y
+        return self.outer(self.inner.forward(hidden), hidden)
+
+
+def run_directly(model: nn.Module, known: KnownForward) -> None:
+    """Let layers of `model` run their steps so in forwards that are `known`, if they answer the same."""
+    for layer in list(model.modules()):
+        if _has_steps(layer):
+            with suppress(Exception):  # a forward of the model's own, which wants something else
+                found = _read(layer, known)
+                if _is_equal(found, None) and _is_equal(found, _mask()):
+                    layer.forward = found
+
+
+def _has_steps(layer: nn.Module) -> bool:
+    """Whether it is made of what these steps need. Embeddings have less, and an encoder mostly more."""
+    if "forward" in layer.__dict__ or len(_linears(layer)) != 6 or len(_norms(layer)) != 2:
+        return False
+    named = list(inspect.signature(layer.forward).parameters)[1:2] == [_MASK]
+    return named and all(map(_runs_plainly, layer.modules()))  # other code may do more than answer
+
+
+def _runs_plainly(module: nn.Module) -> bool:
+    plain = not (module._forward_hooks or module._forward_pre_hooks or "parametrizations" in module._modules)
+    return plain and runs_known_code(module)
+
+
+def _read(layer: nn.Module, known: KnownForward) -> EncoderLayer:
+    """The steps of `layer` as one forward shows them.
+
+    Raises:
+        Exception: they are others.
+    """
+    answers, seen = _Answers(_linears(layer)), _Operations()
+    with torch.inference_mode(), standing_in(answers.layers, answers), seen:
+        hidden = _hidden(answers.layers[0])
+        layer.forward(hidden, None)
+    query, scale, causal = seen.only
+    *projected, first, inner, last = answers.order
+    projection = projected[0].shared_matmul
+    plain = first.is_plain and last.is_plain
+    if projection is None or list(projection.modules) != projected or causal or not plain:
+        raise NotImplementedError
+    norms = {norm.weight.data_ptr(): norm for norm in _norms(layer)}
+    (weight, normed), (last_weight, _) = seen.norms
+    then, at_end = norms[weight], norms[last_weight]
+    added = {id(x): y for x, y in seen.added}
+    _, _, _, answer, _, last_answer = answers.answers
+    if added[id(answer)].data_ptr() != hidden.data_ptr() or added[id(last_answer)].data_ptr() != normed.data_ptr():
+        raise NotImplementedError  # it adds a copy, which may be written over, while what was copied is to stay
+    attention = next(module for module in layer.modules() if projected[0] in module._modules.values())
+    return EncoderLayer(
+        layer, known, attention=attention, projection=projection, heads=query.shape[1], scale=scale,
+        attended=NormalizedSum(first, then), inner=inner, outer=NormalizedSum(last, at_end),
+    )  # fmt: skip
+
+
+def _is_equal(found: EncoderLayer, mask: Tensor | None) -> bool:
+    """Whether the steps answer an example as the layer does, other numbers in place of matmuls."""
+    layers = found.projection.modules
+    hidden = _hidden(layers[0])
+
+    def products(x: Tensor) -> Tensor:
+        return torch.cat([layer.forward(x) for layer in layers], -1)
+
+    answers = _Answers(_linears(found.layer))
+    with torch.inference_mode(), standing_in(answers.layers, answers):
+        expected = found.layer.forward(hidden, mask)
+        answer = found.steps(hidden, mask, products)
+    return isinstance(expected, Tensor) and torch.allclose(answer, expected, rtol=1e-4, atol=1e-4)
+
+
+class _Answers:
+    """What stands in for matmuls: of each layer another function of what it is given.
+
+    `order`: the layers that were called, with `answers`.
+    """
+
+    def __init__(self, layers: Sequence[Int8Linear]) -> None:
+        self.layers = layers
+        self.order: list[Int8Linear] = []
+        self.answers: list[Tensor] = []
+
+    def __call__(self, layer: Int8Linear, x: Tensor) -> Tensor:
+        self.order.append(layer)
+        self.answers.append(example_answer(layer, x, self.layers.index(layer) + 1))
+        return self.answers[-1]
+
+
+class _Operations(TorchDispatchMode):
+    """Notes calls of torch's attention, the address of each norm's weight with its answer, and what is added to what."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Tensor, float | None, bool]] = []
+        self.norms: list[tuple[int, Tensor]] = []
+        self.added: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def only(self) -> tuple[Tensor, float | None, bool]:
+        """Of the one that there was, the query, the scale, and whether it is causal."""
+        (call,) = self.calls
+        return call
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _ATTENTION:
+            named = {**dict(zip(_ARGUMENTS, args, strict=False)), **(kwargs or {})}
+            self.calls.append((named["query"], named.get("scale"), named.get("is_causal", False)))
+        elif func is _ADD:
+            self.added.append((args[0], args[1]))
+        answer = func(*args, **(kwargs or {}))
+        if func is _LAYER_NORM:
+            self.norms.append((args[2].data_ptr(), answer))
+        return answer
+
+
+def _linears(layer: nn.Module) -> list[Int8Linear]:
+    return [module for module in layer.modules() if isinstance(module, Int8Linear)]
+
+
+def _norms(layer: nn.Module) -> list[nn.LayerNorm]:
+    return [module for module in layer.modules() if type(module) is nn.LayerNorm]
+
+
+def _hidden(layer: Int8Linear) -> Tensor:
+    return noise(layer.in_features).repeat(3, 1).view(2, 6, -1) * torch.linspace(1, 2, 12).view(2, 6, 1)
+
+
+def _mask() -> Tensor:
+    """bool `[2, 1, 6, 6]`: two tokens of padding in the second row."""
+    mask = torch.ones(2, 1, 6, 6, dtype=torch.bool)
+    mask[1, :, :, 4:] = False
+    return mask

@@ -1,0 +1,1 @@
+"""Modules with int8 weights, which stand where float ones stood."""

@@ -1,0 +1,1 @@
+"""Int8 matmuls, and weights in the layouts that they read."""

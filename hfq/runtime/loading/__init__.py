@@ -1,0 +1,1 @@
+"""From a checkpoint's files to a model with int8 modules."""

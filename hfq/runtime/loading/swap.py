@@ -1,0 +1,111 @@
+"""Put int8 modules where a checkpoint's `quantization_config` says so, before its tensors are loaded."""
+
+from collections.abc import Callable
+
+import torch
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    QuantizationStrategy,
+)
+from compressed_tensors.utils.match import match_named_modules
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..int8.conv import Int8Conv, Int8Conv1D
+from ..int8.linear import Activation, Int8Embedding, Int8Linear
+
+
+def swap_modules(model: nn.Module, config: QuantizationConfig) -> None:
+    """Replace, in place, each layer that `config` names by its int8 twin, whose tensors are still to be loaded."""
+    device = torch.get_default_device()
+    put = replacer(model)
+    with torch._C.DisableTorchFunction():  # which is how that one is set, and slow
+        for scheme in config.config_groups.values():
+            for _, module in list(match_named_modules(model, scheme.targets, config.ignore)):
+                put(module, _int8_twin(module, scheme, device))
+
+
+def replacer(model: nn.Module) -> Callable[[nn.Module, nn.Module], None]:
+    """What puts a module in the place of one of `model`, under every name that it has there."""
+    encoders = [module for module in model.modules() if isinstance(module, nn.TransformerEncoder)]
+    places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is not None:
+                places.setdefault(child, []).append((parent, name))
+
+    def put(old: nn.Module, new: nn.Module) -> None:
+        for parent, name in places[old]:
+            parent._modules[name] = new
+            if isinstance(parent, nn.TransformerEncoderLayer):  # its fast path reads weights past their modules
+                parent.activation_relu_or_gelu = 0
+                for encoder in encoders:  # and only that takes nested tensors
+                    encoder.use_nested_tensor = False
+
+    return put
+
+
+def transformers_part(model: nn.Module) -> str | None:
+    """The name of the one transformers model that `model`, a LightningModule say, is built around.
+
+    None if it is one itself, has none or several, or has parameters beside it.
+    """
+    if isinstance(model, PreTrainedModel):
+        return None
+    names = [name for name, child in model.named_children() if isinstance(child, PreTrainedModel)]
+    if len(names) != 1 or any(not name.startswith(f"{names[0]}.") for name in model.state_dict()):
+        return None
+    return names[0]
+
+
+def must_be_widened(model: nn.Module) -> bool:
+    """Whether stock transformers could open int8 weights of `model` only by widening it to float (`"dequantize": true`)."""
+    return any(isinstance(module, Conv1D) for module in model.modules())
+
+
+def is_int8(config: QuantizationConfig) -> bool:
+    """Whether hfq's kernels can run every group of `config`."""
+    return all(_runs(scheme) for scheme in config.config_groups.values())
+
+
+def _int8_twin(module: nn.Module, scheme: QuantizationScheme, device: torch.device) -> nn.Module:
+    activation: Activation = "weight-only"
+    if scheme.input_activations is not None:
+        activation = "dynamic" if scheme.input_activations.dynamic else "static"
+    if isinstance(module, nn.Embedding):
+        rows, size = module.num_embeddings, module.embedding_dim
+        return Int8Embedding(rows, size, padding_idx=module.padding_idx, device=device)
+    if isinstance(module, Conv1D):
+        return Int8Conv1D(*module.weight.shape, bias=True, activation=activation, device=device)
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        return Int8Conv.like(module, activation="static" if activation == "static" else "weight-only", device=device)
+    if not isinstance(module, nn.Linear):
+        raise TypeError(f"{type(module).__name__} has no int8 twin.")
+    bias = module.bias is not None
+    return Int8Linear(module.in_features, module.out_features, bias=bias, activation=activation, device=device)
+
+
+def _runs(scheme: QuantizationScheme) -> bool:
+    if not _is_int8_weight(scheme.weights) or scheme.output_activations is not None:
+        return False
+    inputs = scheme.input_activations
+    if inputs is None:
+        return scheme.format == "naive-quantized"  # others pack the codes into int32
+    if inputs.num_bits != 8 or inputs.type != "int":
+        return False
+    if inputs.dynamic:
+        return bool(inputs.symmetric) and inputs.strategy == QuantizationStrategy.TOKEN
+    return not inputs.symmetric and inputs.strategy == QuantizationStrategy.TENSOR
+
+
+def _is_int8_weight(weights: QuantizationArgs | None) -> bool:
+    return (
+        weights is not None
+        and weights.num_bits == 8
+        and weights.type == "int"
+        and bool(weights.symmetric)
+        and weights.strategy == QuantizationStrategy.CHANNEL
+    )
