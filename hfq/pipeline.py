@@ -34,7 +34,8 @@ from .ptq.scheme import Plan
 from .recipe import Recipe
 from .report import plots
 from .report.card import render_card
-from .report.report import MetricInfo, Report, Result, layers_of, now, package_versions
+from .report.report import Report, Result, layers_of, now, package_versions
+from .runtime.compiling import compile
 from .runtime.compiling.compile import compile
 from .runtime.int8.linear import unpack_all
 from .source.checkpoint import pull
@@ -272,7 +273,9 @@ def _write_checkpoint(
         usage=session.task.usage(),
         checkpoint=session.checkpoint.info,
         dataset=info,
-        metric=MetricInfo(session.metric, metric.label, metric.higher_is_better, metric.in_points),
+        metric=session.metric,
+        metric_label=metric.label,
+        metric_in_points=metric.in_points,
         goal=goal,
         approach=found.outcome.candidate.approach,
         chosen=found.outcome.candidate.name,

@@ -26,7 +26,8 @@ from .measure.hardware import hardware
 from .ptq.convert import quantize_model
 from .ptq.inputs import LABELS, bind, bind_call, head, take
 from .quantized import quantized_like
-from .report.report import MetricInfo, Report, layers_of, now, package_versions
+from .report.report import Report, layers_of, now, package_versions
+from .runtime.fusion import fuse
 from .runtime.fusion.fuse import fuse
 from .runtime.int8.linear import memory_mib, state_mib
 from .runtime.loading.ownership import own_tensors
@@ -317,7 +318,9 @@ def _report(
     return Report(
         hfq_version=__version__,
         checkpoint=CheckpointInfo(type(model).__name__, "in memory"),
-        metric=MetricInfo("score", "Score", goal.higher_is_better, in_points=False),
+        metric="score",
+        metric_label="Score",
+        metric_in_points=False,
         goal=goal,
         approach=found.outcome.candidate.approach,
         chosen=found.outcome.candidate.name,

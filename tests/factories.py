@@ -6,7 +6,7 @@ from typing import Any
 
 from hfq.data.examples import DatasetInfo
 from hfq.measure.figures import Comparison, Measurement, StockComparison
-from hfq.report.report import Layers, MetricInfo, Report
+from hfq.report.report import Layers, Report
 from hfq.source.checkpoint import CheckpointInfo
 from hfq.tasks.base import Trivial
 from hfq.tuning.goal import Goal
@@ -51,7 +51,8 @@ def make_report(**changes: Any) -> Report:
             holdout_examples=1725,
             max_length=128,
         ),
-        metric=MetricInfo("accuracy", "Accuracy"),
+        metric="accuracy",
+        metric_label="Accuracy",
         goal=Goal(0.8211, 0.01),
         approach="auto",
         chosen="static-minmax",
@@ -127,7 +128,9 @@ def make_fit_report() -> Report:
     return Report(
         hfq_version=report.hfq_version,
         checkpoint=CheckpointInfo("MLP", "in memory"),
-        metric=MetricInfo("score", "Score", in_points=False),
+        metric="score",
+        metric_label="Score",
+        metric_in_points=False,
         approach="static",
         chosen="static, min-max",
         met=None,

@@ -145,7 +145,7 @@ def test_the_report_holds_what_the_run_did(run: Run) -> None:
     assert (report["dataset"]["split"], report["dataset"]["calibration_split"]) == ("validation", "train")
     assert (report["dataset"]["examples"], report["dataset"]["calibration_samples"]) == (100, 100)
     assert (report["metric"], report["met"]) == ("accuracy", True)
-    assert (report["criterion"]["kind"], report["criterion"]["tolerable_loss"]) == ("relative", 0.01)
+    assert (report["goal"]["kind"], report["goal"]["tolerable_loss"]) == ("relative", 0.01)
     assert report["approach"] in ("static", "dynamic")
     for trial in report["trials"]:
         assert {"name", "accuracy", "duration_s", "accepted"} <= set(trial)
@@ -456,7 +456,7 @@ def test_the_demo_runs_and_publishes_without_network_or_account(tmp_path: Path) 
     assert done.code == 0, done.err
     report = json.loads(done.out)
     assert report["met"]
-    assert report["quantized"]["accuracy"] > report["majority_accuracy"] + 0.05
+    assert report["quantized"]["accuracy"] > report["trivial"]["score"] + 0.05
     for measured in (report["baseline"], report["quantized"]):
         assert all(measured[key] > 0 for key in ("duration_s", "memory_mib", "size_mib", "peak_memory_mib"))
     assert report["dataset"]["holdout_examples"] == 558

@@ -147,7 +147,7 @@ def _metadata(report: Report, *, name: str, score: Score, terms: Mapping[str, An
         dataset_config=subset,
         dataset_split=_plain(score.split),
         dataset_revision=data.revision if public_data else None,
-        metric_type=report.metric.name,
+        metric_type=report.metric,
         metric_name=f"{metric_label(report)} on the split that tuning chose by" if score.seen_in_tuning else None,
         metric_value=score.quantized,
     )
@@ -163,7 +163,7 @@ def _metadata(report: Report, *, name: str, score: Score, terms: Mapping[str, An
         language=codes or None,
         pipeline_tag=report.pipeline_tag,
         datasets=[data.id] if public_data else None,
-        metrics=[report.metric.name],
+        metrics=[report.metric],
         model_name=name,
         eval_results=[result],
         **{**own, **terms, "tags": [*TAGS, *texts(terms.get("tags"))]},

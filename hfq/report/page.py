@@ -100,7 +100,7 @@ def _interval(report: Report, score: Score) -> dict[str, Any]:
     found = comparison.difference
     is_goal = score.split == report.data.split
     allowed = report.goal.threshold - score.baseline if is_goal else 0.0
-    narrowest = _NARROWEST if report.metric.in_points else _NARROWEST * abs(score.baseline)
+    narrowest = _NARROWEST if report.metric_in_points else _NARROWEST * abs(score.baseline)
     end = 1.2 * max(abs(low), abs(high), abs(found), abs(allowed), narrowest, 1e-12)
 
     def place(value: float) -> float:

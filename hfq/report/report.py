@@ -46,20 +46,11 @@ class Layers:
 
 
 @dataclass(frozen=True)
-class MetricInfo:
-    """The metric that decided. `label`: in tables and on axes. `in_points`: a fraction, whose differences are points."""
-
-    name: str
-    label: str
-    higher_is_better: bool = True
-    in_points: bool = True
-
-
-@dataclass(frozen=True)
 class Report:
     """Everything about one run: of a checkpoint, or by `fit` of an object, which has no `dataset` and no `task`.
 
-    `checkpoint`: of an object, its class. `usage`: Python that runs the model, which is called `{model}` there. `met`: None where nothing was evaluated. `command` repeats the run.
+    `metric_label`: its name in tables and on axes. `metric_in_points`: whether it is a fraction, whose differences are
+    told in percentage points. `checkpoint`: of an object, its class. `usage`: Python that runs the model, which is called `{model}` there. `met`: None where nothing was evaluated. `command` repeats the run.
     `trivial`: what a model that looks at no input scores. `stock_agreement`, `output_difference`: the chosen trial's.
     `held_out_stock` is that on the holdout, where there is one.
     `ranking`: output error on the calibration slice of each candidate that was considered.
@@ -70,7 +61,8 @@ class Report:
 
     hfq_version: str
     checkpoint: CheckpointInfo
-    metric: MetricInfo
+    metric: str
+    metric_label: str
     goal: Goal
     approach: str
     chosen: str
@@ -83,6 +75,7 @@ class Report:
     created: str
     hardware: dict[str, Any]
     versions: dict[str, str]
+    metric_in_points: bool = True
     task: str | None = None
     pipeline_tag: str | None = None
     usage: str = ""
@@ -133,7 +126,6 @@ class Report:
                 **data,
                 "checkpoint": CheckpointInfo(**data["checkpoint"]),
                 "dataset": dataset and DatasetInfo(**dataset),
-                "metric": MetricInfo(**data["metric"]),
                 "goal": Goal(**data["goal"]),
                 "trials": [Trial(**row) for row in data["trials"]],
                 "baseline": Measurement(**data["baseline"]),

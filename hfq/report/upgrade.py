@@ -29,13 +29,9 @@ def _from_first(data: Mapping[str, Any]) -> dict[str, Any]:
     found["trials"] = [_differences(_mebibytes(row)) for row in found["trials"]]
     metric = "score" if of_object else found["metric"]
     criterion = dict(found.pop("criterion"))
-    higher = criterion.get("higher_is_better", True)
-    found["metric"] = {
-        "name": metric,
-        "label": _LABELS.get(metric, metric.replace("_", " ").capitalize()),
-        "higher_is_better": higher,
-        "in_points": not of_object,
-    }
+    found["metric"] = metric
+    found["metric_label"] = _LABELS.get(metric, metric.replace("_", " ").capitalize())
+    found["metric_in_points"] = not of_object
     found["goal"] = {**criterion, "baseline": found["baseline"]["accuracy"]}
     found["schema_version"] = SCHEMA_VERSION
     if of_object:

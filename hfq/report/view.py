@@ -134,17 +134,17 @@ def by_reason(float_layers: dict[str, str]) -> dict[str, list[str]]:
 
 def metric_label(report: Report) -> str:
     """What the metric is called in tables and on axes."""
-    return report.metric.label
+    return report.metric_label
 
 
 def bound(report: Report) -> str:
     """Which way the goal bounds the metric."""
-    return "at least" if report.metric.higher_is_better else "at most"
+    return "at least" if report.goal.higher_is_better else "at most"
 
 
 def difference(value: float, report: Report) -> str:
     """A difference of scores with its sign: in percentage points, where the metric is a fraction."""
-    return f"{points(value)} points" if report.metric.in_points else f"{value:+.3g}"
+    return f"{points(value)} points" if report.metric_in_points else f"{value:+.3g}"
 
 
 def verdict(comparison: Comparison) -> str:

@@ -106,7 +106,7 @@ def test_a_checkpoint_is_quantized_and_its_card_says_how_it_was_judged(checkpoin
     )
     assert done.code == 0, done.err
     report = json.loads(done.out)
-    assert (report["task"], report["metric"]["name"], report["pipeline_tag"]) == (
+    assert (report["task"], report["metric"], report["pipeline_tag"]) == (
         "multi-label-classification", "micro_f1", "text-classification",
     )  # fmt: skip
     assert report["baseline"]["accuracy"] > report["trivial"]["score"] + 0.1
