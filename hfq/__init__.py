@@ -14,7 +14,7 @@ from .common.version import __version__
 __all__ = ["__version__", "by_length", "compile", "load"]
 
 if TYPE_CHECKING:
-    from .load import load
+    from .loading import load
     from .runtime.compiling.compile import compile
     from .runtime.fusion.slicing import by_length
 
@@ -44,7 +44,7 @@ def _watch_trainings(trainer: Any) -> None:
 
 def __getattr__(name: str) -> Any:
     if name == "load":
-        from .load import load
+        from .loading import load
 
         return load
     if name == "compile":

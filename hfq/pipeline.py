@@ -35,7 +35,6 @@ from .recipe import Recipe
 from .report import plots
 from .report.card import render_card
 from .report.report import Report, Result, layers_of, now, package_versions
-from .runtime.compiling import compile
 from .runtime.compiling.compile import compile
 from .runtime.int8.linear import unpack_all
 from .source.checkpoint import pull

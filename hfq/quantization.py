@@ -27,7 +27,6 @@ from .ptq.convert import quantize_model
 from .ptq.inputs import LABELS, bind, bind_call, head, take
 from .quantized import quantized_like
 from .report.report import Report, layers_of, now, package_versions
-from .runtime.fusion import fuse
 from .runtime.fusion.fuse import fuse
 from .runtime.int8.linear import memory_mib, state_mib
 from .runtime.loading.ownership import own_tensors

@@ -506,7 +506,7 @@ def test_save_replaces_its_own_folder_and_no_other(tmp_path: Path) -> None:
     int8.save(tmp_path / "out")
     int8.save(tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
-    assert json.loads((tmp_path / "out" / "hfq.json").read_text())["model"] == "MLP"
+    assert json.loads((tmp_path / "out" / "hfq.json").read_text())["checkpoint"]["id"] == "MLP"
 
 
 def test_push_publishes_what_save_writes(hub: LocalHub) -> None:

@@ -12,6 +12,7 @@ from factories import make_folder, make_report
 from huggingface_hub import HfApi, constants
 
 from hfq.common.errors import ExportError, HubError, SourceError, UsageError
+from hfq.common.names import PLOT_FILES
 from hfq.hub.local import LocalHub
 from hfq.publish import PushResult, push_folder, resolve_repo_id
 from hfq.recipe import make_recipe
@@ -218,7 +219,7 @@ def test_plots_go_with_the_card_and_stale_ones_leave_with_it(
     plots.write(make_report(), folder)
     push(folder, repo_id)
     hub.commit_folder(repo_id, write_mine(tmp_path / "extra"))
-    assert {*plots.PLOT_FILES, "plots/mine.png"} <= set(hub.files(repo_id))
+    assert {*PLOT_FILES, "plots/mine.png"} <= set(hub.files(repo_id))
     hub.reset()
     push(make_folder(tmp_path / "without"), repo_id)
     assert commits_sent(hub) == 1
@@ -228,12 +229,12 @@ def test_plots_go_with_the_card_and_stale_ones_leave_with_it(
 def test_a_strangers_file_is_not_taken_for_a_stale_plot(
     hub: LocalHub, folder: Path, tmp_path: Path, repo_id: str
 ) -> None:
-    theirs = tmp_path / "theirs" / plots.PLOT_FILES[0]
+    theirs = tmp_path / "theirs" / PLOT_FILES[0]
     theirs.parent.mkdir(parents=True)
     theirs.write_bytes(b"theirs")
     hub.commit_folder(repo_id, tmp_path / "theirs")
     push(folder, repo_id)
-    assert hub.files(repo_id)[plots.PLOT_FILES[0]] == b"theirs"
+    assert hub.files(repo_id)[PLOT_FILES[0]] == b"theirs"
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,11 @@ class Report:
         return self.dataset is None
 
     @property
+    def tuned(self) -> bool:
+        """Whether anything was evaluated."""
+        return bool(self.trials)
+
+    @property
     def data(self) -> DatasetInfo:
         """The dataset of a run from a checkpoint."""
         assert self.dataset is not None, "fit knows no dataset"
