@@ -10,7 +10,7 @@ from .common.errors import UsageError
 from .common.resources import resource
 from .common.ui import Reporter
 from .pipeline import quantize as run_pipeline
-from .recipe import Recipe, make_recipe
+from .recipe import Recipe, flag, make_recipe
 from .report.report import Result
 
 OF_THE_CHECKPOINT = ("revision", "task", "trust_remote_code")
@@ -93,8 +93,14 @@ def _command(recipe: Recipe) -> str:
     """The `hfq quantize` that repeats this, for the card; as there, without where things lie on this machine."""
     words = []
     for name, value in recipe.model_dump(exclude_defaults=True).items():
-        flag = f"--{name.removesuffix('s') if name == 'text_columns' else name}".replace("_", "-")
-        for each in value if isinstance(value, list) else [value]:
+        for each in _each(value):
             text = Path(each).name if str(each).startswith(("/", "~")) else str(each)
-            words += [text] if name == "checkpoint" else [flag] if each is True else [flag, text]
+            words += [text] if name == "checkpoint" else [flag(name)] if each is True else [flag(name), text]
     return shlex.join(["hfq", "quantize", *words])
+
+
+def _each(value: Any) -> list[Any]:
+    """What a flag is given, each time it is repeated."""
+    if isinstance(value, dict):
+        return [f"{role}={name}" for role, names in value.items() for name in names]
+    return value if isinstance(value, list) else [value]

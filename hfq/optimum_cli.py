@@ -23,7 +23,7 @@ class HfqCommand(BaseOptimumCLICommand):
         parser.add_argument("arguments", nargs=REMAINDER, help="as `hfq` takes them; try `quantize --help`")
 
     def run(self) -> None:
-        from hfq.cli.commands import main  # not relative: what runs is the copy in optimum's folder
+        from hfq.cli import main  # not relative: what runs is the copy in optimum's folder
 
         sys.argv = ["hfq", *self.args.arguments]
         main()

@@ -3,6 +3,8 @@
 The card's text is made in `hfq.report.card`; the HTTP is `huggingface_hub`'s, and how often it is tried `hfq.hub.client`'s.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +17,13 @@ from .common.errors import ExportError, HubError, UsageError
 from .common.names import CARD_FILE, REPORT_FILE
 from .common.reading import read_json
 from .common.redact import remember
-from .hub.client import be_patient
+from .common.ui import Reporter
+from .common.version import __version__
+from .hub.client import be_patient, proxies_changed
 from .hub.commit import MAIN, Push, PushResult, push_to, push_to_new, set_tag
 from .hub.download import fetch_file
 from .hub.errors import card_messages, explained
+from .hub.local import LocalHub
 from .hub.repository import (
     OUR_WEIGHTS,
     Remote,
@@ -29,6 +34,7 @@ from .hub.repository import (
     refuse_public,
 )
 from .output import split_export
+from .recipe import Recipe
 from .report.report import read_report
 from .source.trust import check_links
 
@@ -85,6 +91,47 @@ def push_folder(
         with explained(f"{result.url} holds {folder.name} at {result.commit}, but setting tag {tag}"):
             set_tag(api, target, tag, commit=result.commit)
     return replace(result, left=left)
+
+
+def publish(folder: Path, recipe: Recipe, *, token: str | None, ui: Reporter) -> str:
+    """Push a folder as its recipe says, and say so; return what was said. Raises what `push_folder` does."""
+    ui.stage("Publish")
+    pushed = push_folder(
+        folder,
+        repo_id=recipe.to,
+        default_name=folder.resolve().name,
+        token=token,
+        message=f"{COMMIT_TITLE} {__version__}",
+        **recipe.publishing,
+    )
+    said = f"{pushed.url} at {pushed.commit}" if pushed.changed else f"{pushed.url} holds this already: no commit"
+    ui.note(said)
+    ui.left_behind(pushed.left, where="published")
+    return said
+
+
+def find_target(to: str | None, name: str, *, token: str | None) -> str:
+    """The repository that a push of the checkpoint `name` goes to, after asking the Hub whose token this is.
+
+    Raises what `resolve_repo_id` does.
+    """
+    resolve_repo_id(None, default_name="any", token=token)  # asks whatever `to` is
+    return resolve_repo_id(to, default_name=f"{name}-int8", token=token)
+
+
+@contextmanager
+def hub_session(*, local: bool) -> Iterator[str | None]:
+    """For the length of the block, a Hub on loopback with its token; or the configured Hub, and None."""
+    if not local:
+        yield None
+        return
+    configured = constants.ENDPOINT, constants.HF_HUB_DISABLE_XET
+    with LocalHub() as server, proxies_changed(server.direct()):
+        constants.ENDPOINT, constants.HF_HUB_DISABLE_XET = server.url, True
+        try:
+            yield server.token
+        finally:
+            constants.ENDPOINT, constants.HF_HUB_DISABLE_XET = configured
 
 
 def published_revisions(

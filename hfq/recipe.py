@@ -6,7 +6,7 @@ A token is never part of it: recipes are committed and published.
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -19,56 +19,80 @@ from .common.redact import holds_token
 
 LARGEST = 1 << 20  # bytes of a recipe
 LONGEST = 4096  # characters of a value, as long as a path may be
+PUBLISHING = ("private", "create_pr", "force", "branch", "tag")  # keys that say how a push is made
 
 
-class Recipe(BaseModel):
-    """What to quantize, on which data, to which goal, and where the result goes."""
+def _key(default: Any, description: str, *, absent: str | None = None, **bounds: Any) -> Any:
+    """A key of a recipe, and with it a flag of the command line. `absent`: in words, what holds where it is None."""
+    return Field(default, description=description, json_schema_extra={"absent": absent} if absent else None, **bounds)
+
+
+class Evaluation(BaseModel):
+    """What to measure, on which data, and how: the keys of a recipe that `hfq eval` takes too."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    checkpoint: str = Field(min_length=1, description="Hub id or folder of the float checkpoint")
-    revision: str | None = Field(None, description="branch, tag or commit of the checkpoint")
-    task: str | None = Field(None, description="task; found from the checkpoint's architecture when absent")
-    dataset: str | None = Field(None, description="Hub id, folder or file (CSV, JSON, Parquet)")
-    subset: str | None = Field(None, description="dataset configuration, such as 'mrpc' of nyu-mll/glue")
-    split: str | None = Field(None, description="split that decides whether the goal is met")
-    calibration_split: str | None = Field(None, description="split the calibration slice is drawn from")
-    columns: dict[str, list[str]] = Field(default_factory=dict, description="columns by what the task reads in them")
-    text_columns: list[str] = Field(default_factory=list, description="text columns, in the model's order")
-    label_column: str | None = Field(None, description="column of labels")
-    metric: str | None = Field(None, description="metric that decides; the task's first when absent")
-    approach: Literal["auto", "static", "dynamic"] = "auto"
-    calibration_samples: int = Field(100, ge=1)
-    tolerable_loss: float = Field(0.01, ge=0, lt=1)
-    criterion: Literal["relative", "absolute"] = "relative"
-    max_trials: int = Field(600, ge=1)
-    timeout: float = Field(0, ge=0, description="seconds of tuning; 0 is no limit")
-    explore: bool = Field(False, description="evaluate every candidate instead of stopping at the first that passes")
-    allow_loss: bool = Field(False, description="save the best trial even when the goal is not met")
-    max_length: int | None = Field(None, ge=2, description="tokens; the model's own limit when absent")
-    batch_size: int = Field(32, ge=1)
-    seed: int = Field(42, ge=0, lt=2**32)
-    threads: int | None = Field(None, ge=1)
-    accelerator: str = Field("cpu", description="Lightning accelerator of the evaluations")
-    devices: int = Field(1, ge=1)
-    strategy: str = Field("auto", description="Lightning strategy of the evaluations")
-    output: str | None = Field(None, description="folder; '<checkpoint>-int8' when absent")
-    push: bool = False
-    to: str | None = Field(None, description="repository to push to; '<you>/<checkpoint>-int8' when absent")
-    private: bool = False
-    create_pr: bool = False
-    force: bool = Field(False, description="overwrite a repository that holds another model")
-    branch: str | None = Field(None, min_length=1, description="branch to push to; 'main' when absent")
-    tag: str | None = Field(None, min_length=1, description="tag for the commit that is pushed")
-    trust_remote_code: bool = False
+    checkpoint: str = _key(..., "Hub id or folder of a checkpoint.", min_length=1)
+    revision: str | None = _key(None, "Branch, tag or commit of the checkpoint.")
+    task: str | None = _key(None, "Task; `hfq tasks` lists them.", absent="found from the architecture")
+    dataset: str | None = _key(
+        None, "Hub id, folder or file (CSV, JSON, Parquet).", absent="what the checkpoint's card names"
+    )
+    subset: str | None = _key(None, "Dataset configuration, such as mrpc of nyu-mll/glue.")
+    split: str | None = _key(None, "Split to evaluate on.", absent="validation, else test")
+    columns: dict[str, list[str]] = _key(
+        {},
+        "Column that the task reads as ROLE, such as text=sentence1; repeat it for more. `hfq tasks` lists the roles.",
+        absent="found by name",
+    )
+    text_columns: list[str] = _key(
+        [], "Text column; repeat it for a pair, in order. Another spelling of --column, such as text=NAME."
+    )
+    label_column: str | None = _key(None, "Column of labels. Another spelling of --column, such as label=NAME.")
+    metric: str | None = _key(None, "Metric that decides; `hfq tasks` lists them.", absent="the task's first")
+    max_length: int | None = _key(None, "Longest input in tokens.", absent="the model's limit", ge=2)
+    batch_size: int = _key(32, "Examples a batch.", ge=1)
+    seed: int = _key(42, "Seed of every random choice.", ge=0, lt=2**32)
+    threads: int | None = _key(None, "CPU threads.", absent="torch's", ge=1)
+    accelerator: str = _key("cpu", "Lightning accelerator of evaluations.")
+    devices: int = _key(1, "Lightning devices of evaluations.", ge=1)
+    strategy: str = _key("auto", "Lightning strategy of evaluations.")
+    trust_remote_code: bool = _key(False, "Run code from the checkpoint's repository.")
+
+
+class Recipe(Evaluation):
+    """What to quantize, on which data, to which goal, and where the result goes.
+
+    The one list of settings: names, types, defaults and descriptions of the command line's flags are those of its keys.
+    """
+
+    calibration_split: str | None = _key(None, "Split to calibrate on.", absent="train")
+    approach: Literal["auto", "static", "dynamic"] = _key("auto", "Post-training quantization to search.")
+    calibration_samples: int = _key(100, "Examples to calibrate on.", ge=1)
+    tolerable_loss: float = _key(0.01, "Largest loss of the metric.", ge=0, lt=1)
+    criterion: Literal["relative", "absolute"] = _key(
+        "relative", "How the loss counts: as a share of the float model's score, or as a difference from it."
+    )
+    max_trials: int = _key(600, "Most evaluations to spend.", ge=1)
+    timeout: float = _key(0, "Most seconds of tuning; 0 is no limit.", ge=0)
+    explore: bool = _key(False, "Evaluate every candidate, then choose.")
+    allow_loss: bool = _key(False, "Save the best trial even if it misses the goal; the card says so.")
+    output: str | None = _key(None, "Folder to write.", absent="CHECKPOINT-int8")
+    push: bool = _key(False, "Publish the result on the Hub.")
+    to: str | None = _key(None, "Repository.", absent="YOU/CHECKPOINT-int8")
+    private: bool = _key(False, "Create the repository private.")
+    create_pr: bool = _key(False, "Open a pull request instead of committing to main.")
+    force: bool = _key(False, "Overwrite a repository that holds another model; its history keeps that.")
+    branch: str | None = _key(None, "Branch to push to; made if there is none.", absent="main", min_length=1)
+    tag: str | None = _key(None, "Tag for the commit that is pushed.", min_length=1)
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
         for name, value in self:
-            texts = value if isinstance(value, list) else [value]
-            if any(len(text) > LONGEST for text in texts if isinstance(text, str)):
+            texts = [text for text in _leaves(value) if isinstance(text, str)]
+            if any(len(text) > LONGEST for text in texts):
                 raise ValueError(f"{name} is longer than {LONGEST} characters")
-            if not all(text.isprintable() for text in texts if isinstance(text, str)):
+            if not all(text.isprintable() for text in texts):
                 raise ValueError(f"{name} holds a character that cannot be printed: {shortened(value)}")
         if self.strategy == "ddp":
             raise ValueError(
@@ -85,7 +109,7 @@ class Recipe(BaseModel):
     @property
     def publishing(self) -> dict[str, Any]:
         """How a push is made: what `hfq.publish.push_folder` takes by these names."""
-        return self.model_dump(include={"private", "create_pr", "force", "branch", "tag"})
+        return self.model_dump(include=set(PUBLISHING))
 
     @property
     def name(self) -> str:
@@ -99,6 +123,12 @@ class Recipe(BaseModel):
     @property
     def output_folder(self) -> Path:
         return user_path(self.output or f"{self.name}-int8")
+
+
+def flag(key: str) -> str:
+    """How the command line spells a key. One that holds several is repeated there, and therefore in the singular."""
+    several = get_origin(Recipe.model_fields[key].annotation) in (list, dict)
+    return f"--{(key.removesuffix('s') if several else key).replace('_', '-')}"
 
 
 def make_recipe(values: dict[str, Any], *, origin: str | None = None) -> Recipe:
@@ -127,8 +157,15 @@ def _problem(row: Mapping[str, Any], *, is_flag: bool) -> str:
         return f"{key!r} is missing"
     if row["type"] == "extra_forbidden":
         return f"{shortened(key)} is no key of a recipe (keys: {', '.join(Recipe.model_fields)})"
-    name = f"--{key.replace('_', '-')}" if is_flag else key
+    name = flag(str(row["loc"][0])) if is_flag else key
     return f"{name}: {row['msg'].replace('Input', 'it', 1)} (got {shortened(row['input'])})"
+
+
+def _leaves(value: Any) -> list[Any]:
+    """What a list, or a dict of lists, is made of; of a dict, its keys too."""
+    if isinstance(value, dict):
+        return [*value, *(leaf for each in value.values() for leaf in _leaves(each))]
+    return value if isinstance(value, list) else [value]
 
 
 def shortened(value: object) -> str:

@@ -269,7 +269,7 @@ def write_slice(to: Path, **rows: int) -> Path:
 
 
 def _serve() -> None:
-    from hfq.cli.commands import main, prepare_libraries
+    from hfq.cli.main import main, prepare_libraries
 
     prepare_libraries()
     import compressed_tensors  # noqa: F401

@@ -251,6 +251,8 @@ def test_refuses_a_validation_split(kind: str, cwd: Path) -> None:
         (["--text-column", "nope"], ("--text-column 'nope'", "Columns: text, label")),
         (["--text-column", "label"], ("column 'label'", "not a text", "--text-column")),
         (["--label-column", "nope"], ("--label-column 'nope'", "Columns: text, label")),
+        (["--column", "text=nope"], ("'nope'", "Columns: text, label")),
+        (["--column", "label=nope"], ("'nope'", "Columns: text, label")),
         (["--label-column", "text"], ("Which columns hold the text", "Name them with --text-column")),
         (["--split", "nope"], ("--split 'nope'", "Splits: train, validation")),
         (["--calibration-split", "nope"], ("--calibration-split 'nope'", "Splits: train, validation")),

@@ -102,7 +102,7 @@ def test_readme_shows_the_commands_that_everyone_needs() -> None:
 def _check_hfq(words: list[str]) -> None:
     known: Any = typer.main.get_command(app)
     name, *arguments = words
-    known.commands[name].make_context(name, [word for word in arguments if word != "--help"] or ["./out"])
+    known.commands[name].make_context(name, ["./out"] if arguments == ["--help"] else arguments)
 
 
 def _check_requirements(arguments: list[str]) -> None:

@@ -95,6 +95,7 @@ def test_quantizer_resumes_after_a_missed_goal_and_stock_transformers_opens_the_
 ) -> None:
     quantizer = HfqQuantizer.from_pretrained(write_outliers(tmp_path / "outliers"))
     settings = {"dataset": str(run.cwd / "data"), "approach": "dynamic", "max_trials": 1, "tolerable_loss": 0}
+    settings["columns"] = {"text": ["text"], "label": ["label"]}
     with pytest.raises(GoalNotMetError) as missed:
         quantizer.quantize(tmp_path / "int8", **settings)
     assert not (tmp_path / "int8").exists()
@@ -106,7 +107,7 @@ def test_quantizer_resumes_after_a_missed_goal_and_stock_transformers_opens_the_
     opened = subprocess.run([sys.executable, "-c", STOCK, str(result.folder)], capture_output=True, text=True)
     assert opened.stdout in ("spam\n", "ham\n"), opened.stderr
 
-    flags = "--dataset data --approach dynamic --tolerable-loss 0.0 --max-trials 1 --allow-loss --output int8"
+    flags = "--dataset data --column text=text --column label=label --approach dynamic --tolerable-loss 0.0 --max-trials 1 --allow-loss --output int8"
     assert result.report.command == f"hfq quantize outliers {flags}"
     assert f"```bash\n{result.report.command}\n```" in (result.folder / "README.md").read_text()
 

@@ -1,6 +1,7 @@
 """Drive the engines: prepare each, load each in a process of its own, then time them in turn on every shape."""
 
 import os
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -96,6 +97,21 @@ class BenchResult:
     def failed(self) -> list[EngineResult]:
         """Those that did not run to the end."""
         return [engine for engine in self.engines if engine.failure is not None]
+
+
+def read_shapes(text: str) -> list[Shape]:
+    """Shapes, with commas between them.
+
+    Raises:
+        UsageError: one is not batch x length.
+    """
+    shapes = []
+    for one in text.split(","):
+        if not re.fullmatch(r"\s*[1-9]\d*x[1-9]\d*\s*", one):
+            raise UsageError(f"--shapes {one!r} is not batch x length, such as 8x128.")
+        batch, length = one.split("x")
+        shapes.append((int(batch), int(length)))
+    return shapes
 
 
 def bench(

@@ -1,8 +1,5 @@
 """The `hfq` command: from flags to recipes, and from what happens to messages and exit codes."""
 
+from .main import main
 
-def main() -> None:
-    """Run the command that the arguments name."""
-    from .commands import main as run
-
-    run()
+__all__ = ["main"]

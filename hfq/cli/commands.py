@@ -1,35 +1,43 @@
-"""Commands, nothing else: flags become a recipe, errors become one message and an exit code.
+"""Commands, nothing else: what was given becomes a recipe, and what was found is written.
 
-Exit codes: 0 done; 1 it could not be done; 2 wrong arguments; 3 no trial met the accuracy goal; 130 interrupted.
+Libraries are imported where a command uses them, so that help and wrong arguments take no time.
 """
 
-import json
-import logging
 import os
-import re
-import shlex
-import signal
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict
-from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..common.errors import GoalNotMetError, HfqError, HubError, UsageError
-from ..common.redact import guard_streams, printable, redact, remember, traceback_of
 from ..common.version import __version__
+from ..recipe import PUBLISHING, Evaluation, Recipe, make_recipe, read_recipe, write_recipe
+from .console import Interrupted, command_line, fail, show_tasks, write, write_json, write_line
+from .options import (
+    Contest,
+    Hub,
+    Json,
+    Listener,
+    Place,
+    Recipes,
+    Resume,
+    Token,
+    Verbose,
+    examples,
+    expanded,
+    with_options,
+)
 
 if TYPE_CHECKING:
     from ..common.ui import Reporter
-    from ..recipe import Recipe
     from ..report.report import Result
     from ..runs.local import Engine
+    from ..runs.recipe_folder import Outcome
 
 app = typer.Typer(
     name="hfq",
@@ -39,105 +47,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-
-
-class Approach(str, Enum):
-    auto = "auto"
-    static = "static"
-    dynamic = "dynamic"
-
-
-class Criterion(str, Enum):
-    relative = "relative"
-    absolute = "absolute"
-
-
-class EngineName(str, Enum):
-    local = "local"
-    ray = "ray"
-
-
-def _expanded(value: Any) -> Any:
-    """A path, or several, as `user_path` has them."""
-    from ..common.files import user_path
-
-    return [user_path(path) for path in value] if isinstance(value, list | tuple) else value and user_path(value)
-
-
-Checkpoint = Annotated[str, typer.Argument(help="Hub id or folder of a checkpoint.", show_default=False)]
-Dataset = Annotated[str | None, typer.Option(help="Hub id, folder or file (CSV, JSON, Parquet).", show_default=False)]
-Subset = Annotated[
-    str | None, typer.Option(help="Dataset configuration, such as mrpc of nyu-mll/glue.", show_default=False)
-]
-Split = Annotated[
-    str | None,
-    typer.Option(help="Split to evaluate on.  \\[default: validation, else test]", show_default=False),
-]
-TextColumn = Annotated[
-    list[str] | None, typer.Option(help="Text column; repeat it for a pair, in order.", show_default=False)
-]
-LabelColumn = Annotated[str | None, typer.Option(help="Column of labels.", show_default=False)]
-Metric = Annotated[
-    str | None,
-    typer.Option(
-        help="accuracy, f1, precision, recall or matthews_correlation.  \\[default: accuracy]",
-        show_default=False,
-    ),
-]
-MaxLength = Annotated[
-    int | None,
-    typer.Option(help="Longest input in tokens.  \\[default: the model's limit]", show_default=False),
-]
-BatchSize = Annotated[int | None, typer.Option(help="Examples a batch.  \\[default: 32]", show_default=False)]
-Seed = Annotated[int | None, typer.Option(help="Seed of every random choice.  \\[default: 42]", show_default=False)]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the checkpoint.", show_default=False)]
-Task = Annotated[str | None, typer.Option(help="Task.  \\[default: found from the architecture]", show_default=False)]
-Threads = Annotated[int | None, typer.Option(help="CPU threads.  \\[default: torch's]", show_default=False)]
-Accelerator = Annotated[
-    str | None,
-    typer.Option(help="Lightning accelerator of evaluations.  \\[default: cpu]", show_default=False),
-]
-Devices = Annotated[
-    int | None, typer.Option(help="Lightning devices of evaluations.  \\[default: 1]", show_default=False)
-]
-Strategy = Annotated[
-    str | None, typer.Option(help="Lightning strategy of evaluations.  \\[default: auto]", show_default=False)
-]
-Token = Annotated[
-    str | None,
-    typer.Option(
-        help="Hub token.  \\[default: HF_TOKEN or `hf auth login`]",
-        show_default=False,
-        callback=lambda token: _clean_token(token),
-    ),
-]
-RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code from the checkpoint's repository.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output.")]
-To = Annotated[str | None, typer.Option(help="Repository.  \\[default: YOU/CHECKPOINT-int8]", show_default=False)]
-Private = Annotated[bool, typer.Option("--private", help="Create the repository private.")]
-CreatePr = Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing to main.")]
-Force = Annotated[
-    bool,
-    typer.Option("--force", help="Overwrite a repository that holds another model; its history keeps that."),
-]
-Branch = Annotated[
-    str | None, typer.Option(help="Branch to push to; made if there is none.  \\[default: main]", show_default=False)
-]
-Tag = Annotated[str | None, typer.Option(help="Tag for the commit that is pushed.", show_default=False)]
-Push = Annotated[bool, typer.Option("--push", help="Publish the result on the Hub.")]
-LocalHub = Annotated[
-    bool,
-    typer.Option("--local-hub", help="Start a Hub on loopback and push there: nothing leaves this machine."),
-]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run; no trial is repeated.")]
-
-
-Verbose = Annotated[
-    bool,
-    typer.Option(
-        "--verbose", "-v", help="Name the files that are left behind.", callback=lambda given: _be_verbose(given)
-    ),
-]
 
 
 @app.callback(invoke_without_command=True)
@@ -150,130 +59,48 @@ def root(
 
 
 @app.command(
-    epilog="""**Examples**
-
-hfq quantize Intel/bert-base-uncased-mrpc --push
-
-hfq quantize ./my-checkpoint --dataset ./data --output ./out
-
-hfq quantize ./my-checkpoint --dataset nyu-mll/glue --subset mrpc --calibration-split train --split validation"""
+    epilog=examples(
+        "hfq quantize Intel/bert-base-uncased-mrpc --push",
+        "hfq quantize ./my-checkpoint --dataset ./data --output ./out",
+        "hfq quantize ./my-checkpoint --dataset nyu-mll/glue --subset mrpc --calibration-split train --split validation",
+    )
 )
+@with_options(*Recipe.model_fields)
 def quantize(
-    checkpoint: Checkpoint,
-    dataset: Dataset = None,
-    subset: Subset = None,
-    split: Split = None,
-    calibration_split: Annotated[
-        str | None, typer.Option(help="Split to calibrate on.  \\[default: train]", show_default=False)
-    ] = None,
-    text_column: TextColumn = None,
-    label_column: LabelColumn = None,
-    metric: Metric = None,
-    approach: Annotated[
-        Approach | None,
-        typer.Option(help="Post-training quantization to search.  \\[default: auto]", show_default=False),
-    ] = None,
-    calibration_samples: Annotated[
-        int | None, typer.Option(help="Examples to calibrate on.  \\[default: 100]", show_default=False)
-    ] = None,
-    tolerable_loss: Annotated[
-        float | None, typer.Option(help="Largest accuracy loss.  \\[default: 0.01]", show_default=False)
-    ] = None,
-    criterion: Annotated[
-        Criterion | None, typer.Option(help="How the loss counts.  \\[default: relative]", show_default=False)
-    ] = None,
-    max_trials: Annotated[
-        int | None, typer.Option(help="Most evaluations to spend.  \\[default: 600]", show_default=False)
-    ] = None,
-    timeout: Annotated[
-        float | None,
-        typer.Option(help="Most seconds of tuning; 0 is no limit.  \\[default: 0]", show_default=False),
-    ] = None,
-    explore: Annotated[bool, typer.Option("--explore", help="Evaluate every candidate, then choose.")] = False,
-    allow_loss: Annotated[
-        bool,
-        typer.Option("--allow-loss", help="Save the best trial even if it misses the goal; the card says so."),
-    ] = False,
-    max_length: MaxLength = None,
-    batch_size: BatchSize = None,
-    seed: Seed = None,
-    revision: Revision = None,
-    task: Task = None,
-    threads: Threads = None,
-    accelerator: Accelerator = None,
-    devices: Devices = None,
-    strategy: Strategy = None,
-    output: Annotated[
-        str | None, typer.Option(help="Folder to write.  \\[default: CHECKPOINT-int8]", show_default=False)
-    ] = None,
-    push: Push = False,
-    to: To = None,
-    private: Private = False,
-    create_pr: CreatePr = False,
-    force: Force = False,
-    branch: Branch = None,
-    tag: Tag = None,
-    token: Token = None,
-    trust_remote_code: RemoteCode = False,
+    flags: dict[str, Any],
+    hub: Hub,
     save_recipe: Annotated[
         Path | None,
-        typer.Option(help="Also write the recipe of this run, for `hfq run`.", show_default=False, callback=_expanded),
+        typer.Option(help="Also write the recipe of this run, for `hfq run`.", show_default=False, callback=expanded),
     ] = None,
-    local_hub: LocalHub = False,
     resume: Resume = False,
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Quantize a checkpoint to INT8, measure it, write it to a folder, and publish it with --push."""
-    from ..recipe import make_recipe, write_recipe
-
-    flags = {
-        "checkpoint": checkpoint, "dataset": dataset, "subset": subset, "split": split, "calibration_split": calibration_split,
-        "text_columns": text_column, "label_column": label_column, "metric": metric, "approach": approach and approach.value,
-        "calibration_samples": calibration_samples, "tolerable_loss": tolerable_loss,
-        "criterion": criterion and criterion.value, "max_trials": max_trials, "timeout": timeout, "explore": explore,
-        "allow_loss": allow_loss, "max_length": max_length, "batch_size": batch_size, "seed": seed, "revision": revision, "task": task,
-        "threads": threads, "accelerator": accelerator, "devices": devices, "strategy": strategy, "output": output, "push": push, "to": to,
-        "private": private, "create_pr": create_pr, "force": force, "branch": branch, "tag": tag, "trust_remote_code": trust_remote_code,
-    }  # fmt: skip
-    recipe = make_recipe(_given(flags))
+    recipe = make_recipe(flags)
     if save_recipe:
         write_recipe(recipe, save_recipe)
-    engine = _engine(EngineName.local, ray_address=None, token=token, resume=resume)
-    _run(recipe, engine, name=recipe.name, token=token, local_hub=local_hub, as_json=as_json)
+    engine = _engine(Place(resume=resume), token=hub.token)
+    _run(recipe, engine, name=recipe.name, hub=hub, as_json=as_json)
 
 
 @app.command(
-    epilog="""**Examples**
-
-hfq run pipelines/demo.yaml --local-hub
-
-hfq run pipelines/ --push
-
-hfq run pipelines/ --push --engine ray --ray-address head:6379"""
+    epilog=examples(
+        "hfq run pipelines/demo.yaml --local-hub",
+        "hfq run pipelines/ --push",
+        "hfq run pipelines/ --push --engine ray --ray-address head:6379",
+    )
 )
+@with_options("push", output="Folder to write, instead of the recipe's.")
 def run(
     recipes: Annotated[
         list[Path],
-        typer.Argument(help="Recipes, YAML files, or folders of them.", show_default=False, callback=_expanded),
+        typer.Argument(help="Recipes, YAML files, or folders of them.", show_default=False, callback=expanded),
     ],
-    output: Annotated[
-        str | None, typer.Option(help="Folder to write, instead of the recipe's.", show_default=False)
-    ] = None,
-    push: Push = False,
-    engine: Annotated[
-        EngineName, typer.Option(help="Where: here, or on the workers of a Ray cluster.")
-    ] = EngineName.local,
-    ray_address: Annotated[
-        str | None,
-        typer.Option(
-            help="host:port of the Ray cluster.  \\[default: RAY_ADDRESS, or the one on this machine]",
-            show_default=False,
-        ),
-    ] = None,
-    token: Token = None,
-    local_hub: LocalHub = False,
-    resume: Resume = False,
+    flags: dict[str, Any],
+    place: Place,
+    hub: Hub,
     verbose: Verbose = False,
     as_json: Annotated[
         bool,
@@ -286,31 +113,39 @@ def run(
 
     Of several recipes, or a folder, one that fails does not stop the others.
     """
-    from ..recipe import make_recipe, read_recipe
-
-    chosen = _engine(engine, ray_address=ray_address, token=token, resume=resume)
+    engine = _engine(place, token=hub.token)
     if len(recipes) > 1 or recipes[0].is_dir():
-        if output:
+        if "output" in flags:
             raise UsageError("--output is for one recipe. Several are written to the 'output' that each of them names.")
-        prefixed = engine is EngineName.ray  # they run at once, so that each line has to say whose it is
-        _run_many(recipes, chosen, prefixed=prefixed, push=push, token=token, local_hub=local_hub, as_json=as_json)
+        prefixed = place.engine == "ray"  # they run at once, so that each line has to say whose it is
+        _run_many(recipes, engine, prefixed=prefixed, push="push" in flags, hub=hub, as_json=as_json)
         return
-    found = read_recipe(recipes[0])
-    changed = {**found.model_dump(), **_given({"output": output, "push": push})}
-    _run(make_recipe(changed), chosen, name=recipes[0].name, token=token, local_hub=local_hub, as_json=as_json)
+    recipe = make_recipe({**read_recipe(recipes[0]).model_dump(), **flags})
+    _run(recipe, engine, name=recipes[0].name, hub=hub, as_json=as_json)
 
 
-@app.command(
-    epilog="**Examples**\n\nhfq inspect ./out\n\nhfq inspect me/bert-mrpc-int8 --json\n\nhfq inspect --runtime"
-)
+@app.command(epilog=examples("hfq tasks", "hfq tasks --json"))
+def tasks(as_json: Annotated[bool, typer.Option("--json", help="Print them as JSON.")] = False) -> None:
+    """Show the tasks: what --task, --column and --metric take."""
+    from ..tasks.registry import describe_tasks
+
+    found = describe_tasks()
+    if as_json:
+        write_json(found)
+    else:
+        show_tasks(found)
+
+
+@app.command(epilog=examples("hfq inspect ./out", "hfq inspect me/bert-mrpc-int8 --json", "hfq inspect --runtime"))
+@with_options("revision")
 def inspect(
+    flags: dict[str, Any],
     checkpoint: Annotated[
         str | None, typer.Argument(help="Hub id or folder of a checkpoint.", show_default=False)
     ] = None,
     runtime: Annotated[
         bool, typer.Option("--runtime", help="Show what this machine runs int8 with; no checkpoint is needed.")
     ] = False,
-    revision: Revision = None,
     token: Token = None,
     as_json: Json = False,
 ) -> None:
@@ -323,20 +158,20 @@ def inspect(
     if checkpoint is None:
         found, display = describe_runtime(), show_facts
     else:
-        found, display = describe(pull(checkpoint, revision=revision, token=token, trust_remote_code=True)), show
+        pulled = pull(checkpoint, revision=flags.get("revision"), token=token, trust_remote_code=True)
+        found, display = describe(pulled), show
     if as_json:
-        _print(json.dumps(found, indent=2, ensure_ascii=False))
+        write_json(found)
     else:
         display(found)
 
 
-@app.command(
-    name="report", epilog="**Examples**\n\nhfq report ./out\n\nhfq report me/bert-mrpc-int8 --output bert.html"
-)
+@app.command(name="report", epilog=examples("hfq report ./out", "hfq report me/bert-mrpc-int8 --output bert.html"))
+@with_options("revision")
 def report_command(
     result: Annotated[str, typer.Argument(help="Folder or Hub id of what `hfq quantize` wrote.", show_default=False)],
-    output: Annotated[Path, typer.Option(help="File to write.", callback=_expanded)] = Path("report.html"),
-    revision: Revision = None,
+    flags: dict[str, Any],
+    output: Annotated[Path, typer.Option(help="File to write.", callback=expanded)] = Path("report.html"),
     token: Token = None,
 ) -> None:
     """Show what a run found as one HTML file: verdict, figures, trials, layers, data, hardware."""
@@ -346,7 +181,7 @@ def report_command(
     from ..report.report import read_report
     from ..source.checkpoint import pull_report
 
-    found = read_report(pull_report(result, revision=revision, token=token))
+    found = read_report(pull_report(result, revision=flags.get("revision"), token=token))
     if found.of_object:
         raise UsageError(
             f"{result} was quantized as an object, by `fit`: what is known of it is in its README.md. hfq report shows "
@@ -361,32 +196,18 @@ def report_command(
 
 @app.command(
     name="bench",
-    epilog="**Examples**\n\nhfq bench ./out --baseline ./my-checkpoint\n\n"
-    "hfq bench me/bert-mrpc-int8 --vs openvino,onnxruntime --shapes 1x16,32x128",
+    epilog=examples(
+        "hfq bench ./out --baseline ./my-checkpoint",
+        "hfq bench me/bert-mrpc-int8 --vs openvino,onnxruntime --shapes 1x16,32x128",
+    ),
 )
+@with_options("checkpoint", "threads")
 def bench_command(
-    checkpoint: Checkpoint,
-    vs: Annotated[
-        str,
-        typer.Option(
-            help="Peers, with commas: openvino, onnxruntime, torch, torchao, inc.  \\[default: those installed]",
-            show_default=False,
-        ),
-    ] = "",
-    baseline: Annotated[
-        str | None,
-        typer.Option(help="Float checkpoint it was made from.  \\[default: what hfq.json names]", show_default=False),
-    ] = None,
-    shapes: Annotated[str, typer.Option(help="Batch x length, with commas.")] = "1x16,1x128,8x128,32x128",
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of every engine on each shape.")] = 5,
-    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Also time `hfq.compile`.")] = True,
-    growth: Annotated[
-        bool, typer.Option("--growth", help="Also measure how time and memory grow with layers, batch and length.")
-    ] = False,
+    flags: dict[str, Any],
+    contest: Contest,
     output: Annotated[
-        Path, typer.Option(help="Folder for bench.md, bench.json and bench.png.", callback=_expanded)
+        Path, typer.Option(help="Folder for bench.md, bench.json and bench.png.", callback=expanded)
     ] = Path("bench"),
-    threads: Threads = None,
     token: Token = None,
     as_json: Json = False,
 ) -> None:
@@ -398,40 +219,44 @@ def bench_command(
 
     from ..bench.engines import PEERS
     from ..bench.growth import Point, grow
-    from ..bench.run import bench, chosen, pull_baseline
-    from ..bench.table import as_dict, markdown, write
+    from ..bench.run import bench, chosen, pull_baseline, read_shapes
+    from ..bench.table import as_dict, markdown
+    from ..bench.table import write as write_bench
     from ..common.ui import Reporter
     from ..measure.hardware import hardware
     from ..source.checkpoint import pull
 
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output {output} is a file. Name a folder.")
-    if threads is not None and threads < 1:
+    checkpoint, threads = flags["checkpoint"], flags.get("threads", torch.get_num_threads())
+    if threads < 1:
         raise UsageError(f"--threads should be at least 1, not {threads}.")
-    sizes = [_shape(text) for text in shapes.split(",")]
-    names = chosen([name.strip() for name in vs.split(",") if name.strip()], compiled=compiled)
+    shapes = read_shapes(contest.shapes)
+    names = chosen([name.strip() for name in contest.vs.split(",") if name.strip()], compiled=contest.compiled)
     quantized = pull(checkpoint, token=token)
     if not quantized.is_quantized:
         raise UsageError(f"{checkpoint} is not quantized. Quantize it first: hfq quantize {checkpoint} --output ./out")
-    float_model = pull_baseline(quantized, baseline, token=token)
-    threads = threads or torch.get_num_threads()
-    machine, ui = {**hardware(), "threads": threads}, Reporter()
+    float_model = pull_baseline(quantized, contest.baseline, token=token)
+    ui = Reporter()
     found = bench(
         quantized,
         float_model,
         names=names,
-        shapes=sizes,
+        shapes=shapes,
         threads=threads,
-        rounds=rounds,
-        hardware=machine,
+        rounds=contest.rounds,
+        hardware={**hardware(), "threads": threads},
         ui=ui,
     )
     points: list[Point] = []
-    written = write(found, points, output)
-    if growth:
+    written = write_bench(found, points, output)
+    if contest.growth:
         points = grow(quantized, float_model, threads=threads, ui=ui)
-        written = write(found, points, output)
-    _print(json.dumps(as_dict(found, points), indent=2, ensure_ascii=False) if as_json else markdown(found, points))
+        written = write_bench(found, points, output)
+    if as_json:
+        write_json(as_dict(found, points))
+    else:
+        write(markdown(found, points))
     ui.stage(f"Wrote {', '.join(map(str, written))}")
     for engine in found.failed:
         if engine.name not in PEERS:
@@ -440,87 +265,57 @@ def bench_command(
 
 @app.command(
     name="eval",
-    epilog="**Examples**\n\nhfq eval ./out --dataset ./data --split test\n\nhfq eval ./out --dataset ./data --compile",
+    epilog=examples("hfq eval ./out --dataset ./data --split test", "hfq eval ./out --dataset ./data --compile"),
 )
+@with_options(*Evaluation.model_fields)
 def evaluate(
-    checkpoint: Checkpoint,
-    dataset: Dataset = None,
-    subset: Subset = None,
-    split: Split = None,
-    text_column: TextColumn = None,
-    label_column: LabelColumn = None,
-    metric: Metric = None,
-    max_length: MaxLength = None,
-    batch_size: BatchSize = None,
-    seed: Seed = None,
-    revision: Revision = None,
-    task: Task = None,
-    threads: Threads = None,
-    accelerator: Accelerator = None,
-    devices: Devices = None,
-    strategy: Strategy = None,
+    flags: dict[str, Any],
     token: Token = None,
-    trust_remote_code: RemoteCode = False,
     compiled: Annotated[bool, typer.Option("--compile", help="Run it through `hfq.compile`.")] = False,
     as_json: Json = False,
 ) -> None:
     """Measure accuracy, seconds and memory of any checkpoint, quantized or not."""
     from ..common.ui import Reporter
     from ..pipeline import evaluate_checkpoint
-    from ..recipe import make_recipe
     from ..report.tables import show_facts
 
-    flags = {
-        "checkpoint": checkpoint, "dataset": dataset, "subset": subset, "split": split, "text_columns": text_column,
-        "label_column": label_column, "metric": metric, "max_length": max_length, "batch_size": batch_size, "seed": seed,
-        "revision": revision, "task": task, "threads": threads, "accelerator": accelerator, "devices": devices, "strategy": strategy,
-        "trust_remote_code": trust_remote_code,
-    }  # fmt: skip
-    recipe = make_recipe(_given(flags))
+    recipe = make_recipe(flags)
     found = evaluate_checkpoint(recipe, recipes=_recipes(), ui=Reporter(), token=token, compiled=compiled)
     if as_json:
-        _print(json.dumps(found, indent=2, ensure_ascii=False))
+        write_json(found)
     else:
         show_facts(found)
 
 
-@app.command(name="push", epilog="**Examples**\n\nhfq push ./out --to me/bert-mrpc-int8")
+@app.command(name="push", epilog=examples("hfq push ./out --to me/bert-mrpc-int8"))
+@with_options("to", *PUBLISHING)
 def push_command(
     folder: Annotated[
-        Path, typer.Argument(help="Folder that `hfq quantize` wrote.", show_default=False, callback=_expanded)
+        Path, typer.Argument(help="Folder that `hfq quantize` wrote.", show_default=False, callback=expanded)
     ],
-    to: To = None,
-    private: Private = False,
-    create_pr: CreatePr = False,
-    force: Force = False,
-    branch: Branch = None,
-    tag: Tag = None,
-    token: Token = None,
-    local_hub: LocalHub = False,
+    flags: dict[str, Any],
+    hub: Hub,
     verbose: Verbose = False,
 ) -> None:
     """Publish a quantized folder in one atomic commit. The same content twice makes no second commit."""
     from ..common.ui import Reporter
     from ..pipeline import renew_card
-    from ..recipe import make_recipe
+    from ..publish import find_target, hub_session, publish
     from ..report.report import read_report
     from ..report.view import model_name
 
     report = read_report(folder)
-    with _hub(local_hub) as hub_token:
-        target = _target(to, model_name(report).removesuffix("-int8"), hub_token or token)
+    with hub_session(local=hub.local_hub) as hub_token:
+        token = hub_token or hub.token
+        target = find_target(flags.get("to"), model_name(report).removesuffix("-int8"), token=token)
         if not report.of_object:
             renew_card(folder, report, repo_id=target)
-        how = {"private": private, "create_pr": create_pr, "force": force, "branch": branch, "tag": tag}
-        recipe = make_recipe({"checkpoint": str(folder), "to": target, **how})
-        _publish(folder, recipe, token=hub_token or token, ui=Reporter())
+        publish(folder, make_recipe({**flags, "checkpoint": str(folder), "to": target}), token=token, ui=Reporter())
 
 
-@app.command(epilog="**Examples**\n\nhfq watch pipelines/ --once\n\nhfq watch pipelines/ --interval 600")
+@app.command(epilog=examples("hfq watch pipelines/ --once", "hfq watch pipelines/ --interval 600"))
 def watch(
-    folder: Annotated[
-        Path, typer.Argument(help="Folder of recipes, or one recipe.", show_default=False, callback=_expanded)
-    ],
+    folder: Recipes,
     once: Annotated[bool, typer.Option("--once", help="Look once and exit, for schedules.")] = False,
     interval: Annotated[float, typer.Option(min=1, help="Seconds between two looks.")] = 600,
     token: Token = None,
@@ -531,42 +326,28 @@ def watch(
 
     A recipe publishes to its `to`, or to YOU/CHECKPOINT-int8. One that fails does not stop the others.
     """
-    from ..runs.recipe_folder import exit_code
     from ..runs.watch import Watcher
 
     watcher = Watcher(folder, recipes=_recipes(), token=token)
     while True:
         outcomes = watcher.round()
-        if as_json:
-            _print("\n".join(json.dumps(asdict(outcome), ensure_ascii=False) for outcome in outcomes))
-            sys.stdout.flush()
+        for outcome in outcomes if as_json else ():
+            write_line(asdict(outcome))
         if once:
             break
         time.sleep(interval)
-    if code := exit_code(outcomes):
-        failed = [outcome.recipe for outcome in outcomes if outcome.exit_code]
-        _fail(f"Not published: {', '.join(failed)}. What each lacks is said above.", code)
+    _end(outcomes, "Not published")
 
 
 @app.command(
-    epilog="""**Examples**
-
-WEBHOOK_SECRET=… hfq webhook pipelines/ --port 7860
-
-WEBHOOK_SECRET=… hfq webhook pipelines/ --host 0.0.0.0"""
+    epilog=examples(
+        "WEBHOOK_SECRET=… hfq webhook pipelines/ --port 7860", "WEBHOOK_SECRET=… hfq webhook pipelines/ --host 0.0.0.0"
+    )
 )
+@with_options()
 def webhook(
-    folder: Annotated[
-        Path, typer.Argument(help="Folder of recipes, or one recipe.", show_default=False, callback=_expanded)
-    ],
-    queue: Annotated[
-        Path, typer.Option(help="Folder for what is to be done; it survives a restart.", callback=_expanded)
-    ] = Path("hfq-queue"),
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine's.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
-    retry: Annotated[
-        float, typer.Option(min=1, help="Seconds until what failed is tried again; doubles with each attempt.")
-    ] = 60,
+    folder: Recipes,
+    listener: Listener,
     token: Token = None,
     verbose: Verbose = False,
 ) -> None:
@@ -576,248 +357,103 @@ def webhook(
     """
     from ..runs.webhook import Address, serve
 
-    secret = os.environ.get("WEBHOOK_SECRET")
     serve(
-        folder, queue=queue, address=Address(host, port), secret=secret, recipes=_recipes(), token=token, retry_s=retry
+        folder,
+        queue=listener.queue,
+        address=Address(listener.host, listener.port),
+        secret=os.environ.get("WEBHOOK_SECRET"),
+        recipes=_recipes(),
+        token=token,
+        retry_s=listener.retry,
     )
 
 
-_HIDDEN = ("--token", "--engine", "--ray-address")
-
-
-class _Interrupted(BaseException):
-    """Ctrl-C or SIGTERM, as a type that typer and Lightning do not know: each would end the command in its own way."""
-
-    def __init__(self, number: int) -> None:
-        self.exit_code = 128 + number  # as a shell has it
-
-
-def main() -> None:
-    """The `hfq` command."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
-    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))  # pools end theirs so
-    prepare_libraries()
-    guard_streams()
-    try:
-        app()
-    except HfqError as error:
-        _fail(str(error), error.exit_code)
-    except _Interrupted as interrupted:
-        _fail("Interrupted.", interrupted.exit_code)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away: nothing left to say
-        sys.exit(1)
-    except OSError as error:
-        _debug(error)
-        _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
-    except Exception as error:  # a traceback could show a stranger's text, or a token, and helps nobody but us
-        _debug(error)
-        what = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-        _fail(f"Unexpected {what.rstrip('.')}. This is an error of hfq: HFQ_DEBUG=1 shows where, for a report.", 1)
-
-
-def prepare_libraries() -> None:
-    """Quieten libraries before they are imported, by their environment and loggers. What the user set there stays."""
-    quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error"}
-    quiet["DATASETS_VERBOSITY"] = "critical"  # its errors are raised too
-    if not sys.stderr.isatty():
-        quiet |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-    workers = {"TOKENIZERS_PARALLELISM": "false"}  # they are forked after the tokenizer ran
-    for name, value in {**quiet, **workers}.items():
-        os.environ.setdefault(name, value)
-    for logger in ("torchao", "torch.utils._pytree"):  # transformers imports torchao, which warns of its GPU kernels
-        logging.getLogger(logger).setLevel(logging.ERROR)
-
-
-def _interrupt(number: int, _: object) -> None:
-    raise _Interrupted(number)
-
-
-def _clean_token(token: str | None) -> str | None:
-    """Refuse what cannot be sent in a header: the HTTP client would, and show the token in its message."""
-    for source, value in (("--token", token), ("HF_TOKEN", os.environ.get("HF_TOKEN"))):
-        if value and not re.fullmatch("[!-~]*", value.strip()):
-            raise UsageError(f"{source} holds characters that are in no token. Copy it again from your Hub settings.")
-    remember(token)
-    return token and token.strip()
-
-
-def _be_verbose(given: bool) -> bool:
-    """Let every `Reporter` of this process name what it would only count."""
-    if given:
-        os.environ["HFQ_VERBOSE"] = "1"
-    return given
-
-
-def _engine(name: EngineName, *, ray_address: str | None, token: str | None, resume: bool) -> "Engine":
+def _engine(place: Place, *, token: str | None) -> "Engine":
     from ..runs.local import run_here
 
-    if name is EngineName.local:
-        if ray_address:
+    if place.engine == "local":
+        if place.ray_address:
             raise UsageError("--ray-address is for --engine ray.")
-        return partial(run_here, recipes=_recipes(), token=token, resume=resume)
+        return partial(run_here, recipes=_recipes(), token=token, resume=place.resume)
     if token:
         raise UsageError(
             "--token cannot be given with --engine ray: a Ray cluster shows the command line of who uses it. Set HF_TOKEN."
         )
     from ..runs.ray_engine import run_on_ray
 
-    return partial(run_on_ray, address=ray_address, token=token, resume=resume)
+    return partial(run_on_ray, address=place.ray_address, token=token, resume=place.resume)
 
 
-def _run(recipe: "Recipe", engine: "Engine", *, name: str, token: str | None, local_hub: bool, as_json: bool) -> None:
+def _run(recipe: Recipe, engine: "Engine", *, name: str, hub: Hub, as_json: bool) -> None:
+    from ..publish import find_target, hub_session
     from ..report.tables import show_result
     from ..runs.local import Run
 
-    with _hub(local_hub) as hub_token:
-        if recipe.push or local_hub:  # a name that cannot be pushed to costs seconds now, minutes later
-            recipe = recipe.model_copy(update={"to": _target(recipe.to, recipe.name, hub_token or token)})
-    run = Run(name, recipe, _command())
+    if recipe.push or hub.local_hub:  # a name that cannot be pushed to costs seconds now, minutes later
+        with hub_session(local=hub.local_hub) as hub_token:
+            target = find_target(recipe.to, recipe.name, token=hub_token or hub.token)
+        recipe = recipe.model_copy(update={"to": target})
+    run = Run(name, recipe, command_line())
     try:
         ((_, result),) = engine([run])
         if isinstance(result, Exception):
             raise result
     except GoalNotMetError as error:
         if as_json:
-            _print(json.dumps(error.details, indent=2, ensure_ascii=False))
+            write_json(error.details)
         raise
-    except _Interrupted as interrupted:
-        _fail("Interrupted. Nothing was published; run the same command with --resume to go on.", interrupted.exit_code)
+    except Interrupted as interrupted:
+        fail("Interrupted. Nothing was published; run the same command with --resume to go on.", interrupted.exit_code)
     run.ui.stage(f"Done: {result.folder}")
     show_result(result.report, run.ui.console)
-    _publish_result(result, recipe, run.ui, token=token, local_hub=local_hub)
+    _publish_result(result, recipe, run.ui, hub=hub)
     if as_json:
-        _print(result.report.to_json().rstrip())
+        write(result.report.to_json().rstrip())
 
 
-def _run_many(
-    given: list[Path],
-    engine: "Engine",
-    *,
-    prefixed: bool,
-    push: bool,
-    token: str | None,
-    local_hub: bool,
-    as_json: bool,
-) -> None:
+def _run_many(given: list[Path], engine: "Engine", *, prefixed: bool, push: bool, hub: Hub, as_json: bool) -> None:
     """Run every recipe, publish those that are to be, and end with the code of the gravest failure."""
+    from ..publish import hub_session
     from ..runs.local import run_all
-    from ..runs.recipe_folder import Outcome, exit_code, read_recipes
+    from ..runs.recipe_folder import read_recipes
 
-    with _hub(local_hub) as hub_token:
-        recipes = read_recipes(given, push=push, publish_all=local_hub, token=hub_token or token)
+    with hub_session(local=hub.local_hub) as hub_token:
+        recipes = read_recipes(given, push=push, publish_all=hub.local_hub, token=hub_token or hub.token)
     outcomes: list[Outcome] = []
-    publish = partial(_publish_result, token=token, local_hub=local_hub)
     try:
-        with closing(run_all(recipes, engine, publish=publish, prefixed=prefixed)) as ended:
+        with closing(run_all(recipes, engine, publish=partial(_publish_result, hub=hub), prefixed=prefixed)) as ended:
             for outcome in ended:
                 outcomes.append(outcome)
                 if as_json:
-                    _print(json.dumps(asdict(outcome), ensure_ascii=False))
-                    sys.stdout.flush()
-    except _Interrupted as interrupted:
-        _fail("Interrupted. What is done is said above; of the rest, --resume repeats no trial.", interrupted.exit_code)
-    if code := exit_code(outcomes):
-        failed = [outcome.recipe for outcome in outcomes if outcome.exit_code]
-        _fail(f"Not done: {', '.join(failed)}. What each lacks is said above.", code)
+                    write_line(asdict(outcome))
+    except Interrupted as interrupted:
+        fail("Interrupted. What is done is said above; of the rest, --resume repeats no trial.", interrupted.exit_code)
+    _end(outcomes, "Not done")
 
 
-def _publish_result(
-    result: "Result", recipe: "Recipe", ui: "Reporter", *, token: str | None, local_hub: bool
-) -> str | None:
+def _publish_result(result: "Result", recipe: Recipe, ui: "Reporter", *, hub: Hub) -> str | None:
     """Push a finished run if it is to be; return what to say of it."""
-    if not (recipe.push or local_hub):
+    from ..publish import hub_session, publish
+
+    if not (recipe.push or hub.local_hub):
         return None
     try:
-        with _hub(local_hub) as hub_token:
-            return _publish(result.folder, recipe, token=hub_token or token, ui=ui)
+        with hub_session(local=hub.local_hub) as hub_token:
+            return publish(result.folder, recipe, token=hub_token or hub.token, ui=ui)
     except HubError as error:
         raise HubError(f"{error} {result.folder} is complete: `hfq push` publishes it without a new run.") from error
 
 
-@contextmanager
-def _hub(local: bool) -> Iterator[str | None]:
-    """For the length of the block, a Hub on loopback with its token; or the configured Hub, and None."""
-    if not local:
-        yield None
-        return
-    from huggingface_hub import constants
+def _end(outcomes: "Sequence[Outcome]", what: str) -> None:
+    """End with the code of the gravest failure, if something failed."""
+    from ..runs.recipe_folder import exit_code
 
-    from ..hub.client import proxies_changed
-    from ..hub.local import LocalHub as Server
-
-    configured = constants.ENDPOINT, constants.HF_HUB_DISABLE_XET
-    with Server() as server, proxies_changed(server.direct()):
-        constants.ENDPOINT, constants.HF_HUB_DISABLE_XET = server.url, True
-        try:
-            yield server.token
-        finally:
-            constants.ENDPOINT, constants.HF_HUB_DISABLE_XET = configured
-
-
-def _target(to: str | None, name: str, token: str | None) -> str:
-    from ..publish import resolve_repo_id
-
-    resolve_repo_id(None, default_name="any", token=token)  # asks the Hub whose token it is
-    return resolve_repo_id(to, default_name=f"{name}-int8", token=token)
-
-
-def _publish(folder: Path, recipe: "Recipe", *, token: str | None, ui: "Reporter") -> str:
-    from ..publish import COMMIT_TITLE, push_folder
-
-    ui.stage("Publish")
-    pushed = push_folder(
-        folder,
-        repo_id=recipe.to,
-        default_name=folder.resolve().name,
-        token=token,
-        message=f"{COMMIT_TITLE} {__version__}",
-        **recipe.publishing,
-    )
-    said = f"{pushed.url} at {pushed.commit}" if pushed.changed else f"{pushed.url} holds this already: no commit"
-    ui.note(said)
-    ui.left_behind(pushed.left, where="published")
-    return said
-
-
-def _given(flags: dict[str, Any]) -> dict[str, Any]:
-    """Flags that were used: the others keep the recipe's defaults."""
-    return {name: value for name, value in flags.items() if value is not None and value is not False and value != []}
+    if code := exit_code(outcomes):
+        failed = [outcome.recipe for outcome in outcomes if outcome.exit_code]
+        fail(f"{what}: {', '.join(failed)}. What each lacks is said above.", code)
 
 
 def _recipes() -> Path:
     from ..common.resources import resource
 
     return resource("pipelines")
-
-
-def _command() -> str:
-    """This command line, without the token, and without where things lie and run."""
-    words, hide = [], False
-    for word in sys.argv[1:]:
-        if not (hide or word.startswith(_HIDDEN)):
-            words.append(Path(word).name if word.startswith(("/", "~")) else word)
-        hide = word in _HIDDEN
-    return redact(shlex.join(["hfq", *words]))
-
-
-def _print(text: str) -> None:
-    sys.stdout.write(text + "\n")
-
-
-def _shape(text: str) -> tuple[int, int]:
-    if not re.fullmatch(r"\s*[1-9]\d*x[1-9]\d*\s*", text):
-        raise UsageError(f"--shapes {text!r} is not batch x length, such as 8x128.")
-    batch, length = text.split("x")
-    return int(batch), int(length)
-
-
-def _debug(error: Exception) -> None:
-    if os.environ.get("HFQ_DEBUG"):
-        sys.stderr.write(traceback_of(error))
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    sys.stderr.write(f"hfq: {printable(message)}\n")
-    sys.exit(code)

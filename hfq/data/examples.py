@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..common.errors import DataError, UsageError
 from ..common.names import is_path
-from ..recipe import Recipe
+from ..recipe import Recipe, flag
 from ..source.checkpoint import Checkpoint
 from ..tasks.base import Alignment, Batch, Columns, Encoding, Processor, References, Task
 from ..tasks.text import is_text
@@ -161,16 +161,25 @@ def told_apart(rows: "Dataset") -> "Features":
 
 
 def _requested(recipe: Recipe, task: Task) -> dict[str, list[str]]:
-    """Columns that were asked for, by role; `text_columns` and `label_column` are other spellings of two roles."""
+    """Columns that were asked for, by role; `text_columns` and `label_column` are other spellings of two roles.
+
+    Raises:
+        UsageError: the task reads nothing in that role, or it is named in both spellings.
+    """
     found = dict(recipe.columns)
     if unknown := [role for role in found if role not in task.roles]:
         raise UsageError(
             f"columns: {', '.join(unknown)} is nothing that {task.name} reads. Expected some of: {', '.join(task.roles)}."
         )
-    if recipe.text_columns:
-        found[task.text_role] = recipe.text_columns
-    if recipe.label_column:
-        found[task.label_role] = [recipe.label_column]
+    labels = [recipe.label_column] if recipe.label_column else []
+    for key, role, names in (
+        ("text_columns", task.text_role, recipe.text_columns),
+        ("label_column", task.label_role, labels),
+    ):
+        if names and role in found:
+            raise UsageError(f"{flag(key)} and {flag('columns')} {role}=… say the same. Leave one of them out.")
+        if names:
+            found[role] = names
     return found
 
 

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from functools import cache
 from typing import Any
 
-from ..common.errors import UnsupportedError
+from ..common.errors import HfqError, UnsupportedError
 from .base import Task
 
 
@@ -23,6 +23,19 @@ def tasks() -> dict[str, type[Task]]:
     ]
     classes = [value for module in modules for value in vars(module).values() if _is_task(value, module.__name__)]
     return {task.name: task for task in sorted(classes, key=lambda task: (-len(task.__mro__), task.name))}
+
+
+def describe_tasks() -> list[dict[str, Any]]:
+    """What a user chooses from: each task's name, the Hub's, its columns by role, and its metrics, the default first."""
+    return [
+        {
+            "name": name,
+            "pipeline_tag": task.pipeline_tag,
+            "columns": dict(task.roles),
+            "metrics": _metrics(task),
+        }
+        for name, task in sorted(tasks().items())
+    ]
 
 
 def make_task(config: Mapping[str, Any], *, name: str | None = None) -> Task:
@@ -78,6 +91,14 @@ def _called(name: str) -> list[type[Task]]:
             f"Expected one of: {', '.join(tasks())}. `hfq.quantization.fit` takes any model, with a score of your own."
         )
     return found
+
+
+def _metrics(task: type[Task]) -> list[str]:
+    """Their names for a config that says nothing, which is what transformers' defaults are; none if that is no such model."""
+    try:
+        return list(task({}).metrics)
+    except (HfqError, LookupError, TypeError):
+        return []
 
 
 def _loads(auto_class: str, architectures: list[str]) -> bool:

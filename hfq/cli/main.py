@@ -1,0 +1,62 @@
+"""The process around a command: signals, libraries, and what goes wrong as one message and an exit code.
+
+Exit codes: 0 done; 1 it could not be done; 2 wrong arguments; 3 no trial met the accuracy goal; 130 interrupted.
+"""
+
+import logging
+import os
+import signal
+import sys
+
+from ..common.errors import HfqError
+from ..common.redact import guard_streams, traceback_of
+from .console import Interrupted, fail
+
+
+def main() -> None:
+    """Run the command that the arguments name."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))  # pools end theirs so
+    prepare_libraries()
+    guard_streams()
+    try:
+        from .commands import app
+
+        app()
+    except HfqError as error:
+        fail(str(error), error.exit_code)
+    except Interrupted as interrupted:
+        fail("Interrupted.", interrupted.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away: nothing left to say
+        sys.exit(1)
+    except OSError as error:
+        _debug(error)
+        fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
+    except Exception as error:  # a traceback could show a stranger's text, or a token, and helps nobody but us
+        _debug(error)
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        fail(f"Unexpected {what.rstrip('.')}. This is an error of hfq: HFQ_DEBUG=1 shows where, for a report.", 1)
+
+
+def prepare_libraries() -> None:
+    """Quieten libraries before they are imported, by their environment and loggers. What the user set there stays."""
+    quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error"}
+    quiet["DATASETS_VERBOSITY"] = "critical"  # its errors are raised too
+    if not sys.stderr.isatty():
+        quiet |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    workers = {"TOKENIZERS_PARALLELISM": "false"}  # they are forked after the tokenizer ran
+    for name, value in {**quiet, **workers}.items():
+        os.environ.setdefault(name, value)
+    for logger in ("torchao", "torch.utils._pytree"):  # transformers imports torchao, which warns of its GPU kernels
+        logging.getLogger(logger).setLevel(logging.ERROR)
+
+
+def _interrupt(number: int, _: object) -> None:
+    raise Interrupted(number)
+
+
+def _debug(error: Exception) -> None:
+    if os.environ.get("HFQ_DEBUG"):
+        sys.stderr.write(traceback_of(error))
