@@ -141,20 +141,23 @@ BAD_CHECKPOINTS: dict[str, tuple[Change, tuple[str, ...]]] = {
         ("tokenizer of", "cannot be loaded", "Download it again"),
     ),
     "for another task": (
-        edit_config(architectures=["BertForTokenClassification"]),
-        ("'token-classification'", "not supported", "Expected one of: text-classification"),
+        edit_config(architectures=["BertForNextSentencePrediction"]),
+        ("BertForNextSentencePrediction", "none of the tasks", "text-classification", "hfq.quantization.fit"),
     ),
     "of another kind of model": (
         edit_config(architectures=["T5ForConditionalGeneration"], model_type="t5"),
-        ("T5ForConditionalGeneration", "not supported", "Expected one of"),
+        ("T5ForConditionalGeneration", "none of the tasks", "text-classification"),
     ),
     "of an unknown architecture": (edit_config(architectures=["FooForBar"]), ("FooForBar", "does not know")),
     "of an unknown model type": (edit_config(model_type="foo"), ("model type `foo`", "does not recognize")),
-    "for regression": (edit_config(problem_type="regression"), ("regression", "single-label classification")),
-    "with one label": (edit_config(id2label={"0": "x"}, problem_type=None), ("one label", "classification")),
+    "for regression": (edit_config(problem_type="regression"), ("puts out 2 numbers", "regression of one")),
+    "with one label": (
+        edit_config(id2label={"0": "x"}, problem_type=None),
+        ("do not fit its config.json", "classifier"),
+    ),
     "for many labels at once": (
         edit_config(problem_type="multi_label_classification"),
-        ("multi_label_classification", "single-label classification"),
+        ("column 'label' holds", "any number of labels", "Expected lists of labels"),
     ),
     "that brings its own code": (
         edit_config(auto_map={"AutoModelForSequenceClassification": "own.Model"}),
@@ -168,8 +171,6 @@ UNSUPPORTED = (  # whole, and wrong for the command
     "of another kind of model",
     "of an unknown architecture",
     "for regression",
-    "with one label",
-    "for many labels at once",
 )
 
 
@@ -282,7 +283,7 @@ def test_refuses_names_that_the_dataset_does_not_have(
         (
             "lists.jsonl",
             b'{"text": "a", "label": [1, 0]}\n{"text": "b", "label": [0, 1]}\n',
-            ("'label' holds", "single-label"),
+            ("'label' holds", "--task multi-label-classification"),
         ),
         ("types.jsonl", b'{"text": "a", "label": 0}\n{"text": 2, "label": 1}\n', ("Row 1", "has 2", "and not a text")),
         ("floats.csv", b"text,label\na,0.5\nb,1.0\n", ("['0.5', '1.0']", "0=ham, 1=spam", "--label-column")),
@@ -320,13 +321,17 @@ def test_says_where_it_looked_when_no_dataset_is_known(cwd: Path) -> None:
         ["--timeout", "-1"],
         ["--max-length", "1"],
         ["--seed", "99999999999999999999"],
-        ["--metric", "bleu"],
     ],
     ids=" ".join,
 )
 def test_refuses_a_value_by_its_flag(flags: list[str], cwd: Path, data: Path) -> None:
     done = forkserver().hfq("quantize", CHECKPOINT, "--dataset", data, *flags, cwd=cwd)
     refused(done, flags[0], "should be", flags[1], code=2)
+
+
+def test_refuses_a_metric_that_the_task_has_not(cwd: Path, data: Path) -> None:
+    done = forkserver().hfq("quantize", CHECKPOINT, "--dataset", data, "--metric", "bleu", cwd=cwd)
+    refused(done, "--metric bleu", "text-classification", "Expected one of: accuracy, f1", code=2)
 
 
 def test_refuses_more_tokens_than_the_model_takes(cwd: Path, data: Path) -> None:

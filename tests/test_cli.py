@@ -180,7 +180,7 @@ def test_warns_when_the_float_model_is_no_better_than_the_majority(outliers: Pat
     rows = (data / "train.csv").read_text().splitlines(keepends=True)
     (data / "validation.csv").write_text("".join([rows[0], *(row for row in rows if row.endswith(",0\n"))]))
     done = forkserver().hfq("quantize", outliers, "--dataset", data, *MISSES, cwd=tmp_path)
-    assert "! The float model is right on" in done.err
+    assert "! The float model's accuracy is" in done.err
     assert "no better than always answering the most common label (1.0000)" in done.err
 
 

@@ -71,7 +71,7 @@ class MultiLabelClassification(SequenceTask):
         rows = [row for split in splits for row in split[column] if row is not None]
         if not all(isinstance(row, list | tuple) for row in rows):
             raise DataError(
-                f"Column {column!r} holds {next(row for row in rows if not isinstance(row, list | tuple))!r}, and this "
+                f"The column {column!r} holds {next(row for row in rows if not isinstance(row, list | tuple))!r}, and this "
                 f"checkpoint gives any number of labels. Expected {FORMS}."
             )
         if rows and all(self._is_multi_hot(row) for row in rows):

@@ -67,7 +67,7 @@ def texts(rows: "Dataset", column: str, *, flag: str = "--text-column") -> list[
     for row, value in enumerate(found):
         if not isinstance(value, str):
             raise DataError(
-                f"Row {row} (from 0) of split {rows.split or 'given'} has {value!r} in column {column!r}, and not a text. "
+                f"Row {row} (from 0) of split {str(rows.split or 'given')!r} has {value!r} in column {column!r}, and not a text. "
                 f"Mend or remove such rows, or name another column with {flag}."
             )
     return found
