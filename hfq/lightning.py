@@ -3,7 +3,6 @@
 Evaluations are `trainer.validate` or `trainer.test`, so DDP and other strategies evaluate on many devices or hosts.
 """
 
-import copy
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
+from .common.copies import deep_copy
 from .config import PostTrainingQuantConfig
 from .quantization import fit
 
@@ -125,7 +125,7 @@ class QuantizeOnFitEnd(Callback):
         def evaluate(model: LightningModule) -> float:
             return logged(evaluator.validate(model=model, dataloaders=validation, verbose=False), self.metric)
 
-        module = copy.deepcopy(trained).cpu()
+        module = deep_copy(trained).cpu()
         module._metric_attributes = None  # metrics by id, of a fit that is not over: the copy's have other ids
         self.quantized = _fit(module, trainer.train_dataloader or validation, evaluate, self.conf)
         self.quantized.save(self.output)

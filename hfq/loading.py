@@ -1,11 +1,11 @@
 """`hfq.load`: an int8 checkpoint with int8 kernels, its class chosen by its task, or given as a float skeleton."""
 
-import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from .common.copies import deep_copy
 from .common.errors import SourceError, UnsupportedError, UsageError
 from .common.memory import checkpoint_files, return_freed_memory
 from .runtime.fusion.fuse import finish_fusing, fuse
@@ -98,7 +98,7 @@ def _fill(skeleton: nn.Module, checkpoint: Checkpoint) -> nn.Module:
     config = QuantizationConfig.model_validate(settings) if settings else None
     if config is None or not is_int8(config):
         raise UnsupportedError(f"{checkpoint.path} is not an int8 checkpoint that hfq can run.")
-    model = copy.deepcopy(skeleton).eval().requires_grad_(False)
+    model = deep_copy(skeleton).eval().requires_grad_(False)
     part = transformers_part(model)
     if part is not None and "hfq_module" not in checkpoint.config:
         model.set_submodule(part, _fill(model.get_submodule(part), checkpoint))

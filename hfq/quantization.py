@@ -3,7 +3,6 @@
 The command line's pipeline starts from a checkpoint and a dataset; here the user brings both as objects.
 """
 
-import copy
 import tempfile
 import time
 import warnings
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from .common.copies import deep_copy
 from .common.errors import GoalNotMetError, HfqError
 from .common.memory import weights_left_in_file
 from .common.ui import Reporter
@@ -121,7 +121,7 @@ def fit(
 def _in_float32(model: nn.Module) -> nn.Module:
     """`model`, or a copy of it in float32: int8 layers have float32 scales, and so does the folder that is saved."""
     half = any(tensor.dtype in HALF for tensor in [*model.parameters(), *model.buffers()])
-    return copy.deepcopy(model).float() if half else model
+    return deep_copy(model).float() if half else model
 
 
 def _widened(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -69,10 +69,23 @@ class LSTMHead(nn.Module):
         return self.head(self.lstm(self.embedding(ids))[0][:, -1])
 
 
+class Normed(nn.Module):
+    """With the `weight_norm` whose weight is a tensor that has a gradient's history, which Python cannot copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.utils.weight_norm(nn.Conv1d(6, 16, 3, padding=1))
+        self.hidden, self.head = nn.Linear(16, 48), nn.Linear(48, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.hidden(torch.relu(self.conv(x)).mean(-1))))
+
+
 MODELS: dict[str, tuple[type[nn.Module], Callable[[], Tensor], set[str]]] = {
     "mlp": (MLP, lambda: torch.randn(96, 12), {"first", "second"}),
     "cnn": (CNN, lambda: torch.randn(48, 3, 8, 8), {"conv1", "conv2", "fc"}),
     "conv1d": (Sequence1d, lambda: torch.randn(48, 6, 10), {"conv"}),
+    "weight_norm": (Normed, lambda: torch.randn(48, 6, 10), {"hidden"}),
     "lstm": (LSTMHead, lambda: torch.randint(0, 30, (48, 7)), {"embedding", "head"}),
 }
 

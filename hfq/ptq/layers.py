@@ -1,6 +1,5 @@
 """Which layers of a model can run in int8, and why the others cannot."""
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
@@ -11,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..common.copies import deep_copy
 from ..common.errors import UnsupportedError
 from ..common.memory import weights_left_in_file
 from .inputs import Batch
@@ -39,7 +39,7 @@ class Quantizable:
 def twin(model: nn.Module) -> nn.Module:
     """A copy whose parameters and buffers are the model's own tensors: replace them in it, never write to them."""
     tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, memo={id(tensor): tensor for tensor in tensors})
+    return deep_copy(model, shared={id(tensor): tensor for tensor in tensors})
 
 
 def linear(model: nn.Module, name: str) -> nn.Linear:
