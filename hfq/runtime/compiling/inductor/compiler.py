@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from ...fusion import attention
 from ...int8.known_forward import KnownForward
 from ...int8.linear import Int8Linear, compiling_ahead
+from .. import operations  # noqa: F401 - operations are registered
 from ..graphs import FACTS, LIBRARY, REFUSED, digest, dynamic_axes
 from ..skeleton import put_together
 
