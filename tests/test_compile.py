@@ -17,6 +17,7 @@ import torch
 from models import int8_linears, logits, quantized, relative_error, tiny, token_batches
 from torch._dynamo.utils import counters
 from transformers import AutoModel, BertForSequenceClassification, ViTConfig, ViTForImageClassification
+from transformers.models.bert.modeling_bert import BertPooler
 
 import hfq
 from hfq.runtime.compiling import compile as compiling
@@ -61,6 +62,12 @@ def with_large_weights(model: Any) -> Any:
     """Sums of products as large as they can be: codes that round another way count for more."""
     for layer in int8_linears(model).values():
         layer.weight.copy_(layer.weight.sign() * 127)
+    return model
+
+
+def with_large_head(model: Any) -> Any:
+    """Answers far from zero, and from each other."""
+    torch.nn.init.normal_(model.classifier.weight)
     return model
 
 
@@ -209,6 +216,47 @@ def test_a_class_of_the_users_own_is_compiled_in_each_process(cache: Path) -> No
         assert relative_error(logits(model, [batch]), expected) < 1e-3
     assert counters["stats"]["unique_graphs"] == 1
     assert not kept(cache)
+
+
+@needs_compiler
+@pytest.mark.skipif(not matmuls_are_compiled(), reason="no graph is compiled ahead here")
+def test_a_graph_that_answers_otherwise_than_the_model_is_never_used(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other processes compile a class as its package has it, so what is changed here makes two of it."""
+    forward = BertPooler.forward
+    monkeypatch.setattr(BertPooler, "forward", lambda *args, **kwargs: -forward(*args, **kwargs))
+    (batch,) = cut(BATCHES[0], (3, 7))
+    for _ in range(2):  # in the first process, and in those that find what it kept
+        model = with_large_head(quantized(tiny(num_hidden_layers=1), Candidate("static"), BATCHES))
+        fuse(model)
+        before = logits(model, [batch])
+        model = hfq.compile(model)
+        with pytest.warns(UserWarning, match="BertForSequenceClassification runs uncompiled.* differently") as said:
+            assert torch.equal(logits(model, [batch, batch]), torch.cat([before, before]))
+        assert len(said) == 1
+    assert not kept(cache)
+    assert len(list(cache.glob("*/*/wrong.txt"))) == 1
+    assert not counters["stats"]
+
+
+class TwoFaced(OwnModel):
+    """Compiled, it is another model."""
+
+    def forward(self, **inputs: Any) -> Any:
+        answer = super().forward(**inputs)
+        return type(answer)(logits=-answer.logits) if torch.compiler.is_dynamo_compiling() else answer
+
+
+@needs_compiler
+def test_what_this_process_compiles_is_compared_with_the_model_too(cache: Path) -> None:
+    model: Any = with_large_head(TwoFaced(tiny(num_hidden_layers=1).config).eval())
+    (batch,) = cut(BATCHES[0], (3, 7))
+    before = logits(model, [batch])
+    model = hfq.compile(model)
+    with pytest.warns(UserWarning, match="TwoFaced runs uncompiled.* differently") as said:
+        assert torch.equal(logits(model, [batch, batch]), torch.cat([before, before]))
+    assert sum("differently" in str(warning.message) for warning in said) == 1
 
 
 @needs_compiler

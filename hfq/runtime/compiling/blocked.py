@@ -6,6 +6,8 @@ On x86 without VNNI, where oneDNN is not exact and the portable kernel multiplie
 codes as 16-bit integers: exact, and one and a half times as fast.
 """
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -106,6 +108,12 @@ class BlockedMatmul:
         if self.output_codes is not None:
             return torch.ops.hfq.quantize(y, self.output_codes)
         return y.to(self.dtype if x.dtype == torch.uint8 else x.dtype)
+
+    def alone(self, x: Tensor) -> Tensor:
+        """float `[.., out]`, whatever it is to be for others: in a model whose layers do not do each other's work."""
+        plain = copy.copy(self)
+        plain.output_codes = None
+        return plain(x, None)
 
     def unpack(self) -> Tensor:
         """int8 `[out, in]`, for a model that looks at its weight, as T5 does."""

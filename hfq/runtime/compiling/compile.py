@@ -11,7 +11,7 @@ import shutil
 import sys
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +25,8 @@ from ..fusion.slicing import TOKENS, is_token_batch
 from ..int8.known_forward import enter
 from ..int8.linear import pack_all
 from .blocked import lay_out, lay_out_for_kernels
-from .graphs import CompilerError, Graphs, dynamic_axes
+from .difference import differs
+from .graphs import CompilerError, Graphs, WrongAnswerError, dynamic_axes, said
 
 Model = TypeVar("Model", bound=nn.Module)
 SIZES = 4  # of images that a model is compiled for, a minute each; others run uncompiled
@@ -126,24 +127,26 @@ class _Compiled:
         graphs = self._graphs
         graph = graphs.find(names, stacked) if graphs else None
         if graph is None and graphs and graphs.may_make(names, stacked):
-            # An input that the model refuses ends in the check.
-            check = functools.partial(self.eager, *args, **kwargs) if self._compiler else None
+            eager = functools.partial(self._eager_of, names) if self._compiler else None
             try:
-                graph = graphs.make(names, stacked, before_compiling=check)
-            except CompilerError as error:
+                graph = graphs.make(names, stacked, eager=eager)
+            except (CompilerError, WrongAnswerError) as error:
                 self._give_up(error)
         if graph is not None:
             return graph(stacked)
         if not self._compiler:
             return self.eager(*args, **kwargs)
         if self._in_process is None:
-            self._in_process = _InProcess(self._own)
+            self._in_process = _InProcess(self._own, self._eager_of)
         try:
             return self._in_process(names, stacked)
         except Exception as error:  # any of torch's
             answer = self.eager(*args, **kwargs)  # which says what is wrong with the inputs, if that is it
             self._give_up(error)
             return answer
+
+    def _eager_of(self, names: tuple[str, ...], stacked: Tensor) -> Any:
+        return self.eager(**dict(zip(names, stacked.unbind(), strict=True)))
 
     def _has_padding(self, ids: Tensor) -> bool:
         """Whether some are those of padding, from which a few models make a mask of their own."""
@@ -156,15 +159,17 @@ class _Compiled:
         if self._graphs is None or not self._graphs.has_loaded():
             self._graphs = None
             lay_out_for_kernels(self._model)
-        warnings.warn(f"hfq.compile failed: the model runs uncompiled, with the same answers. {error}", stacklevel=4)
+        name = type(self._model).__name__
+        warnings.warn(f"hfq.compile failed: {name} runs uncompiled, with its own answers. {error}", stacklevel=4)
 
 
 class _InProcess:
-    """torch.compile of a forward, with what it sees as constants (freezing)."""
+    """torch.compile of a forward, with what it sees as constants (freezing). `eager` is what it is to answer as."""
 
-    def __init__(self, forward: Any) -> None:
+    def __init__(self, forward: Any, eager: Callable[[tuple[str, ...], Tensor], Any]) -> None:
         _keep_on_disk()
         self._own = forward
+        self._eager = eager
         # Guards on modules would be checked at each call, for a tenth of the time that a single input takes.
         guards: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
         self._compiled = torch.compile(self._unstacked, options=guards)
@@ -172,12 +177,36 @@ class _InProcess:
     def __call__(self, names: tuple[str, ...], stacked: Tensor) -> Any:
         # Frozen weights are ordinary tensors, and inference mode would hand the compiler something else.
         with torch.inference_mode(False), torch.no_grad(), _settings():
-            for dimension in dynamic_axes(stacked):
-                torch._dynamo.maybe_mark_dynamic(stacked, dimension)
-            return self._compiled(names, stacked)
+            frames = _compiled_frames()
+            answer = self._run(names, stacked)
+            if _compiled_frames() != frames:
+                self._check(names, stacked)
+            return answer
+
+    def _run(self, names: tuple[str, ...], stacked: Tensor) -> Any:
+        for dimension in dynamic_axes(stacked):
+            torch._dynamo.maybe_mark_dynamic(stacked, dimension)
+        return self._compiled(names, stacked)
+
+    def _check(self, names: tuple[str, ...], stacked: Tensor) -> None:
+        """See that what was just compiled is right.
+
+        Raises:
+            WrongAnswerError: it is not.
+        """
+        compiled, eager = functools.partial(self._run, names), functools.partial(self._eager, names)
+        difference = differs(compiled, eager, stacked)
+        if difference is not None:
+            raise WrongAnswerError(said(difference))
 
     def _unstacked(self, names: tuple[str, ...], inputs: Tensor) -> Any:
         return self._own(**dict(zip(names, inputs.unbind(), strict=True)))
+
+
+def _compiled_frames() -> int:
+    from torch._dynamo.utils import counters
+
+    return counters["frames"]["ok"]
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,13 @@ from ...common.version import __version__
 from ..fusion.attention import compiles_to_bfloat16, is_compiled
 from ..int8.linear import packed_linears
 from ..kernels.native import machine, take_tensors
+from .difference import Forward, differs
 from .skeleton import stand_in, take_apart
 
 LIBRARY = "graph.so"
 FACTS = "graph.json"
 REFUSED = "refused.txt"
+WRONG = "wrong.txt"
 MOST = 4  # graphs for one kind of input; each is right where its conditions hold, which lengths and batches may decide
 _COMPILING = threading.Lock()
 _log = logging.getLogger(__name__)
@@ -41,6 +43,10 @@ _log = logging.getLogger(__name__)
 
 class CompilerError(Exception):
     """What compiles has failed, which says nothing about the model: a broken compiler, a full disk."""
+
+
+class WrongAnswerError(Exception):
+    """What was compiled, here or in a process before, does not answer as the model does."""
 
 
 class Graphs:
@@ -87,16 +93,16 @@ class Graphs:
         """Whether nothing was found yet that keeps such inputs from having a graph."""
         return _kind(names, inputs) not in self._refused
 
-    def make(
-        self, names: Sequence[str], inputs: Tensor, *, before_compiling: Callable[[], object] | None
-    ) -> "Graph | None":
+    def make(self, names: Sequence[str], inputs: Tensor, *, eager: Forward | None) -> "Graph | None":
         """Load or compile a graph for `inputs`. None if it cannot be.
 
         Args:
-            before_compiling: raises if `inputs` are not worth it. None: nothing can be compiled.
+            eager: the model itself, whose answers a new graph has to have; raises if `inputs` are not worth one.
+                None: nothing can be compiled.
 
         Raises:
             CompilerError: it may be another time.
+            WrongAnswerError: it may not, and is only said once.
         """
         kind = _kind(names, inputs)
         with _COMPILING:
@@ -105,12 +111,14 @@ class Graphs:
                 loaded = self._loaded.setdefault(kind, [])
                 folder = self.folder / "-".join(map(str, (*kind, len(loaded))))
                 found = self._load(folder)
-                if found is None and before_compiling and len(loaded) < MOST and not folder.exists():
-                    before_compiling()
-                    self._compile(names, inputs, folder)
+                if found is None and eager and len(loaded) < MOST and not folder.exists():
+                    eager(inputs.clone())
+                    self._compile(names, inputs, folder, eager=eager)
                     found = self._load(folder)
                 if found is None:
                     self._refused.add(kind)
+                    if (folder / WRONG).exists():
+                        raise WrongAnswerError((folder / WRONG).read_text(encoding="utf-8"))
                 else:
                     loaded.append(found)
                     graph = self.find(names, inputs)
@@ -120,7 +128,7 @@ class Graphs:
         """The graph in `folder`; None if there is none."""
         if (folder / REFUSED).exists():
             _log.info("Not compiled ahead: %s", (folder / REFUSED).read_text(encoding="utf-8"))
-        elif folder.exists():
+        elif folder.exists() and not (folder / WRONG).exists():
             try:
                 return Graph(folder, self._tensors)
             except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
@@ -130,8 +138,8 @@ class Graphs:
                 _log.warning("%s is not used: %s", folder, error)
         return None
 
-    def _compile(self, names: Sequence[str], inputs: Tensor, folder: Path) -> None:
-        """Have another process compile into `folder`, which appears whole or not at all.
+    def _compile(self, names: Sequence[str], inputs: Tensor, folder: Path, *, eager: Forward) -> None:
+        """Have another process compile into `folder`, which appears whole and seen to be right, or not at all.
 
         Raises:
             CompilerError: it does not appear.
@@ -149,6 +157,7 @@ class Graphs:
                 made = Path(unfinished) / "graph"
                 made.mkdir()
                 self._run_compiler({**request, "folder": str(made)})
+                self._check_answers(made, inputs, eager)
                 try:
                     made.rename(folder)
                 except OSError:
@@ -156,6 +165,23 @@ class Graphs:
                         raise
         except OSError as error:
             raise CompilerError(str(error)) from error
+
+    def _check_answers(self, folder: Path, inputs: Tensor, eager: Forward) -> None:
+        """Leave a sentence in place of a graph that answers other things than the model.
+
+        Raises:
+            CompilerError: it does not answer.
+        """
+        if not (folder / FACTS).exists():  # it is refused
+            return
+        try:
+            difference = differs(Graph(folder, self._tensors), eager, inputs)
+        except RuntimeError as error:
+            raise CompilerError(str(error)) from error
+        if difference is not None:
+            (folder / FACTS).unlink()
+            (folder / LIBRARY).unlink()
+            (folder / WRONG).write_text(said(difference), encoding="utf-8")
 
     def _run_compiler(self, request: dict[str, Any]) -> None:
         # It is to find the modules that this process found, and none in the folder that the user is in.
@@ -227,6 +253,14 @@ class Graph:
             message = ctypes.c_char_p()
             self._library.AOTInductorGetLastError(ctypes.byref(message))
             raise RuntimeError(f"A compiled graph failed: {(message.value or b'').decode(errors='replace')}")
+
+
+def said(difference: float) -> str:
+    """Why what was compiled is not used."""
+    return (
+        f"Compiled, it answers differently, by {difference:.2g} of its answers' size: "
+        "the compiler is wrong, or a program changed the model's code while it runs."
+    )
 
 
 def digest(folder: Path, conditions: list[str], outputs: str) -> str:
