@@ -277,9 +277,14 @@ def _serve() -> None:
     import matplotlib.backends.backend_agg
     import matplotlib.figure  # noqa: F401
     from optimum.commands.optimum_cli import main as optimum_cli
-    from optimum.exporters.tasks import TasksManager  # noqa: F401
+    from torchmetrics import functional  # noqa: F401
     from transformers import AutoTokenizer, BertForSequenceClassification  # noqa: F401
 
+    import hfq.measure.validation
+    import hfq.pipeline  # noqa: F401
+    from hfq.tasks.registry import tasks
+
+    tasks()
     gc.freeze()  # or each fork would copy all that was imported, to look for garbage in it
     answers = os.dup(1)
     if len(sys.argv) > 1:
