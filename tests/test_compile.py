@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from models import int8_linears, logits, quantized, relative_error, tiny, token_batches
 from torch._dynamo.utils import counters
 from transformers import AutoModel, BertForSequenceClassification, ViTConfig, ViTForImageClassification
@@ -273,6 +274,28 @@ def test_what_is_unusual_runs_as_it_did(cache: Path) -> None:
     assert torch.equal(model(input_ids=ids).logits, trained)  # with gradients
     assert not kept(cache)
     assert "attention_mask" in inspect.signature(model.forward).parameters
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "why"),
+    [
+        (
+            "Wav2Vec2",
+            {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32},
+            "input_values",
+        ),
+        (
+            "T5",
+            {"d_model": 32, "num_layers": 1, "num_heads": 2, "d_kv": 16, "d_ff": 32, "vocab_size": 50},
+            "its decoder",
+        ),
+    ],
+)
+def test_what_would_gain_nothing_is_said_at_once(family: str, sizes: dict[str, Any], why: str) -> None:
+    config = getattr(transformers, f"{family}Config")(**sizes)
+    model = getattr(transformers, f"{family}Model")(config).eval()
+    with pytest.warns(UserWarning, match=f"leaves {family}Model as it is.*{why}"):
+        assert hfq.compile(model) is model
 
 
 def test_without_a_compiler_the_model_is_returned_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,12 @@ def compile(model: Model) -> Model:
     Example:
         >>> model = hfq.compile(hfq.load("me/bert-mrpc-int8"))
     """
+    if (why := _without_gain(model)) is not None:
+        warnings.warn(
+            f"hfq.compile leaves {type(model).__name__} as it is: {why}. Its outputs and its speed are the same as before.",
+            stacklevel=2,
+        )
+        return model
     finish_fusing(model)
     forward = enter(model, known_of(model))
     if forward.compiled is not None:
@@ -67,6 +73,21 @@ def compile(model: Model) -> Model:
     return_freed_memory()  # what packing left: activations of compiled code mostly do not fit into it
     forward.compiled = _Compiled(model, forward.forward, graphs=graphs, compiler=compiler)
     return model
+
+
+def _without_gain(model: nn.Module) -> str | None:
+    """Why nothing that this model is called with would be compiled; None if something may be."""
+    name = getattr(model, "main_input_name", TOKENS[0])
+    config = getattr(model, "config", None)
+    if name not in (TOKENS[0], "pixel_values"):
+        return f"it takes {name}, and inputs that are compiled are plain tokens or images"
+    if getattr(config, "is_encoder_decoder", False):
+        return (
+            "it takes tokens for its encoder and for its decoder, and inputs that are compiled are plain tokens alone"
+        )
+    if hasattr(config, "text_config") and hasattr(config, "vision_config"):
+        return "it takes tokens and images together; each of its two towers can be compiled by itself"
+    return None
 
 
 class _Compiled:
@@ -137,6 +158,11 @@ class _Compiled:
         if not self._compiler:
             return self.eager(*args, **kwargs)
         if self._in_process is None:
+            warnings.warn(
+                f"hfq.compile compiles {type(self._model).__name__} for this process alone, and anew in each, which may "
+                "take minutes: it, or what it puts out, is of a class that cannot be kept.",
+                stacklevel=4,
+            )
             self._in_process = _InProcess(self._own, self._eager_of)
         try:
             return self._in_process(names, stacked)
