@@ -39,7 +39,7 @@ def optimum_cli(*arguments: object, cwd: Path) -> Done:
 
 def without_figures(text: str) -> list[str]:
     """Lines of progress, without those of the closing table that were measured by a clock."""
-    return [line for line in text.splitlines() if not line.startswith((" Duration", " Peak memory"))]
+    return [line for line in text.splitlines() if not line.startswith((" Duration", " Peak memory", " Throughput"))]
 
 
 def report(folder: Path) -> dict[str, Any]:
