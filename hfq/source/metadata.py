@@ -56,7 +56,7 @@ def read_card(path: Path) -> dict[str, Any]:
         return {}
     try:
         check_yaml(block[2])
-        found = yaml.load(block[2], Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        found = yaml.load(block[2], Loader=_Loader)  # noqa: S506  # nosec B506 - a SafeLoader
     except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError) as error:
         raise ValueError(" ".join(str(error).split())[:200]) from error
     if found is None:
