@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from datasets import Dataset, DatasetDict
 
@@ -100,3 +101,11 @@ def test_says_why_the_files_of_a_folder_do_not_fit(rows: dict[str, Any], reason:
     with pytest.raises(DataError) as caught:
         read(tmp_path)
     assert reason in str(caught.value)
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "validation.csv").write_text("text,label\na,0\n")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(DataError, match=r"cache, which cannot be written.*Set HF_HOME"):
+        load_splits(str(tmp_path / "validation.csv"), None, token=None)

@@ -65,10 +65,28 @@ def load_splits(name: str, subset: str | None, *, token: str | None) -> "tuple[D
                 raise DataError(
                     f"The Hub could not be reached for dataset {name}: {_reason(cause)}. Check the network."
                 ) from error
+            if _is_of_cache(cause):
+                raise DataError(
+                    f"Dataset {name} is prepared in the cache, which cannot be written: {_reason(cause)}. Set HF_HOME to a "
+                    "folder that can."
+                ) from error
         raise DataError(
             f"Dataset {name} cannot be loaded: {_reason(error)}. "
             "Expected a Hub id, a folder, or a CSV, JSON or Parquet file, of rows with text and label."
         ) from error
+
+
+def _is_of_cache(error: BaseException) -> bool:
+    """Whether this is a file that could not be made or written where datasets and the Hub's client keep theirs."""
+    import datasets
+    from huggingface_hub import constants
+
+    path = getattr(error, "filename", None)
+    if not isinstance(error, OSError) or isinstance(error, FileNotFoundError) or not isinstance(path, str):
+        return False
+    homes = (datasets.config.HF_DATASETS_CACHE, constants.HF_HOME, constants.HF_HUB_CACHE)
+    inside = [Path(path).is_relative_to(home) or Path(home).is_relative_to(path) for home in map(Path, homes)]
+    return any(inside)
 
 
 def _load_from_hub(name: str, subset: str | None, token: str | None) -> "tuple[DatasetDict, str | None]":
