@@ -87,7 +87,7 @@ def test_every_command_can_be_run(path: Path, tmp_path: Path) -> None:
         elif program.startswith("python"):
             _check_flags(arguments, _python_help(*_script(arguments), folder=tmp_path))
         elif program != "run":  # .ci/run, whose path was looked at
-            assert program in ("ruff", "mypy"), f"Say here what checks {shlex.join(words)}"
+            assert program in ("ruff", "mypy", "lint-imports"), f"Say here what checks {shlex.join(words)}"
             tool = [str(Path(sys.executable).with_name(program)), *arguments[:1], "--help"]
             done = subprocess.run(tool, capture_output=True, text=True, cwd=tmp_path)
             assert done.returncode == 0, done.stderr

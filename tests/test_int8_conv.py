@@ -332,7 +332,7 @@ def test_conv1d_survives_copies_and_loads(kernel: str, approach: str) -> None:
 
 CHILD = """
 import sys, torch
-from hfq.runtime.conv import runs_onednn
+from hfq.runtime.int8.conv import runs_onednn
 layers, x = torch.load(sys.argv[1], weights_only=False)
 torch.save([layer(x) for layer in layers], sys.argv[1])
 print(runs_onednn())

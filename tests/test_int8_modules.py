@@ -291,7 +291,7 @@ def test_unknown_isa_is_a_usage_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
 CHILD = """
 import sys, torch
-from hfq.runtime.selection import select_kernel
+from hfq.runtime.kernels.selection import select_kernel
 layers, x = torch.load(sys.argv[1], weights_only=False)
 torch.save([layer(x) for layer in layers], sys.argv[1])
 print(select_kernel().name)

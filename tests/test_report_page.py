@@ -11,6 +11,7 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from hfq.common.errors import SourceError
+from hfq.common.names import PLOT_FILES
 from hfq.report import plots
 from hfq.report.card import render_card
 from hfq.report.page import render_page
@@ -78,7 +79,7 @@ def test_nothing_overflows_on_a_phone_or_on_a_desk(light: Seen) -> None:
 @needs_browser
 def test_nothing_is_asked_for_and_the_console_stays_empty(light: Seen, dark: Seen) -> None:
     pages = {f"/{name}.html" for name in ("look", "met", "missed", "bare", "hostile", "card")}
-    assert light.asked - {"/favicon.ico"} == pages | {f"/{path}" for path in plots.PLOT_FILES}
+    assert light.asked - {"/favicon.ico"} == pages | {f"/{path}" for path in PLOT_FILES}
     assert all(seen["requests"] == [] for name, seen in light.frames.items() if name != "card")
     for seen in (light, dark):
         assert [line.split('"')[1] for line in seen.console if "favicon" not in line] == ["looked"]
@@ -94,7 +95,16 @@ def test_the_verdict_and_the_figures_are_there_to_read(light: Seen) -> None:
     )
     report = make_report()
     for words in (
-        *("0.8211", "0.8186", "0.8012", "0.8006", "3.57×", "within noise", "[-0.64, +0.52]", "never seen in tuning"),
+        *(
+            "0.8211",
+            "0.8186",
+            "0.8012",
+            "0.8006",
+            "3.57×",
+            "within noise",
+            "[-0.64 points, +0.52 points]",
+            "never seen in tuning",
+        ),
         *("static-minmax", "encoder.0.q", "4.6 %", "Calibrated on", "100 samples of train", "Xeon", "2.13.0"),
         *(report.warnings[0], report.command, report.checkpoint.revision),
     ):

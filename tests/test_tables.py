@@ -183,5 +183,5 @@ def test_labels_of_a_table_become_the_models_ids(kind: str, tmp_path: Path) -> N
     task = TextClassification({"id2label": dict(enumerate(names))})
     recipe = Recipe(checkpoint=str(CHECKPOINT), dataset=str(file))
     data = load_task_data(checkpoint, recipe, task=task, recipes=tmp_path, token=None)
-    assert data.info.text_columns == ["text"]
-    assert data.evaluation.labels == expected
+    assert data.info.columns["text"] == ["text"]
+    assert data.evaluation.references == expected

@@ -87,6 +87,7 @@ class Task(ABC):
     auto_class: ClassVar[str]  # transformers' class that loads the model
     pipeline_tag: ClassVar[str]  # the Hub's name of the task, and that of transformers' pipeline
     roles: ClassVar[Mapping[str, str]]  # what its columns are, and what each holds
+    example: ClassVar[Mapping[str, Any]] = {}  # what a checkpoint's config says, for `hfq tasks`
     text_role: ClassVar[str] = "text"  # the role that --text-column names
     label_role: ClassVar[str] = "label"  # the role that --label-column names
 

@@ -94,9 +94,9 @@ def _called(name: str) -> list[type[Task]]:
 
 
 def _metrics(task: type[Task]) -> list[str]:
-    """Their names for a config that says nothing, which is what transformers' defaults are; none if that is no such model."""
+    """Their names for a config such as the task's checkpoints have; none if that is no such model."""
     try:
-        return list(task({}).metrics)
+        return list(task(task.example).metrics)
     except (HfqError, LookupError, TypeError):
         return []
 

@@ -43,6 +43,7 @@ class TokenClassification(TextTask):
         "tokens": "words, a list for each example",
         "tags": "their tags, a list of the same length: names, ids or ClassLabel",
     }
+    example: ClassVar[Mapping[str, Any]] = {"id2label": {"0": "O", "1": "B-ENTITY"}}
     text_role: ClassVar[str] = "tokens"
     label_role: ClassVar[str] = "tags"
 
