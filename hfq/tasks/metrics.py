@@ -41,16 +41,11 @@ class Torchmetric(Metric):
         label: str,
         name: str,
         given: Callable[[Outputs, References], tuple[Tensor, Tensor]],
-        *,
-        higher_is_better: bool = True,
-        in_points: bool = True,
         **settings: Any,
     ) -> None:
         self.label = label
         self.name = name
         self.given = given
-        self.higher_is_better = higher_is_better
-        self.in_points = in_points
         self.settings = settings
 
     def score(self, outputs: Outputs, references: References) -> float:
