@@ -2,11 +2,14 @@
 
 from typing import Any
 
+import pytest
 import torch
 from models import quantized, relative_error, token_batches
 from torch import Tensor, nn
 from transformers import BigBirdConfig, BigBirdForSequenceClassification
 
+from hfq.config import PostTrainingQuantConfig
+from hfq.quantization import fit
 from hfq.runtime.fusion.fuse import fuse
 from hfq.runtime.fusion.snapshot import trial
 from hfq.tuning.candidates import Candidate
@@ -26,6 +29,16 @@ def test_a_model_that_gives_up_sparse_attention_for_short_texts_keeps_it() -> No
         assert type(model.bert.encoder.layer[0].attention.self).__name__ == "BigBirdBlockSparseAttention"
         assert relative_error(model(**batches[0]).logits, before) < 0.02
         assert sum(layer.shared_matmul is not None for layer in model.modules() if hasattr(layer, "shared_matmul")) == 6
+
+
+def test_fit_without_data_leaves_sparse_attention_to_the_model_and_to_what_it_makes() -> None:
+    """It looks at both with a short example of transformers' own."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = BigBirdConfig(**sizes, vocab_size=200, max_position_embeddings=256, block_size=4, num_random_blocks=1)
+    model = BigBirdForSequenceClassification(config).eval()
+    with pytest.warns(UserWarning, match="without tuning"):
+        int8 = fit(model, PostTrainingQuantConfig(approach="dynamic"))
+    assert [m.bert.attention_type for m in (model, int8)] == ["block_sparse", "block_sparse"]
 
 
 class Counting(nn.Module):

@@ -5,8 +5,10 @@ A fold is a layer whose output channels feed only Linear layers, through operati
 consumers' columns by the same factors then leaves the float model as it was.
 """
 
+import io
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +48,7 @@ class Fold:
 def find_folds(model: nn.Module, batch: Batch, linears: tuple[str, ...]) -> list[Fold]:
     """Folds whose consumers are all among `linears`. A model that cannot be exported has none."""
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):  # it prints the graph of what it cannot export
             warnings.simplefilter("ignore")
             graph = torch.export.export(model, (), dict(batch), strict=False)
     except Exception:  # torch.export raises whatever the model's own code or its tracer raises

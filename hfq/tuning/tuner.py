@@ -16,6 +16,7 @@ from ..ptq.inputs import Batch, head
 from ..ptq.layers import find_quantizable, linear
 from ..ptq.scheme import Plan
 from ..runtime.fusion.fuse import fuse
+from ..runtime.fusion.snapshot import trial
 from ..runtime.int8.linear import memory_mib, state_mib
 from .candidates import Candidate, Space
 from .goal import Goal
@@ -115,12 +116,13 @@ def prepare(
     `example`: what the graph is traced with; the first batch when absent.
     """
     first = example or (batches[0] if batches else None)
-    layers = find_quantizable(
-        model, first, first=options.quantize_first, last=options.quantize_last, asked_for=options.wants_int8
-    )
-    folds = find_folds(model, head(first, TRACED), layers.layers) if first and options.alphas else []
-    return_freed_memory()
-    statistics = calibrate(model, layers.layers, batches, track=lambda b: ui.track(b, text="calibrating"))
+    with trial(model):  # examples may be made up, and some models change themselves for good by what they are given
+        layers = find_quantizable(
+            model, first, first=options.quantize_first, last=options.quantize_last, asked_for=options.wants_int8
+        )
+        folds = find_folds(model, head(first, TRACED), layers.layers) if first and options.alphas else []
+        return_freed_memory()
+        statistics = calibrate(model, layers.layers, batches, track=lambda b: ui.track(b, text="calibrating"))
     ui.note(
         f"{len(layers.layers)} matmuls and {len(layers.embeddings)} embeddings can run in int8; "
         f"{len(folds)} SmoothQuant folds"
@@ -176,7 +178,8 @@ def _output_error(space: Space) -> Callable[[Candidate], float]:
     Not the logits: a fine-tuned classifier is saturated on its own training data, so they hide most of the error.
     """
     return_freed_memory()
-    reference = encoder_output(space.model, space.batches)
+    with trial(space.model):
+        reference = encoder_output(space.model, space.batches)
 
     def output_error(candidate: Candidate) -> float:
         return_freed_memory()
