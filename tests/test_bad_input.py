@@ -149,7 +149,7 @@ BAD_CHECKPOINTS: dict[str, tuple[Change, tuple[str, ...]]] = {
         ("T5ForConditionalGeneration", "none of the tasks", "text-classification"),
     ),
     "of an unknown architecture": (edit_config(architectures=["FooForBar"]), ("FooForBar", "does not know")),
-    "of an unknown model type": (edit_config(model_type="foo"), ("model type `foo`", "does not recognize")),
+    "of an unknown model type": (edit_config(model_type="foo"), ("model_type 'foo'", "does not know")),
     "for regression": (edit_config(problem_type="regression"), ("puts out 2 numbers", "regression of one")),
     "with one label": (
         edit_config(id2label={"0": "x"}, problem_type=None),
@@ -170,6 +170,7 @@ UNSUPPORTED = (  # whole, and wrong for the command
     "for another task",
     "of another kind of model",
     "of an unknown architecture",
+    "of an unknown model type",
     "for regression",
 )
 

@@ -10,7 +10,7 @@ import datasets
 import pytest
 from datasets import Dataset, DatasetDict
 
-from hfq.common.errors import DataError
+from hfq.common.errors import DataError, UsageError
 from hfq.data.dataset import load_splits
 
 ROWS = [{"text": "NA", "label": 0}, {"text": "0123", "label": 1}]
@@ -109,3 +109,10 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(DataError, match=r"cache, which cannot be written.*Set HF_HOME"):
         load_splits(str(tmp_path / "validation.csv"), None, token=None)
+
+
+def test_a_file_and_a_saved_folder_have_no_subsets(saved: Path, tmp_path: Path) -> None:
+    (file := tmp_path / "rows.jsonl").write_text(LINES)
+    for path in (file, saved):
+        with pytest.raises(UsageError, match=r"--subset other was given, but .* has no subsets"):
+            load_splits(str(path), "other", token=None)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-from ..common.errors import DataError, HfqError
+from ..common.errors import DataError, HfqError, UsageError
 from ..common.files import user_path
 from ..common.names import is_path
 from ..common.reading import check_yaml, read_json, read_text
@@ -120,6 +120,7 @@ def _load_path(path: Path, subset: str | None) -> "DatasetDict":
 
     if path.is_dir():
         if any((path / name).is_file() for name in _SAVED):
+            _refuse_subset(path, subset, kind="a folder that `save_to_disk` wrote")
             return _load_saved(path)
         card = path / CARD if (path / CARD).is_file() else None
         if card:
@@ -132,7 +133,13 @@ def _load_path(path: Path, subset: str | None) -> "DatasetDict":
     reader = _reader(path)
     if reader is None:
         raise DataError(f"Dataset {path} is not a CSV, JSON or Parquet file. Convert it to one.")
+    _refuse_subset(path, subset, kind="a file")
     return _build(datasets.load_dataset_builder(reader, data_files=str(path)), None)
+
+
+def _refuse_subset(path: Path, subset: str | None, *, kind: str) -> None:
+    if subset is not None:
+        raise UsageError(f"--subset {subset} was given, but {path} is {kind}, which has no subsets. Leave it out.")
 
 
 def _folder_builder(path: Path, subset: str | None) -> "DatasetBuilder":

@@ -53,6 +53,7 @@ def make_task(config: Mapping[str, Any], *, name: str | None = None) -> Task:
             f"config.json names the architecture {architectures or None}, which transformers does not know. "
             f"Pass --task if the checkpoint brings its own code: {', '.join(tasks())}."
         )
+    _check_model_type(config)
     for task in named:
         if (name or _loads(task.auto_class, architectures)) and task.fits(config):
             return task(config)
@@ -62,6 +63,17 @@ def make_task(config: Mapping[str, Any], *, name: str | None = None) -> Task:
         f"The architecture {', '.join(map(str, architectures))} is for none of the tasks that hfq measures: "
         f"{', '.join(tasks())}. Pass --task if it is one of them; `hfq.quantization.fit` takes any model, with a score of your own."
     )
+
+
+def _check_model_type(config: Mapping[str, Any]) -> None:
+    from transformers import CONFIG_MAPPING, __version__
+
+    kind = config.get("model_type")
+    if kind is not None and kind not in CONFIG_MAPPING and not config.get("auto_map"):
+        raise UnsupportedError(
+            f"config.json says model_type {kind!r}, which transformers {__version__} does not know. Upgrade transformers if "
+            "the model is newer; else correct config.json."
+        )
 
 
 def find_architecture(config: Mapping[str, Any]) -> type | None:
