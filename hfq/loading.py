@@ -14,7 +14,7 @@ from .runtime.int8.linear import Int8Linear, note_files, pack_all
 from .runtime.loading.swap import is_int8, swap_modules, transformers_part
 from .source.bounds import bounded
 from .source.checkpoint import Checkpoint, pull
-from .tasks.registry import find_architecture, make_task
+from .tasks.registry import find_architecture, find_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,7 +62,7 @@ def load(
         raise UsageError(f"{checkpoint} holds a {name}, which is not transformers'. Pass one: model={name}(…).")
     architecture: Any = find_architecture(found.config)
     if task is not None or architecture is None:
-        architecture = getattr(transformers, make_task(found.config, name=task).auto_class)
+        architecture = getattr(transformers, find_task(found.config, name=task, folder=found.path).auto_class)
     with bounded(found):
         loaded = architecture.from_pretrained(found.path, trust_remote_code=trust_remote_code, **kwargs)
     if not any(isinstance(module, Int8Linear | Int8Conv) for module in loaded.modules()):

@@ -31,7 +31,7 @@ from .ptq.convert import quantize_model
 from .ptq.graph import Fold
 from .ptq.inputs import model_inputs
 from .ptq.scheme import Plan
-from .recipe import Recipe
+from .recipe import SETTINGS, Recipe
 from .report import plots
 from .report.card import render_card
 from .report.report import Report, Result, layers_of, now, package_versions
@@ -268,7 +268,8 @@ def _write_checkpoint(
     report = Report(
         hfq_version=__version__,
         task=session.task.name,
-        pipeline_tag=session.task.pipeline_tag,
+        pipeline_tag=session.task.tag(session.checkpoint.card),
+        library=session.task.library,
         usage=session.task.usage(),
         checkpoint=session.checkpoint.info,
         dataset=info,
@@ -323,6 +324,7 @@ def _dependencies(session: Session) -> dict[str, object]:
             "seed",
             "batch_size",
             "calibration_samples",
+            *SETTINGS,
         }
     )
     return {

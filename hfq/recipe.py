@@ -20,6 +20,7 @@ from .common.redact import holds_token
 LARGEST = 1 << 20  # bytes of a recipe
 LONGEST = 4096  # characters of a value, as long as a path may be
 PUBLISHING = ("private", "create_pr", "force", "branch", "tag")  # keys that say how a push is made
+SETTINGS: tuple[str, ...] = ()  # keys that only some tasks read
 
 
 def _key(default: Any, description: str, *, absent: str | None = None, **bounds: Any) -> Any:
@@ -58,6 +59,11 @@ class Evaluation(BaseModel):
     devices: int = _key(1, "Lightning devices of evaluations.", ge=1)
     strategy: str = _key("auto", "Lightning strategy of evaluations.")
     trust_remote_code: bool = _key(False, "Run code from the checkpoint's repository.")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What only some tasks read."""
+        return self.model_dump(include=set(SETTINGS))
 
 
 class Recipe(Evaluation):

@@ -19,7 +19,7 @@ from ..measure.process import Process
 from ..report.report import package_versions, read_report
 from ..source.bounds import check_model
 from ..source.checkpoint import Checkpoint, pull
-from ..tasks.registry import make_task
+from ..tasks.registry import find_task
 from .engines import ENGINES, PEERS, REFERENCE, missing, versions
 
 CALIBRATION = 100  # inputs, as the peers' own guides take
@@ -185,7 +185,7 @@ def opening_request(quantized: Checkpoint, baseline: Checkpoint, *, threads: int
     Raises:
         SourceError: a checkpoint is not the model that its config says, which nobody may load then.
     """
-    auto_class = make_task(quantized.config).auto_class
+    auto_class = find_task(quantized.config, folder=quantized.path).auto_class
     for checkpoint in (quantized, baseline):
         check_model(checkpoint, auto_class)
     vocabulary = quantized.config["vocab_size"]

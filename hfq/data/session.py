@@ -46,7 +46,7 @@ def open_session(recipe: Recipe, *, recipes: Path, ui: Reporter, token: str | No
         )
     for warning in checkpoint.warnings:
         ui.warn(warning)
-    task = make_task(checkpoint.config, name=recipe.task)
+    task = make_task(checkpoint.config, name=recipe.task, folder=checkpoint.path, settings=recipe.settings)
     metric = task.metric(recipe.metric)
     ui.note(f"{task.name}, {checkpoint.size_mib:.1f} MiB, revision {checkpoint.info.revision[:19]}")
 

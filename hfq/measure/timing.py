@@ -100,6 +100,8 @@ class Worker(Process):
                 "do": "open",
                 "task": subject.task.name,
                 "config": dict(subject.task.config),
+                "folder": str(subject.checkpoint.path),
+                "settings": dict(subject.task.given),
                 "imports": ["compressed_tensors", "hfq.runtime.loading.quantizer"] if quantized else [],
                 "stock": subject.stock,
                 "threads": threads,

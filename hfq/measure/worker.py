@@ -2,6 +2,7 @@
 
 import time
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from .process import peak_mib, serve
@@ -23,7 +24,8 @@ class _Session:
             torch.set_num_threads(request["threads"])
         for module in request["imports"]:
             import_module(module)
-        self.task = make_task(request["config"], name=request["task"])
+        folder, settings = Path(request["folder"]), request["settings"]
+        self.task = make_task(request["config"], name=request["task"], folder=folder, settings=settings)
         self.auto_class = getattr(transformers, self.task.auto_class)
         find_architecture(request["config"])  # imports the model's code before memory is counted
         self.stock = request["stock"]

@@ -153,10 +153,11 @@ def _metadata(report: Report, *, name: str, score: Score, terms: Mapping[str, An
     )
     codes, regional = _languages(checkpoint.language)
     own: dict[str, Any] = {
-        "library_name": "transformers",
+        "library_name": report.library,
         "license": _license(checkpoint.license),
         "language_bcp47": regional or None,
     }
+    library = [] if report.library == "transformers" else [report.library]  # which finds its models by that tag
     return ModelCardData(
         base_model=base,
         base_model_relation="quantized" if base else None,
@@ -166,7 +167,7 @@ def _metadata(report: Report, *, name: str, score: Score, terms: Mapping[str, An
         metrics=[report.metric],
         model_name=name,
         eval_results=[result],
-        **{**own, **terms, "tags": [*TAGS, *texts(terms.get("tags"))]},
+        **{**own, **terms, "tags": [*library, *TAGS, *texts(terms.get("tags"))]},
     )
 
 

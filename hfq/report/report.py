@@ -50,7 +50,8 @@ class Report:
     """Everything about one run: of a checkpoint, or by `fit` of an object, which has no `dataset` and no `task`.
 
     `metric_label`: its name in tables and on axes. `metric_in_points`: whether it is a fraction, whose differences are
-    told in percentage points. `checkpoint`: of an object, its class. `usage`: Python that runs the model, which is called `{model}` there. `met`: None where nothing was evaluated. `command` repeats the run.
+    told in percentage points. `checkpoint`: of an object, its class. `library`: which opens the model. `usage`: Python
+    that runs it, where it is called `{model}`. `met`: None where nothing was evaluated. `command` repeats the run.
     `trivial`: what a model that looks at no input scores. `stock_agreement`, `output_difference`: the chosen trial's.
     `held_out_stock` is that on the holdout, where there is one.
     `ranking`: output error on the calibration slice of each candidate that was considered.
@@ -78,6 +79,7 @@ class Report:
     metric_in_points: bool = True
     task: str | None = None
     pipeline_tag: str | None = None
+    library: str = "transformers"
     usage: str = ""
     dataset: DatasetInfo | None = None
     comparisons: list[Comparison] = field(default_factory=list)

@@ -6,6 +6,7 @@ A task is one file in this folder, with a class that derives from `Task`; `hfq/t
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from ..common.errors import DataError, UsageError
@@ -80,25 +81,44 @@ class Processor:
 class Task(ABC):
     """What a model is for: the columns it reads, how they become tensors, and how its outputs are judged.
 
-    A task is made for one checkpoint, from its config. It holds no data.
+    A task is made for one checkpoint, from its config, and bound to its folder. It holds no data, and is sent to other
+    processes.
     """
 
     name: ClassVar[str]
     auto_class: ClassVar[str]  # transformers' class that loads the model
     pipeline_tag: ClassVar[str]  # the Hub's name of the task, and that of transformers' pipeline
+    other_tags: ClassVar[Sequence[str]] = ()  # what else the Hub calls it: a source's own name is kept
     roles: ClassVar[Mapping[str, str]]  # what its columns are, and what each holds
     example: ClassVar[Mapping[str, Any]] = {}  # what a checkpoint's config says, for `hfq tasks`
     text_role: ClassVar[str] = "text"  # the role that --text-column names
     label_role: ClassVar[str] = "label"  # the role that --label-column names
+    settings: ClassVar[Sequence[str]] = ()  # a recipe's keys that it reads, and only such tasks do
+    library: str = "transformers"  # which opens the model: the `library_name` of its card
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         """Raises `UnsupportedError` where the config says that the model is for something else."""
         self.config = config
+        self.given: Mapping[str, Any] = {}  # its settings, where there are some
 
     @classmethod
     def fits(cls, config: Mapping[str, Any]) -> bool:
         """Whether a checkpoint, of an architecture that `auto_class` loads, is for this task."""
         return True
+
+    @classmethod
+    def claims(cls, folder: Path, config: Mapping[str, Any]) -> bool:
+        """Whether files beside config.json say that a checkpoint is for this task, whatever its architecture."""
+        return False
+
+    def bound(self, folder: Path) -> "Task":
+        """The task as it is for the checkpoint in `folder`, where it needs more of that than config.json says.
+
+        Raises:
+            UnsupportedError, UsageError: the checkpoint, or a setting, does not fit the task.
+            SourceError: a file is missing or damaged.
+        """
+        return self
 
     # Data
 
@@ -185,6 +205,11 @@ class Task(ABC):
         return f'from transformers import pipeline\n\nmodel = pipeline("{self.pipeline_tag}", model="{{model}}", device="cpu")'
 
     # The same for all
+
+    def tag(self, card: Mapping[str, Any]) -> str:
+        """The Hub's name of the task: the one in the metadata of a source's card, if it is one of them."""
+        given = card.get("pipeline_tag")
+        return next((tag for tag in self.other_tags if tag == given), self.pipeline_tag)
 
     def metric(self, name: str | None) -> str:
         """A metric's name, or the default's.

@@ -8,9 +8,11 @@ import pkgutil
 from collections.abc import Mapping
 from difflib import get_close_matches
 from functools import cache
+from pathlib import Path
 from typing import Any
 
-from ..common.errors import HfqError, UnsupportedError
+from ..common.errors import HfqError, UnsupportedError, UsageError
+from ..recipe import flag
 from .base import Task
 
 
@@ -38,15 +40,44 @@ def describe_tasks() -> list[dict[str, Any]]:
     ]
 
 
-def make_task(config: Mapping[str, Any], *, name: str | None = None) -> Task:
-    """The task of a checkpoint with this config.json: the one called `name`, else by its architecture.
+def make_task(
+    config: Mapping[str, Any],
+    *,
+    name: str | None = None,
+    folder: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Task:
+    """The task of a checkpoint with this config.json: the one called `name`, else by its files and its architecture.
 
-    `name` may also be the Hub's, which several tasks share.
+    Args:
+        name: of a task here, or the Hub's, which several share.
+        folder: where the checkpoint is. Without it the task knows no more of it than its config.
+        settings: of a recipe, those that only some tasks read.
 
     Raises:
         UnsupportedError: the architecture is unknown, or is for no task that hfq measures.
+        UsageError: a setting is for other tasks, or does not fit the checkpoint.
+        SourceError: a file that the task reads is damaged.
+    """
+    task = find_task(config, name=name, folder=folder)(config)
+    task.given = {key: value for key, value in (settings or {}).items() if value is not None}
+    for key in task.given:
+        if key not in task.settings:
+            takes = [name for name, other in tasks().items() if key in other.settings]
+            raise UsageError(f"{flag(key)} is nothing that {task.name} reads, but {', '.join(takes)}. Leave it out.")
+    return task.bound(folder) if folder else task
+
+
+def find_task(config: Mapping[str, Any], *, name: str | None = None, folder: Path | None = None) -> type[Task]:
+    """The class of that task.
+
+    Raises:
+        UnsupportedError: as `make_task`.
     """
     named = _called(name) if name else list(tasks().values())
+    for task in named:
+        if folder and task.claims(folder, config):
+            return task
     architectures = config.get("architectures") or []
     if name is None and find_architecture(config) is None:
         raise UnsupportedError(
@@ -56,9 +87,9 @@ def make_task(config: Mapping[str, Any], *, name: str | None = None) -> Task:
     _check_model_type(config)
     for task in named:
         if (name or _loads(task.auto_class, architectures)) and task.fits(config):
-            return task(config)
+            return task
     if name in tasks():
-        return tasks()[name](config)
+        return tasks()[name]
     raise UnsupportedError(
         f"The architecture {', '.join(map(str, architectures))} is for none of the tasks that hfq measures: "
         f"{', '.join(tasks())}. Pass --task if it is one of them; `hfq.quantization.fit` takes any model, with a score of your own."
@@ -95,7 +126,7 @@ def _called(name: str) -> list[type[Task]]:
     Raises:
         UnsupportedError: there is none.
     """
-    found = [task for task in tasks().values() if name in (task.name, task.pipeline_tag)]
+    found = [task for task in tasks().values() if name in (task.name, task.pipeline_tag, *task.other_tags)]
     if not found:
         near = get_close_matches(name, tasks(), n=1, cutoff=0.5)
         raise UnsupportedError(
