@@ -12,8 +12,9 @@ from hfq.common.errors import DataError, UnsupportedError
 from hfq.data.reference import DatasetReference, find_dataset
 from hfq.recipe import Recipe
 from hfq.source.checkpoint import Checkpoint, CheckpointInfo
+from hfq.tasks.labels import LabelMap
 from hfq.tasks.registry import make_task
-from hfq.tasks.text_classification import LabelMap, TextClassification
+from hfq.tasks.text_classification import TextClassification
 
 TEXT = Value("string")
 SPAM = {0: "ham", 1: "spam"}

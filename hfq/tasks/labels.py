@@ -5,11 +5,15 @@ Label ids are the model's. Names are matched by name, never by position.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..common.errors import DataError, UnsupportedError
+from .base import require_column
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 UNLABELLED = -1
 
@@ -109,6 +113,53 @@ class LabelNames:
             f"The dataset's labels do not fit the model's. Dataset: {list(values)[:20]}; model (id2label): {self}. "
             "Rename the dataset's labels, mend id2label in config.json, or name another column with --label-column."
         )
+
+
+def find_label_column(
+    features: Mapping[str, Any], requested: Sequence[str], *, names: Sequence[str], task: str
+) -> list[str]:
+    """The column of labels: the one asked for, one called by one of `names`, or the only one of classes.
+
+    Raises:
+        DataError: it does not exist, or the choice is not clear.
+    """
+    if requested:
+        for name in requested:
+            require_column(name, features, "--label-column")
+        if len(requested) > 1:
+            raise DataError(f"{len(requested)} label columns were given; {task} reads one.")
+        return list(requested)
+    named = [name for name in names if name in features]
+    classes = [name for name, feature in features.items() if hasattr(feature, "names")]
+    found = named or classes
+    if len(found) == 1:
+        return found
+    raise DataError(
+        f"Which column holds the label is not clear. Columns: {', '.join(features)}. Name it with --label-column."
+    )
+
+
+def distinct(splits: "Sequence[Dataset]", column: str) -> list[Any]:
+    """The values of a column of labels, in some splits.
+
+    Raises:
+        DataError: they are no single labels.
+    """
+    from datasets import ClassLabel, Json, Value
+
+    values: set[Any] = set()
+    for rows in splits:
+        kind = rows.features[column]
+        if isinstance(kind, Json):  # of several types, which datasets keeps as they are
+            values |= {value if isinstance(value, Hashable) else str(value) for value in rows[column]}
+        elif isinstance(kind, ClassLabel | Value):
+            values |= set(rows.unique(column))
+        else:
+            raise DataError(
+                f"Column {column!r} holds {kind}, and not one label for each example. If the checkpoint gives any number "
+                "of labels, pass --task multi-label-classification; else name another column with --label-column."
+            )
+    return sorted(values, key=str)
 
 
 def plain(name: str) -> str:

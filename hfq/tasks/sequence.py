@@ -1,10 +1,11 @@
 """What tasks share whose model reads one text or a pair, and puts out one row of logits for it."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..common.errors import DataError
 from .base import Batch, Columns, Encoding, Processor, require_column
+from .labels import find_label_column
 from .text import TextTask, is_mixed, is_text, texts
 
 if TYPE_CHECKING:
@@ -42,25 +43,8 @@ class SequenceTask(TextTask):
         return list(model(**batch).logits.float().unbind())
 
     def find_labels(self, features: Mapping[str, Any], requested: Sequence[str]) -> list[str]:
-        """The column of labels.
-
-        Raises:
-            DataError: it does not exist, or the choice is not clear.
-        """
-        if requested:
-            for name in requested:
-                require_column(name, features, "--label-column")
-            if len(requested) > 1:
-                raise DataError(f"{len(requested)} label columns were given; {self.name} reads one.")
-            return list(requested)
-        named = [name for name in self.label_columns if name in features]
-        classes = [name for name, feature in features.items() if hasattr(feature, "names")]
-        found = named or classes
-        if len(found) == 1:
-            return found
-        raise DataError(
-            f"Which column holds the label is not clear. Columns: {', '.join(features)}. Name it with --label-column."
-        )
+        """The columns of labels, as `find_label_column` finds one."""
+        return find_label_column(features, requested, names=self.label_columns, task=self.name)
 
     def _find_texts(self, features: Mapping[str, Any], requested: Sequence[str], labels: Sequence[str]) -> list[str]:
         if requested:
@@ -82,26 +66,3 @@ class SequenceTask(TextTask):
             f"Which columns hold the text is not clear. Columns: {', '.join(features)}; with text: "
             f"{', '.join(found) or 'none'}. Name them with --text-column, in order."
         )
-
-
-def distinct(splits: "Sequence[Dataset]", column: str) -> list[Any]:
-    """The values of a column of labels, in some splits.
-
-    Raises:
-        DataError: they are no single labels.
-    """
-    from datasets import ClassLabel, Json, Value
-
-    values: set[Any] = set()
-    for rows in splits:
-        kind = rows.features[column]
-        if isinstance(kind, Json):  # of several types, which datasets keeps as they are
-            values |= {value if isinstance(value, Hashable) else str(value) for value in rows[column]}
-        elif isinstance(kind, ClassLabel | Value):
-            values |= set(rows.unique(column))
-        else:
-            raise DataError(
-                f"Column {column!r} holds {kind}, and not one label for each example. If the checkpoint gives any number "
-                "of labels, pass --task multi-label-classification; else name another column with --label-column."
-            )
-    return sorted(values, key=str)
