@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -29,6 +30,7 @@ from safetensors.torch import load_file, save_file
 
 MEMORY = 1 << 30
 SECONDS = 60
+LAUNCHER = "python"
 RUNS = 1 << 20  # in place of the exit code of a process that has not ended
 DEPENDS_ON_TIME = ("created", "baseline_pass_s", "duration_s", "examples_per_s", "load_s", "peak_memory_mib")
 HFQ = str(Path(sys.executable).with_name("hfq"))
@@ -217,6 +219,11 @@ class Forkserver:
         print(json.dumps(request), file=self._process.stdin, flush=True)
         return int(self._process.stdout.readline())
 
+    @property
+    def python(self) -> str:
+        """What stands in for `sys.executable` where processes of hfq may be forked: `python -m MODULE` is."""
+        return str(Path(self._folder.name) / LAUNCHER)
+
     def close(self) -> None:
         """End the process."""
         self._process.communicate()
@@ -272,19 +279,26 @@ def _serve() -> None:
     from hfq.cli.main import main, prepare_libraries
 
     prepare_libraries()
-    import compressed_tensors  # noqa: F401
+    import compressed_tensors.linear.compressed_linear  # noqa: F401
     import datasets  # noqa: F401
-    import matplotlib.backends.backend_agg
-    import matplotlib.figure  # noqa: F401
+    import scipy.io  # noqa: F401 - by datasets
+    import sympy.tensor.tensor  # noqa: F401 - by torch.export
+    import torch._inductor.compile_fx  # noqa: F401
     from optimum.commands.optimum_cli import main as optimum_cli
     from torchmetrics import functional  # noqa: F401
-    from transformers import AutoTokenizer, BertForSequenceClassification  # noqa: F401
 
+    import hfq.cli.commands
+    import hfq.data.rows
+    import hfq.hub.local
     import hfq.measure.validation
-    import hfq.pipeline  # noqa: F401
+    import hfq.pipeline
+    import hfq.runs.local
+    import hfq.runtime.loading.quantizer
+    import hfq.source.positions  # noqa: F401
     from hfq.tasks.registry import tasks
 
     tasks()
+    _use_once()
     gc.freeze()  # or each fork would copy all that was imported, to look for garbage in it
     answers = os.dup(1)
     if len(sys.argv) > 1:
@@ -302,6 +316,24 @@ def _serve() -> None:
             ended, status = os.waitpid(request["pid"], os.WNOHANG if request["do"] == "poll" else 0)
             answer = os.waitstatus_to_exitcode(status) if ended else RUNS
         os.write(answers, b"%d\n" % answer)
+
+
+def _use_once() -> None:
+    """What libraries import and prepare only when they are used, which each fork would do again, for a second."""
+    import torch
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from PIL import Image
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    with torch.random.fork_rng(), torch.inference_mode():
+        model = AutoModelForSequenceClassification.from_pretrained(CHECKPOINT)
+        batch = AutoTokenizer.from_pretrained(CHECKPOINT)(["one", "two"], return_tensors="pt")
+        torch.export.export(model, (), dict(batch), strict=False)
+    figure = Figure()
+    figure.add_subplot().set_title("text")
+    FigureCanvasAgg(figure).draw()
+    Image.preinit()
 
 
 def _fork_workers(folder: Path) -> str:
@@ -322,30 +354,46 @@ def _fork_workers(folder: Path) -> str:
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 for number, file in enumerate(files):
                     os.dup2(file, number)
-                arguments, environ, folder_now = json.loads(request)
-                os.chdir(folder_now)
-                os.environ.clear()
-                os.environ.update(environ)
-                sys.argv = arguments[1:]  # after "-m"
-                runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+                connection.send(bytes([_run_module(*json.loads(request))]))
                 os._exit(0)
             for file in (*files, connection.detach()):
                 os.close(file)
         os._exit(0)
-    launcher = folder / "python"
+    launcher = folder / LAUNCHER
     launcher.write_text(_LAUNCHER.format(python=sys.executable, socket=folder / "socket"))
     launcher.chmod(0o700)
     return str(launcher)
 
 
+def _run_module(module: str, environ: Mapping[str, str], folder: str) -> int:
+    """Be `python -m MODULE` there. Returns its exit code."""
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environ)
+    sys.argv = [module]
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else bool(end.code)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return 0
+
+
 _LAUNCHER = """#!{python} -IS
 import json, os, socket, sys
+if sys.argv[1] != "-m":
+    os.execv("{python}", ["{python}", *sys.argv[1:]])
 connection = socket.socket(socket.AF_UNIX)
 connection.connect("{socket}")
-socket.send_fds(connection, [json.dumps([sys.argv[1:], dict(os.environ), os.getcwd()]).encode()], [0, 1, 2])
+socket.send_fds(connection, [json.dumps([sys.argv[2], dict(os.environ), os.getcwd()]).encode()], [0, 1, 2])
 for number in (0, 1, 2):
     os.close(number)
-connection.recv(1)  # until the other side ends, or this one is killed
+sys.exit((connection.recv(1) or b"?")[0])  # waits until the other side ends; it may be killed
 """
 
 

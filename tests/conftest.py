@@ -5,12 +5,13 @@ They read these variables when they are imported, so the hub starts with this fi
 
 import atexit
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command import write_slice
+from command import forkserver, write_slice
 
 from hfq.hub.local import LocalHub
 
@@ -47,6 +48,17 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take minutes first, or one worker would be left with them while the other waits."""
     items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
+@pytest.fixture(scope="module")
+def forked_workers() -> Iterator[None]:
+    """Processes that hfq starts from this one, to measure or to compile, are forked from one that imported all.
+
+    What they say of time and memory means nothing then.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", forkserver().python)
+        yield
 
 
 @pytest.fixture

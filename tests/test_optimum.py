@@ -23,6 +23,8 @@ print(transformers.pipeline("text-classification", model=sys.argv[1])("URGENT! Y
 assert "hfq" not in sys.modules
 """
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 
 @dataclass(frozen=True)
 class Run:
