@@ -84,8 +84,7 @@ def quantize(
     with work_folder(output) as work:
         session = open_session(recipe, recipes=recipes, ui=ui, token=token)
         baseline = _baseline(session, ui)
-        higher = session.task.metrics[session.metric].higher_is_better
-        goal = Goal(baseline.score, recipe.tolerable_loss, recipe.criterion, higher)
+        goal = Goal(baseline.score, recipe.tolerable_loss, recipe.criterion, session.judge.higher_is_better)
         depends_on = _dependencies(session)
         log = TrialLog(work / TRIALS_FILE, depends_on=depends_on, resume=resume, copy=copy_log)
         info = session.data.info
@@ -124,16 +123,24 @@ def run_trial(session: Session, plan: Plan, context: TrialContext) -> Score:
 
 
 def evaluate_checkpoint(
-    recipe: Recipe, *, recipes: Path, ui: Reporter, token: str | None = None, compiled: bool = False
+    recipe: Recipe,
+    *,
+    recipes: Path,
+    ui: Reporter,
+    token: str | None = None,
+    compiled: bool = False,
+    baseline: str | None = None,
 ) -> dict[str, Any]:
     """Accuracy, seconds and memory of any checkpoint, quantized or not, freshly loaded; `compiled`: by `hfq.compile`.
+
+    `baseline`: the float checkpoint that it is compared with where no labels are read.
 
     Raises:
         HfqError: the checkpoint or the dataset cannot be used.
     """
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    session = open_session(recipe, recipes=recipes, ui=ui, token=token, quantized=True)
+    session = open_session(recipe, recipes=recipes, ui=ui, token=token, quantized=True, baseline=baseline)
     ui.stage("Evaluate")
     model = compile(session.model) if compiled else session.model
     found = evaluate_split(session, model, session.evaluation, session.data.evaluation)
@@ -149,6 +156,7 @@ def evaluate_checkpoint(
         "examples": info.examples,
         "task": session.task.name,
         "metric": session.metric,
+        "metric_label": session.judge.label,
         "accuracy": found.score,
         "duration_s": timing.duration_s,
         "examples_per_s": timing.examples_per_s,
@@ -189,7 +197,7 @@ def _evaluate(session: Session, goal: Goal, work: Path, model: nn.Module, plan: 
 def _baseline(session: Session, ui: Reporter) -> Evaluation:
     ui.stage("Baseline")
     baseline = evaluate_split(session, session.model, session.evaluation, session.data.evaluation)
-    info, metric = session.data.info, session.task.metrics[session.metric]
+    info, metric = session.data.info, session.judge
     ui.note(f"FP32 {session.metric} {baseline.score:.4f} on the {info.examples} examples of {info.split!r}")
     trivial = _trivial(session)
     if trivial and (baseline.score <= trivial.score if metric.higher_is_better else baseline.score >= trivial.score):
@@ -201,6 +209,8 @@ def _baseline(session: Session, ui: Reporter) -> Evaluation:
 
 
 def _trivial(session: Session) -> Trivial | None:
+    if not session.judge.of_labels:
+        return None
     return session.task.trivial(session.metric, session.data.evaluation.references)
 
 
@@ -262,7 +272,7 @@ def _write_checkpoint(
     met = measured.quantized.accuracy is not None and goal.met(measured.quantized.accuracy)
     if found.outcome.met and not met:  # what users load decides, not what tuning saw
         _goal_missed(session, goal, found.outcome, log, ui)
-    metric = session.task.metrics[session.metric]
+    metric = session.judge
     trial = found.outcome.trial
     assert trial is not None  # the search evaluated something
     report = Report(

@@ -37,7 +37,7 @@ class Evaluation(BaseModel):
     revision: str | None = _key(None, "Branch, tag or commit of the checkpoint.")
     task: str | None = _key(None, "Task; `hfq tasks` lists them.", absent="found from the architecture")
     dataset: str | None = _key(
-        None, "Hub id, folder or file (CSV, JSON, Parquet).", absent="what the checkpoint's card names"
+        None, "Hub id, folder or file (CSV, JSON, Parquet, plain text).", absent="what the checkpoint's card names"
     )
     subset: str | None = _key(None, "Dataset configuration, such as mrpc of nyu-mll/glue.")
     split: str | None = _key(None, "Split to evaluate on.", absent="validation, else test")

@@ -272,7 +272,7 @@ def test_refuses_names_that_the_dataset_does_not_have(
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("data.xlsx", b"x", ("data.xlsx is not a CSV, JSON or Parquet file", "Convert it")),
+        ("data.xlsx", b"x", ("data.xlsx is not a CSV, JSON, Parquet or text file", "Convert it")),
         ("data.parquet", b"\x00\xff\x10" * 30, ("data.parquet cannot be loaded", "Expected a")),
         ("data.json", b'{"a": ', ("data.json cannot be loaded", "JSON parse error", "Expected a")),
         ("data.csv", "text,label\ncafé,0\n".encode("latin-1"), ("data.csv", "line 2 is not UTF-8", "Latin-1", "iconv")),

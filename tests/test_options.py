@@ -17,7 +17,7 @@ from hfq.recipe import Evaluation, Recipe, flag
 
 OTHERS = {
     "quantize": {"--token", "--local-hub", "--save-recipe", "--resume", "--verbose", "--json"},
-    "eval": {"--token", "--compile", "--json"},
+    "eval": {"--token", "--compile", "--baseline", "--json"},
     "run": {"--output", "--push", "--engine", "--ray-address", "--resume", "--token", "--local-hub", "--verbose", "--json"},
     "push": {"--to", "--private", "--create-pr", "--force", "--branch", "--tag", "--token", "--local-hub", "--verbose"},
     "inspect": {"--revision", "--runtime", "--token", "--json"},

@@ -272,6 +272,10 @@ def evaluate(
     flags: dict[str, Any],
     token: Token = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Run it through `hfq.compile`.")] = False,
+    baseline: Annotated[
+        str | None,
+        typer.Option(help="Float checkpoint that --metric fidelity compares with.", show_default=False),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure accuracy, seconds and memory of any checkpoint, quantized or not."""
@@ -280,7 +284,9 @@ def evaluate(
     from ..report.tables import show_facts
 
     recipe = make_recipe(flags)
-    found = evaluate_checkpoint(recipe, recipes=_recipes(), ui=Reporter(), token=token, compiled=compiled)
+    found = evaluate_checkpoint(
+        recipe, recipes=_recipes(), ui=Reporter(), token=token, compiled=compiled, baseline=baseline
+    )
     if as_json:
         write_json(found)
     else:

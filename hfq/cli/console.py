@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..common.redact import printable, redact
+from ..tasks.base import FIDELITY
 
 _HIDDEN = ("--token", "--engine", "--ray-address")
 
@@ -40,7 +41,10 @@ def show_tasks(tasks: Sequence[Mapping[str, Any]]) -> None:
     blocks = []
     for task in tasks:
         rows = [(f"--column {role}=…", what) for role, what in task["columns"].items()]
-        rows += [("--metric", f"{', '.join(task['metrics'])} (the first is the default)")] if task["metrics"] else []
+        if task["metrics"]:
+            rows.append(
+                ("--metric", f"{', '.join(task['metrics'])} (the first is the default); without labels: {FIDELITY}")
+            )
         width = max(len(name) for name, _ in rows)
         head = f"{task['name']} (on the Hub: {task['pipeline_tag']})"
         blocks.append("\n".join([head, *(f"  {name:{width}}  {what}" for name, what in rows)]))

@@ -25,7 +25,7 @@ CARD = "README.md"
 READERS = {
     ".csv": "csv",
     ".tsv": "csv",
-    ".txt": "csv",
+    ".txt": "text",
     ".json": "json",
     ".jsonl": "json",
     ".ndjson": "json",
@@ -72,7 +72,7 @@ def load_splits(name: str, subset: str | None, *, token: str | None) -> "tuple[D
                 ) from error
         raise DataError(
             f"Dataset {name} cannot be loaded: {_reason(error)}. "
-            "Expected a Hub id, a folder, or a CSV, JSON or Parquet file, of rows with text and label."
+            "Expected a Hub id, a folder, or a CSV, JSON or Parquet file, of rows with text and label; or plain text (.txt)."
         ) from error
 
 
@@ -129,10 +129,12 @@ def _load_path(path: Path, subset: str | None) -> "DatasetDict":
         _check_files(path, builder.config.data_files or {}, mend=f"Mend data_files in its {CARD}.")
         return _build(builder, card)
     if not path.exists():
-        raise DataError(f"Dataset {path} does not exist. Expected a folder, a CSV, JSON or Parquet file, or a Hub id.")
+        raise DataError(
+            f"Dataset {path} does not exist. Expected a folder, a CSV, JSON, Parquet or text file, or a Hub id."
+        )
     reader = _reader(path)
     if reader is None:
-        raise DataError(f"Dataset {path} is not a CSV, JSON or Parquet file. Convert it to one.")
+        raise DataError(f"Dataset {path} is not a CSV, JSON, Parquet or text file. Convert it to one.")
     _refuse_subset(path, subset, kind="a file")
     return _build(datasets.load_dataset_builder(reader, data_files=str(path)), None)
 
@@ -172,6 +174,8 @@ def _build(
     builder: "DatasetBuilder", card: Path | None, *, token: str | None = None, mode: str | None = None
 ) -> "DatasetDict":
     """What a builder reads, its tables of text by our rules and then as the card declares their columns."""
+    from datasets.packaged_modules.text.text import Text
+
     from .rows import as_rows, is_table
 
     table = is_table(builder)
@@ -179,9 +183,14 @@ def _build(
     if table:
         builder = as_rows(builder, token=token)
     elif builder.name == "json":
-        _check_encoding(builder.config.data_files or {})
+        _check_encoding(builder.config.data_files or {}, "JSON")
+    elif isinstance(builder, Text):
+        _check_encoding(builder.config.data_files or {}, "plain text")
+        builder.config.encoding = "utf-8-sig"  # a byte order mark is no text
     builder.download_and_prepare(download_mode=mode)
     splits = builder.as_dataset()
+    if isinstance(builder, Text):
+        return type(splits)({split: _lines(rows) for split, rows in splits.items()})
     if table:
         return _as_declared(splits, _declared(card, name))
     return type(splits)({split: _unwrapped(rows) for split, rows in splits.items()})
@@ -210,6 +219,11 @@ def _as_declared(splits: "DatasetDict", declared: "Features") -> "DatasetDict":
                         f"{_reason(error)}. Mend the rows or dataset_info in {CARD}."
                     ) from error
     return splits
+
+
+def _lines(rows: "Dataset") -> "Dataset":
+    """The rows of a text file that hold something: a line each."""
+    return rows.select([row for row, text in enumerate(rows[rows.column_names[0]]) if text.strip()])
 
 
 def _unwrapped(rows: "Dataset") -> "Dataset":
@@ -244,7 +258,7 @@ def _load_saved(path: Path) -> "DatasetDict":
     return found if isinstance(found, datasets.DatasetDict) else datasets.DatasetDict({"train": found})
 
 
-def _check_encoding(files: Mapping[str, Sequence[str]]) -> None:
+def _check_encoding(files: Mapping[str, Sequence[str]], kind: str) -> None:
     for path in (Path(path) for paths in files.values() for path in paths):
         if path.suffix.lower() in COMPRESSED or not path.is_file():
             continue
@@ -254,7 +268,7 @@ def _check_encoding(files: Mapping[str, Sequence[str]]) -> None:
             raise DataError(f"{path} cannot be read: {error}.") from error
         if encoding not in ("utf-8", "utf-8-sig"):
             raise DataError(
-                f"{path} is {encoding.upper()}, and JSON is read as UTF-8. Convert it "
+                f"{path} is {encoding.upper()}, and {kind} is read as UTF-8. Convert it "
                 f"(`iconv -f {encoding.upper()} -t UTF-8`)."
             )
 

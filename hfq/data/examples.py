@@ -9,7 +9,7 @@ from ..common.errors import DataError, UsageError
 from ..common.names import is_path
 from ..recipe import Recipe, flag
 from ..source.checkpoint import Checkpoint
-from ..tasks.base import Alignment, Batch, Columns, Encoding, Processor, References, Task
+from ..tasks.base import FIDELITY, Alignment, Batch, Columns, Encoding, Processor, References, Task
 from ..tasks.text import is_text
 from .dataset import load_splits
 from .reference import find_dataset
@@ -45,7 +45,10 @@ class DatasetInfo:
 
 @dataclass(frozen=True)
 class Examples:
-    """Encoded examples, shortest first so that batches hold little padding, and what is right for each."""
+    """Encoded examples, shortest first so that batches hold little padding, and what is right for each.
+
+    Where no labels are read, nothing is known to be right before the float model has answered: None for each.
+    """
 
     encodings: Sequence[Encoding]
     references: References
@@ -61,15 +64,25 @@ class Examples:
 
 @dataclass(frozen=True)
 class TaskData:
-    """What a run reads. `holdout`: labelled examples that neither calibration nor tuning sees, or None."""
+    """What a run reads. `metric`: the name of the one that decides. `holdout`: labelled examples that neither calibration
+    nor tuning sees, or None.
+    """
 
     info: DatasetInfo
     task: Task
+    metric: str
     processor: Processor
     calibration: Examples
     evaluation: Examples
     holdout: Examples | None
     warnings: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class NoLabels:
+    """The alignment where no labels are read."""
+
+    how: str = "none are read"
 
 
 def load_task_data(checkpoint: Checkpoint, recipe: Recipe, *, task: Task, recipes: Path, token: str | None) -> TaskData:
@@ -82,19 +95,28 @@ def load_task_data(checkpoint: Checkpoint, recipe: Recipe, *, task: Task, recipe
     splits, revision = load_splits(reference.id, reference.subset, token=token)
     split = evaluation_split(splits, recipe.split or reference.split)
     calibration = calibration_split(splits, recipe.calibration_split, split)
-    columns = task.columns(told_apart(splits[split]), _requested(recipe, task))
+    for name in (split, calibration):
+        if len(splits[name]) == 0:
+            raise DataError(f"Split {name!r} is empty.")
+    features, requested = told_apart(splits[split]), _requested(recipe, task)
+    lacking = recipe.metric is None and task.lacks_labels(features, requested)
+    of_labels = not lacking and recipe.metric != FIDELITY
+    columns = (task.columns if of_labels else task.inputs)(features, requested)
     read = {name: splits[name] for name in dict.fromkeys((split, calibration))}
     for name, rows in read.items():
         _require_columns(rows, name, columns)
-    alignment = task.align(list(read.values()), columns)
-    task = task.informed(alignment)
+    alignment: Alignment = NoLabels()
+    if of_labels:
+        alignment = task.align(list(read.values()), columns)
+        task = task.informed(alignment)
+    metric = task.metric(recipe.metric) if of_labels else FIDELITY
     processor = task.processor(checkpoint, max_length=recipe.max_length, trust_remote_code=recipe.trust_remote_code)
     chosen = splits[calibration].shuffle(seed=recipe.seed)
     chosen = chosen.select(range(min(recipe.calibration_samples, len(chosen))))
     reader = _Reader(task, columns, alignment, processor)
     evaluated = reader.examples(splits[split], split)
     calibrated = reader.examples(chosen, calibration)
-    unseen = holdout_split(splits, {split, calibration}, lambda rows: reader.has_labels(rows))
+    unseen = holdout_split(splits, {split, calibration}, lambda rows: reader.judges(rows))
     held_out = reader.examples(splits[unseen], unseen) if unseen else None
     local = is_path(reference.id)
     info = DatasetInfo(
@@ -111,7 +133,8 @@ def load_task_data(checkpoint: Checkpoint, recipe: Recipe, *, task: Task, recipe
         holdout_examples=len(held_out) if held_out else 0,
         max_length=processor.max_length,
     )
-    return TaskData(info, task, processor, calibrated, evaluated, held_out, _warnings(info, recipe))
+    warnings = [*([_without_labels(info)] if lacking else []), *_warnings(info, recipe)]
+    return TaskData(info, task, metric, processor, calibrated, evaluated, held_out, warnings)
 
 
 @dataclass(frozen=True)
@@ -124,27 +147,33 @@ class _Reader:
     processor: Processor
 
     def examples(self, rows: "Dataset", split: str) -> Examples:
-        if len(rows) == 0:
-            raise DataError(f"Split {split!r} is empty.")
-        references = self.task.references(rows, self.columns, self.alignment)
-        if None in references:
+        references = self._references(rows)
+        if None in references and self._of_labels:
             row = rows[references.index(None)]
             labels = [row[name] for name in self.columns[self.task.label_role]]
             raise DataError(
                 f"Split {split!r} has examples without a usable label (first: row {references.index(None)}, from 0: "
-                f"{', '.join(map(repr, labels))}). Choose a labelled split."
+                f"{', '.join(map(repr, labels))}). Choose a labelled split, or --metric fidelity, agreement with FP32."
             )
         encodings = self.task.encode(rows, self.columns, self.processor)
         order = sorted(range(len(encodings)), key=lambda row: self.task.length(encodings[row]))
         return Examples([encodings[row] for row in order], [references[row] for row in order])
 
-    def has_labels(self, rows: "Dataset") -> bool:
+    def judges(self, rows: "Dataset") -> bool:
+        """Whether a split has the columns and, where they are read, the labels."""
         if any(name not in rows.features for names in self.columns.values() for name in names):
             return False
         try:
-            return None not in self.task.references(rows, self.columns, self.alignment)
+            return None not in self._references(rows) or not self._of_labels
         except DataError:  # that split is not asked for: it may hold what it likes
             return False
+
+    @property
+    def _of_labels(self) -> bool:
+        return not isinstance(self.alignment, NoLabels)
+
+    def _references(self, rows: "Dataset") -> list[object]:
+        return self.task.references(rows, self.columns, self.alignment) if self._of_labels else [None] * len(rows)
 
 
 def told_apart(rows: "Dataset") -> "Features":
@@ -187,6 +216,13 @@ def _require_columns(rows: "Dataset", split: str, columns: Columns) -> None:
     for name in (name for names in columns.values() for name in names):
         if name not in rows.features:
             raise DataError(f"Split {split!r} has no column {name!r}. Columns: {', '.join(rows.features)}.")
+
+
+def _without_labels(info: DatasetInfo) -> str:
+    return (
+        f"{info.id} has no labels (columns: {', '.join(name for names in info.columns.values() for name in names)}). The "
+        "score is agreement with FP32 (--metric fidelity), and not accuracy."
+    )
 
 
 def _warnings(info: DatasetInfo, recipe: Recipe) -> list[str]:

@@ -11,7 +11,6 @@ import pyarrow as pa
 from datasets.builder import Key
 from datasets.fingerprint import Hasher
 from datasets.packaged_modules.csv.csv import Csv, CsvConfig
-from datasets.packaged_modules.text.text import Text
 
 from . import tables
 from .tables import Asked, Layout, find_layout, read_rows
@@ -64,8 +63,6 @@ class Rows(datasets.ArrowBasedBuilder):
 
 def is_table(builder: datasets.DatasetBuilder) -> bool:
     """Whether a builder reads files of rows, and in no way that only pandas knows."""
-    if isinstance(builder, Text):
-        return True
     default = CsvConfig()
     return isinstance(builder, Csv) and all(
         getattr(builder.config, option.name) == getattr(default, option.name)

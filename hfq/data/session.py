@@ -1,16 +1,18 @@
 """One checkpoint, its float model and its data, loaded and batched: what tuning and measuring read."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..common.errors import UsageError
 from ..common.ui import Reporter
 from ..recipe import Recipe
 from ..source.checkpoint import Checkpoint, pull
 from ..source.model import load_model
-from ..tasks.base import Batch, Task
+from ..tasks.base import FIDELITY, Batch, Metric, Task
 from ..tasks.registry import make_task
 from .examples import Examples, TaskData, load_task_data
 
@@ -29,9 +31,24 @@ class Session:
     evaluation: list[Batch]
     holdout: list[Batch]
 
+    @property
+    def judge(self) -> Metric:
+        """The metric that decides."""
+        return self.task.judge(self.metric)
 
-def open_session(recipe: Recipe, *, recipes: Path, ui: Reporter, token: str | None, quantized: bool = False) -> Session:
+
+def open_session(
+    recipe: Recipe,
+    *,
+    recipes: Path,
+    ui: Reporter,
+    token: str | None,
+    quantized: bool = False,
+    baseline: str | None = None,
+) -> Session:
     """Pull the checkpoint, load its data and its model. `quantized`: an int8 checkpoint is welcome.
+
+    `baseline`: the float checkpoint whose answers are right where no labels are read; None for the checkpoint itself.
 
     Raises:
         HfqError: something is missing or does not fit; nothing was written.
@@ -47,7 +64,6 @@ def open_session(recipe: Recipe, *, recipes: Path, ui: Reporter, token: str | No
     for warning in checkpoint.warnings:
         ui.warn(warning)
     task = make_task(checkpoint.config, name=recipe.task, folder=checkpoint.path, settings=recipe.settings)
-    metric = task.metric(recipe.metric)
     ui.note(f"{task.name}, {checkpoint.size_mib:.1f} MiB, revision {checkpoint.info.revision[:19]}")
 
     ui.stage("Dataset")
@@ -55,21 +71,64 @@ def open_session(recipe: Recipe, *, recipes: Path, ui: Reporter, token: str | No
     info = data.info
     ui.note(f"{info.id}{'/' + info.subset if info.subset else ''}: {info.examples} examples of {info.split!r}")
     columns = "; ".join(f"{role}: {', '.join(names)}" for role, names in info.columns.items())
-    ui.note(f"{columns}, {info.alignment}")
+    ui.note(f"{columns}; labels: {info.alignment}")
     for warning in data.warnings:
         ui.warn(warning)
 
     def batches(examples: Examples | None) -> list[Batch]:
         return examples.batches(data.task, data.processor, recipe.batch_size) if examples else []
 
-    return Session(
+    session = Session(
         recipe,
         checkpoint,
         data.task,
-        metric,
+        data.metric,
         data,
         load_model(checkpoint, task.auto_class, trust_remote_code=recipe.trust_remote_code),
         batches(data.calibration),
         batches(data.evaluation),
         batches(data.holdout),
+    )
+    if session.judge.of_labels:
+        if baseline:
+            raise UsageError(
+                f"--baseline is what --metric {FIDELITY} compares with; {data.metric} compares with labels."
+            )
+        return session
+    return _with_answers(session, _float_model(session, baseline, token=token))
+
+
+def answers(model: nn.Module, batches: Sequence[Batch], *, task: Task) -> list[Tensor]:
+    """The task's outputs of `model`, one tensor for each example."""
+    with torch.inference_mode():
+        return [output for batch in batches for output in task.outputs(model, batch)]
+
+
+def _float_model(session: Session, baseline: str | None, *, token: str | None) -> nn.Module:
+    """The model whose answers are right where no labels are read."""
+    checkpoint = session.checkpoint
+    if baseline is None and not checkpoint.is_quantized:
+        return session.model
+    if baseline is None:
+        raise UsageError(
+            f"Without labels {checkpoint.info.id} is compared with the float checkpoint that it was made from. "
+            "Name that with --baseline, or a dataset with labels."
+        )
+    remote = session.recipe.trust_remote_code
+    found = pull(baseline, token=token, trust_remote_code=remote)
+    if found.is_quantized:
+        raise UsageError(f"--baseline {baseline} is quantized. Expected the float checkpoint.")
+    return load_model(found, session.task.auto_class, trust_remote_code=remote)
+
+
+def _with_answers(session: Session, model: nn.Module) -> Session:
+    """The session where what `model` answers is right."""
+
+    def answered(examples: Examples, batches: list[Batch]) -> Examples:
+        return replace(examples, references=answers(model, batches, task=session.task))
+
+    data = session.data
+    holdout = data.holdout and answered(data.holdout, session.holdout)
+    return replace(
+        session, data=replace(data, evaluation=answered(data.evaluation, session.evaluation), holdout=holdout)
     )

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from ..common.errors import ExportError
 from ..common.ui import Reporter
 from ..data.examples import Examples
-from ..data.session import Session
+from ..data.session import Session, answers
 from ..export.stock import answers_otherwise, other_model
 from ..runtime.fusion.slicing import in_parts
 from ..source.checkpoint import Checkpoint
 from ..source.model import load_model
-from ..tasks.base import Batch, Outputs, References, SumMetric, Task
+from ..tasks.base import Batch, Metric, Outputs, References, SumMetric
 from .evaluate import Engine, Evaluation, evaluate
 from .figures import Comparison, Measurement, StockComparison
 from .statistics import mcnemar_p, paired_interval, paired_interval_of_sets
@@ -81,9 +81,7 @@ def measure_export(session: Session, exported: Checkpoint, baseline: Evaluation,
 
 def timed_outputs(session: Session, model: nn.Module, *, held_out: bool = False) -> list[Tensor]:
     """Outputs of `model` on what it is compared with stock transformers on: of the tuning split, or `held_out`."""
-    batches = timed_batches(session.holdout if held_out else session.evaluation)
-    with torch.inference_mode():
-        return [output for batch in batches for output in session.task.outputs(model, batch)]
+    return answers(model, timed_batches(session.holdout if held_out else session.evaluation), task=session.task)
 
 
 def compare_with_stock(
@@ -119,13 +117,14 @@ def compare(
 ) -> Comparison:
     """Two models' outputs for the same examples of `split`: float first, int8 second."""
     task, seed = session.task, session.recipe.seed
-    rights = [task.per_example(found.outputs, references) for found in (first, second)]
+    of_labels = session.judge.of_labels
+    rights = [task.per_example(found.outputs, references) if of_labels else None for found in (first, second)]
     found = Comparison(
         split=split,
         examples=len(references),
         agreement=task.fidelity(first.outputs, second.outputs),
         difference=second.score - first.score,
-        interval=_interval(task, session.metric, first.outputs, second.outputs, references=references, seed=seed),
+        interval=_interval(session.judge, first.outputs, second.outputs, references=references, seed=seed),
         seen_in_tuning=split == session.data.info.split,
     )
     a, b = rights
@@ -141,10 +140,7 @@ def compare(
     )
 
 
-def _interval(
-    task: Task, metric: str, first: Outputs, second: Outputs, *, references: References, seed: int
-) -> tuple[float, float]:
-    by = task.metrics[metric]
+def _interval(by: Metric, first: Outputs, second: Outputs, *, references: References, seed: int) -> tuple[float, float]:
     if isinstance(by, SumMetric):
         return paired_interval(by.of_sums, by.numbers(first, references), by.numbers(second, references), seed=seed)
 

@@ -148,7 +148,7 @@ def _metadata(report: Report, *, name: str, score: Score, terms: Mapping[str, An
         dataset_split=_plain(score.split),
         dataset_revision=data.revision if public_data else None,
         metric_type=report.metric,
-        metric_name=f"{metric_label(report)} on the split that tuning chose by" if score.seen_in_tuning else None,
+        metric_name=_metric_name(report, score),
         metric_value=score.quantized,
     )
     codes, regional = _languages(checkpoint.language)
@@ -169,6 +169,13 @@ def _metadata(report: Report, *, name: str, score: Score, terms: Mapping[str, An
         eval_results=[result],
         **{**own, **terms, "tags": [*library, *TAGS, *texts(terms.get("tags"))]},
     )
+
+
+def _metric_name(report: Report, score: Score) -> str | None:
+    """What has to be said of a result beyond the type of its metric."""
+    if score.seen_in_tuning:
+        return f"{metric_label(report)} on the split that tuning chose by"
+    return None if report.of_labels else metric_label(report)
 
 
 def _terms(checkpoint: CheckpointInfo) -> dict[str, Any]:

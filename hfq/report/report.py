@@ -18,7 +18,7 @@ from ..common.redact import redact
 from ..data.examples import DatasetInfo
 from ..measure.figures import Comparison, Measurement, StockComparison
 from ..source.checkpoint import CheckpointInfo
-from ..tasks.base import Trivial
+from ..tasks.base import FIDELITY, Trivial
 from ..tuning.goal import Goal
 from ..tuning.trial import Trial
 from .upgrade import SCHEMA_VERSION, upgraded
@@ -101,6 +101,11 @@ class Report:
     def of_object(self) -> bool:
         """Whether `fit` made it of a model in memory."""
         return self.dataset is None
+
+    @property
+    def of_labels(self) -> bool:
+        """Whether its scores compare with labels, and not with what FP32 answers."""
+        return self.metric != FIDELITY
 
     @property
     def tuned(self) -> bool:

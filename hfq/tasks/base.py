@@ -23,6 +23,8 @@ Batch = dict[str, "Tensor"]  # padded; `labels`, where a task puts them there, n
 Outputs = Sequence["Tensor"]  # one for each example, in the data's order
 References = Sequence[Any]  # what is right for each example, in the same order
 
+FIDELITY = "fidelity"  # the metric that every task has: no labels are read, and FP32's outputs are the references
+
 
 class Metric(ABC):
     """A score of a whole set of examples. It holds no data, and is sent to other processes with its task.
@@ -34,6 +36,7 @@ class Metric(ABC):
     label: str
     higher_is_better = True
     in_points = True
+    of_labels: ClassVar[bool] = True  # else of outputs: it says nothing of what is right
 
     @abstractmethod
     def score(self, outputs: Outputs, references: References) -> float:
@@ -53,6 +56,26 @@ class SumMetric(Metric):
 
     def score(self, outputs: Outputs, references: References) -> float:
         return self.of_sums(self.numbers(outputs, references).sum(0)).item()
+
+
+class Fidelity(Metric):
+    """How alike a model answers to FP32, whose outputs are the references, in [0, 1]: agreement, and not accuracy."""
+
+    label = "Agreement with FP32"
+    of_labels = False
+
+    def __init__(self, task: "Task") -> None:
+        self.task = task
+
+    def score(self, outputs: Outputs, references: References) -> float:
+        """Raises `DataError` where the references are of another model than the outputs."""
+        for output, reference in zip(outputs, references, strict=True):
+            if output.shape != reference.shape:
+                raise DataError(
+                    f"The float model puts out {list(reference.shape)} where this one puts out {list(output.shape)}: they are "
+                    "not one model. Compare with the checkpoint that it was made from."
+                )
+        return self.task.fidelity(references, outputs)
 
 
 @dataclass(frozen=True)
@@ -139,6 +162,25 @@ class Task(ABC):
             DataError: a requested column does not exist, or the choice is not clear.
         """
 
+    def inputs(self, features: Mapping[str, Any], requested: Columns) -> Columns:
+        """Of those, the columns that the model reads. A task that finds them where there are no labels says so itself.
+
+        Raises:
+            DataError: as `columns`.
+        """
+        columns = self.columns(features, requested)
+        return {role: names for role, names in columns.items() if role != self.label_role}
+
+    def lacks_labels(self, features: Mapping[str, Any], requested: Columns) -> bool:
+        """Whether a dataset holds what the model reads, and nothing that could be a label."""
+        if self.label_role not in self.roles or requested.get(self.label_role):
+            return False
+        try:
+            read = self.inputs(features, requested)
+        except DataError:
+            return False
+        return set(features) <= {name for names in read.values() for name in names}
+
     @abstractmethod
     def align(self, splits: Sequence["Dataset"], columns: Columns) -> Alignment:
         """How the labels in some splits become the model's.
@@ -172,7 +214,7 @@ class Task(ABC):
     @property
     @abstractmethod
     def metrics(self) -> Mapping[str, Metric]:
-        """By name; the first is the default."""
+        """By name, those that compare with labels; the first is the default."""
 
     @abstractmethod
     def outputs(self, model: "nn.Module", batch: Batch) -> list["Tensor"]:
@@ -180,7 +222,7 @@ class Task(ABC):
 
     def score(self, metric: str, outputs: Outputs, references: References) -> float:
         """The value of a metric."""
-        return self.metrics[metric].score(outputs, references)
+        return self.judge(metric).score(outputs, references)
 
     def per_example(self, outputs: Outputs, references: References) -> "Tensor | None":
         """`[examples]`, bool: whether each is right. None where only the whole set can be judged."""
@@ -217,11 +259,14 @@ class Task(ABC):
         Raises:
             UsageError: the task has no metric of that name.
         """
-        if name is None:
-            return next(iter(self.metrics))
-        if name not in self.metrics:
-            raise UsageError(f"--metric {name} is none of {self.name}. Expected one of: {', '.join(self.metrics)}.")
-        return name
+        every = [*self.metrics, FIDELITY]
+        if name is not None and name not in every:
+            raise UsageError(f"--metric {name} is none of {self.name}. Expected one of: {', '.join(every)}.")
+        return name or every[0]
+
+    def judge(self, metric: str) -> Metric:
+        """The metric of that name."""
+        return Fidelity(self) if metric == FIDELITY else self.metrics[metric]
 
 
 def require_column(name: str, features: Mapping[str, Any], flag: str) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 UNLABELLED = -1
+WITHOUT_LABELS = "where there is none, --metric fidelity asks for agreement with FP32"
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,8 @@ def find_label_column(
     if len(found) == 1:
         return found
     raise DataError(
-        f"Which column holds the label is not clear. Columns: {', '.join(features)}. Name it with --label-column."
+        f"Which column holds the label is not clear. Columns: {', '.join(features)}. Name it with --label-column; "
+        f"{WITHOUT_LABELS}."
     )
 
 

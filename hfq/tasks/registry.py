@@ -28,7 +28,10 @@ def tasks() -> dict[str, type[Task]]:
 
 
 def describe_tasks() -> list[dict[str, Any]]:
-    """What a user chooses from: each task's name, the Hub's, its columns by role, and its metrics, the default first."""
+    """What a user chooses from: each task's name, the Hub's, its columns by role, and its metrics, the default first.
+
+    All of them have `fidelity` too, which needs no labels.
+    """
     return [
         {
             "name": name,

@@ -34,6 +34,11 @@ class SequenceTask(TextTask):
         labels = self.find_labels(features, requested.get("label", ()))
         return {"text": self._find_texts(features, requested.get("text", ()), labels), "label": labels}
 
+    def inputs(self, features: Mapping[str, Any], requested: Columns) -> Columns:
+        labels = [name for name, kind in features.items() if name in self.label_columns or hasattr(kind, "names")]
+        labels += requested.get("label", ())
+        return {"text": self._find_texts(features, requested.get("text", ()), labels)}
+
     def encode(self, rows: "Dataset", columns: Columns, processor: Processor) -> list[Encoding]:
         encoded = self.tokens(processor, *(texts(rows, name) for name in columns["text"]))
         return [{name: encoded[name][row] for name in encoded} for row in range(len(rows))]

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..common.errors import DataError
 from .base import Batch, Columns, Encoding, Metric, Outputs, Processor, References, SumMetric, Trivial, require_column
-from .labels import LabelMap, LabelNames
-from .text import TextTask
+from .labels import WITHOUT_LABELS, LabelMap, LabelNames
+from .text import TextTask, is_text, texts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -74,6 +74,13 @@ class TokenClassification(TextTask):
             "tags": [_one_of(features, requested.get("tags"), TAGS, rest, flag="--label-column")],
         }
 
+    def inputs(self, features: Mapping[str, Any], requested: Columns) -> Columns:
+        """Plain text, where there are no lists of words: its tokenizer says what a word is, as transformers' pipeline has it."""
+        lists = {name: kind for name, kind in features.items() if _item(kind) is not None and name not in TAGS}
+        plain = {name: kind for name, kind in features.items() if is_text(kind) and name not in TAGS}
+        readable = {**lists, **plain} if requested.get("tokens") else lists or plain
+        return {"tokens": [_one_of(features, requested.get("tokens"), WORDS, readable, flag="--text-column")]}
+
     def align(self, splits: Sequence["Dataset"], columns: Columns) -> LabelMap:
         (column,) = columns["tags"]
         values = {tag for rows in splits for tags in rows[column] for tag in _listed(tags, column)}
@@ -87,11 +94,15 @@ class TokenClassification(TextTask):
         ]
 
     def encode(self, rows: "Dataset", columns: Columns, processor: Processor) -> list[Encoding]:
-        sentences = [_words(row, words, columns["tokens"][0]) for row, words in enumerate(rows[columns["tokens"][0]])]
-        encoded = self.tokens(processor, sentences, is_split_into_words=True)
+        (column,) = columns["tokens"]
+        if is_text(rows.features[column]):
+            encoded = self.tokens(processor, texts(rows, column))
+        else:
+            sentences = [_words(row, words, column) for row, words in enumerate(rows[column])]
+            encoded = self.tokens(processor, sentences, is_split_into_words=True)
         return [
             {**{name: encoded[name][row] for name in encoded}, "labels": _first_tokens(encoded.word_ids(row))}
-            for row in range(len(sentences))
+            for row in range(len(rows))
         ]
 
     def collate(self, encodings: Sequence[Encoding], processor: Processor) -> Batch:
@@ -259,7 +270,8 @@ def _one_of(
         return found[0]
     raise DataError(
         f"Which column holds {'words' if flag == '--text-column' else 'tags'} is not clear. Columns: {', '.join(features)}; "
-        f"with lists: {', '.join(lists) or 'none'}. Name it with {flag}."
+        f"with lists: {', '.join(lists) or 'none'}. Name it with {flag}"
+        f"{'.' if flag == '--text-column' else f'; {WITHOUT_LABELS}.'}"
     )
 
 
