@@ -30,7 +30,6 @@ from safetensors.torch import load_file, save_file
 
 MEMORY = 1 << 30
 SECONDS = 60
-LAUNCHER = "python"
 RUNS = 1 << 20  # in place of the exit code of a process that has not ended
 DEPENDS_ON_TIME = ("created", "baseline_pass_s", "duration_s", "examples_per_s", "load_s", "peak_memory_mib")
 HFQ = str(Path(sys.executable).with_name("hfq"))
@@ -220,9 +219,10 @@ class Forkserver:
         return int(self._process.stdout.readline())
 
     @property
-    def python(self) -> str:
-        """What stands in for `sys.executable` where processes of hfq may be forked: `python -m MODULE` is."""
-        return str(Path(self._folder.name) / LAUNCHER)
+    def programs(self) -> Path:
+        """A folder of programs that are forked: `hfq`, and `python -m MODULE`. Other Python is started by `python`."""
+        self._ask({"do": "answer"})  # they are there once it does
+        return Path(self._folder.name)
 
     def close(self) -> None:
         """End the process."""
@@ -312,6 +312,8 @@ def _serve() -> None:
                 (main if request["command"] == "hfq" else optimum_cli)()
                 sys.exit(0)
             answer = child if request["do"] == "start" else _wait(child, request["kill_at"], Path(request["err"]))
+        elif request["do"] == "answer":
+            answer = 0
         else:
             ended, status = os.waitpid(request["pid"], os.WNOHANG if request["do"] == "poll" else 0)
             answer = os.waitstatus_to_exitcode(status) if ended else RUNS
@@ -337,7 +339,7 @@ def _use_once() -> None:
 
 
 def _fork_workers(folder: Path) -> str:
-    """Start a process that forks `python -m MODULE`; return what is to be called in place of python."""
+    """Start a process that forks for those who call programs in `folder`; return the one in place of python."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(folder / "socket"))
     listener.listen()
@@ -354,25 +356,31 @@ def _fork_workers(folder: Path) -> str:
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 for number, file in enumerate(files):
                     os.dup2(file, number)
-                connection.send(bytes([_run_module(*json.loads(request))]))
+                connection.send(bytes([_be(*json.loads(request))]))
                 os._exit(0)
             for file in (*files, connection.detach()):
                 os.close(file)
         os._exit(0)
-    launcher = folder / LAUNCHER
-    launcher.write_text(_LAUNCHER.format(python=sys.executable, socket=folder / "socket"))
-    launcher.chmod(0o700)
-    return str(launcher)
+    for name in ("hfq", "python"):
+        launcher = folder / name
+        launcher.write_text(_LAUNCHER.format(python=sys.executable, socket=folder / "socket"))
+        launcher.chmod(0o700)
+    return str(folder / "python")
 
 
-def _run_module(module: str, environ: Mapping[str, str], folder: str) -> int:
-    """Be `python -m MODULE` there. Returns its exit code."""
+def _be(words: list[str], environ: Mapping[str, str], folder: str) -> int:
+    """Be a module of Python's, or `hfq`, with its arguments. Returns its exit code."""
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environ)
-    sys.argv = [module]
+    sys.argv = words
     try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        if words[0] == "hfq":
+            from hfq.cli.main import main
+
+            main()
+        else:
+            runpy.run_module(words[0], run_name="__main__", alter_sys=True)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else bool(end.code)
     except BaseException:
@@ -386,11 +394,16 @@ def _run_module(module: str, environ: Mapping[str, str], folder: str) -> int:
 
 _LAUNCHER = """#!{python} -IS
 import json, os, socket, sys
-if sys.argv[1] != "-m":
-    os.execv("{python}", ["{python}", *sys.argv[1:]])
+program, *words = sys.argv
+if not program.endswith("python"):
+    words = ["hfq", *words]
+elif words[:1] == ["-m"]:
+    words = words[1:]
+else:
+    os.execv("{python}", ["{python}", *words])
 connection = socket.socket(socket.AF_UNIX)
 connection.connect("{socket}")
-socket.send_fds(connection, [json.dumps([sys.argv[2], dict(os.environ), os.getcwd()]).encode()], [0, 1, 2])
+socket.send_fds(connection, [json.dumps([words, dict(os.environ), os.getcwd()]).encode()], [0, 1, 2])
 for number in (0, 1, 2):
     os.close(number)
 sys.exit((connection.recv(1) or b"?")[0])  # waits until the other side ends; it may be killed

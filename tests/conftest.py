@@ -31,6 +31,7 @@ os.environ.update(
     HF_HUB_DISABLE_PROGRESS_BARS="1",
     HF_HUB_DISABLE_TELEMETRY="1",
     HFQ_HUB_PATIENCE="1",
+    AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL="O0",  # what calls the kernels; they are optimized as a user's are
     TORCHINDUCTOR_VEC_ISA_OK="1",  # else it builds a library in each empty cache to see what the compiler knows
 )
 
@@ -57,7 +58,7 @@ def forked_workers() -> Iterator[None]:
     What they say of time and memory means nothing then.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "executable", forkserver().python)
+        patch.setattr(sys, "executable", str(forkserver().programs / "python"))
         yield
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from command import HFQ, ROOT, environment
+from command import ROOT, environment, forkserver
 
 ACTION = ROOT / ".github" / "actions" / "quantize"
 WORKFLOWS = ROOT / ".github" / "workflows"
@@ -86,7 +86,7 @@ def run_action(inputs: Mapping[str, Any], *, folder: Path, env: Mapping[str, str
         "GITHUB_STEP_SUMMARY": str(summary),
         "GITHUB_ACTION_PATH": str(ACTION),
         "GITHUB_WORKSPACE": str(folder),
-        "PATH": f"{Path(HFQ).parent}:{os.environ['PATH']}",
+        "PATH": f"{forkserver().programs}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
     }
     for file in (outputs, summary):

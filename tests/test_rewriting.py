@@ -1,12 +1,12 @@
 """Attention, layer norms and quantization as compiled code of our own: found in any model, equal to torch's."""
 
 import subprocess
-import sys
 from collections import Counter
 
 import pieces
 import pytest
 import torch
+from command import forkserver
 from models import quantized, relative_error, tiny, token_batches
 from torch import Tensor
 
@@ -35,7 +35,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Graph:
     if not compiling.has_compiler():
         pytest.skip("no C++ compiler on this machine")
     folder = tmp_path_factory.mktemp("pieces")
-    done = subprocess.run([sys.executable, pieces.__file__, folder], capture_output=True, text=True, check=False)
+    words = [forkserver().programs / "python", "-m", pieces.__name__, folder]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return Graph(folder, pieces.make_tensors())
 
