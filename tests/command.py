@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 
 MEMORY = 1 << 30
 SECONDS = 60
+MODULES = ("hfq.", "pieces")  # that are run in forks, by the beginning of their names
 RUNS = 1 << 20  # in place of the exit code of a process that has not ended
 DEPENDS_ON_TIME = ("created", "baseline_pass_s", "duration_s", "examples_per_s", "load_s", "peak_memory_mib")
 HFQ = str(Path(sys.executable).with_name("hfq"))
@@ -220,7 +221,7 @@ class Forkserver:
 
     @property
     def programs(self) -> Path:
-        """A folder of programs that are forked: `hfq`, and `python -m MODULE`. Other Python is started by `python`."""
+        """A folder of programs that are forked: `hfq`, and `python -m hfq.MODULE`. Other Python is started by `python`."""
         self._ask({"do": "answer"})  # they are there once it does
         return Path(self._folder.name)
 
@@ -363,7 +364,7 @@ def _fork_workers(folder: Path) -> str:
         os._exit(0)
     for name in ("hfq", "python"):
         launcher = folder / name
-        launcher.write_text(_LAUNCHER.format(python=sys.executable, socket=folder / "socket"))
+        launcher.write_text(_LAUNCHER.format(python=sys.executable, modules=MODULES, socket=folder / "socket"))
         launcher.chmod(0o700)
     return str(folder / "python")
 
@@ -397,7 +398,7 @@ import json, os, socket, sys
 program, *words = sys.argv
 if not program.endswith("python"):
     words = ["hfq", *words]
-elif words[:1] == ["-m"]:
+elif words[:1] == ["-m"] and words[1].startswith({modules}):
     words = words[1:]
 else:
     os.execv("{python}", ["{python}", *words])

@@ -35,14 +35,22 @@ class Nodes:
     address: str
     head: int  # process of the head's raylet; of the worker nodes, any may be killed
     logs: Path
+    site: Path  # a folder that its workers import from
+
+    def fork(self) -> None:
+        """Have workers that start from now on fork the processes in which they measure."""
+        code = f"import sys\nsys.executable = {str(forkserver().programs / 'python')!r}\n"
+        (self.site / "sitecustomize.py").write_text(code)
 
 
 @pytest.fixture(scope="module")
-def nodes() -> Iterator[Nodes]:
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     """Its workers find this hfq, but no token and no Hub of their own."""
+    site = tmp_path_factory.mktemp("site")
     with ExitStack() as stack:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
+            path = [str(site), str(ROOT), os.environ.get("PYTHONPATH")]
+            patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, path)))
             for name in ("HF_TOKEN", "HF_ENDPOINT"):
                 patch.delenv(name)
             cluster = Cluster(initialize_head=True, head_node_args={**STORE, "include_dashboard": False})
@@ -50,7 +58,7 @@ def nodes() -> Iterator[Nodes]:
             cluster.add_node(**STORE)
         head = cluster.head_node
         raylet = head.all_processes["raylet"][0].process.pid
-        yield Nodes(cluster.address, raylet, Path(head.get_session_dir_path()))
+        yield Nodes(cluster.address, raylet, Path(head.get_session_dir_path()), site)
 
 
 def on(nodes: Nodes) -> tuple[str, ...]:
@@ -99,7 +107,7 @@ def test_one_recipe_is_helped_by_other_workers_and_goes_on_wherever_it_was_left(
     recipe = {**FAST, "checkpoint": str(CHECKPOINT), "explore": True, "max_trials": 2, "output": "../out"}
     write_recipes(tmp_path, one=recipe)
     project, log = tmp_path / "pipelines", tmp_path / "out.hfq-work" / "trials.jsonl"
-    with Running("run", "one.yaml", *on(nodes), cwd=project, seconds=SECONDS, fresh=True) as running:
+    with Running("run", "one.yaml", *on(nodes), cwd=project, seconds=SECONDS) as running:
         owner = running.until("on ").split("process ")[1].strip()
         helper = running.until("evaluated on").split("process ")[1].strip(":\n")
         running.until("meets the goal")
@@ -108,7 +116,7 @@ def test_one_recipe_is_helped_by_other_workers_and_goes_on_wherever_it_was_left(
     trials = [row["trial"] for row in map(json.loads, log.read_text().splitlines()) if "trial" in row]
     assert len(trials) == 2
 
-    with Running("run", "one.yaml", "--resume", *on(nodes), cwd=project, seconds=SECONDS, fresh=True) as running:
+    with Running("run", "one.yaml", "--resume", *on(nodes), cwd=project, seconds=SECONDS) as running:
         worker = psutil.Process(int(running.until("on ").split("process ")[1]))
         running.until("▸ Checkpoint")
         done = running.stop(signal.SIGINT)
@@ -125,6 +133,7 @@ def test_one_recipe_is_helped_by_other_workers_and_goes_on_wherever_it_was_left(
 def test_recipes_whose_worker_or_node_is_killed_are_finished_by_others_and_published_once(
     hub: LocalHub, nodes: Nodes, tmp_path: Path
 ) -> None:
+    nodes.fork()  # not before: a trial that is over at once leaves others nothing to help with
     write_slice(tmp_path / "data", train=100, validation=50)
     hub.create_repo(f"{USER}/ray-source", private=True)
     hub.commit_folder(f"{USER}/ray-source", write_outliers(tmp_path / "outliers"))
@@ -136,9 +145,7 @@ def test_recipes_whose_worker_or_node_is_killed_are_finished_by_others_and_publi
         gone={**recipe, "checkpoint": str(tmp_path / "gone"), "to": "ray-gone"},
         hard={**recipe, "to": "ray-hard"},
     )
-    with Running(
-        "run", "pipelines", "--push", "--json", *on(nodes), cwd=tmp_path, seconds=SECONDS, fresh=True
-    ) as running:
+    with Running("run", "pipelines", "--push", "--json", *on(nodes), cwd=tmp_path, seconds=SECONDS) as running:
         while len(workers := dict(re.findall(r"([ab])\.yaml │   on .*process (\d+)", running.err))) < 2:
             running.until("process")
         raylets = {name: psutil.Process(int(pid)).parent() for name, pid in workers.items()}
