@@ -22,9 +22,9 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from safetensors.torch import load_file, save_file
 
@@ -310,8 +310,7 @@ def _serve() -> None:
             child = os.fork()
             if child == 0:
                 _become(request)
-                (main if request["command"] == "hfq" else optimum_cli)()
-                sys.exit(0)
+                _end(_call(main if request["command"] == "hfq" else optimum_cli))
             answer = child if request["do"] == "start" else _wait(child, request["kill_at"], Path(request["err"]))
         elif request["do"] == "answer":
             answer = 0
@@ -357,8 +356,9 @@ def _fork_workers(folder: Path) -> str:
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 for number, file in enumerate(files):
                     os.dup2(file, number)
-                connection.send(bytes([_be(*json.loads(request))]))
-                os._exit(0)
+                code = _be(*json.loads(request))
+                connection.send(bytes([code]))
+                _end(code)
             for file in (*files, connection.detach()):
                 os.close(file)
         os._exit(0)
@@ -371,26 +371,36 @@ def _fork_workers(folder: Path) -> str:
 
 def _be(words: list[str], environ: Mapping[str, str], folder: str) -> int:
     """Be a module of Python's, or `hfq`, with its arguments. Returns its exit code."""
+    from hfq.cli.main import main
+
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environ)
     sys.argv = words
-    try:
-        if words[0] == "hfq":
-            from hfq.cli.main import main
+    return _call(
+        main if words[0] == "hfq" else partial(runpy.run_module, words[0], run_name="__main__", alter_sys=True)
+    )
 
-            main()
-        else:
-            runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+
+def _call(program: Callable[[], object]) -> int:
+    """Run it to its end. Returns its exit code."""
+    try:
+        program()
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else bool(end.code)
     except BaseException:
         traceback.print_exc()
         return 1
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
     return 0
+
+
+def _end(code: int) -> NoReturn:
+    """End as a process does, but for freeing every object there is: most are the server's, and each would be copied."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 _LAUNCHER = """#!{python} -IS
