@@ -47,7 +47,7 @@ def fuse(model: nn.Module, *, at_first_forward: bool = False) -> None:
         slice_batches(model, known)
     if at_first_forward or Structure(model).is_watched():  # no hook is to see examples
         _enter(model, known)
-        _AtFirstForward(model, wanted)
+        enter(model, known).at_first = _AtFirstForward(wanted)
     else:
         _fuse_calls(model, wanted)
 
@@ -75,9 +75,9 @@ def _enter(model: nn.Module, known: KnownForward) -> None:
 def finish_fusing(model: nn.Module) -> None:
     """Do now what `fuse` left to the first forward of `model`, or of a model in it."""
     for module in list(model.modules()):
-        for hook in list(module._forward_pre_hooks.values()):
-            if isinstance(hook, _AtFirstForward):
-                hook.fuse(module)
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, FusedForward) and isinstance(forward.at_first, _AtFirstForward):
+            forward.at_first.fuse(module)
 
 
 def wanted_fusions() -> tuple[str, ...]:
@@ -115,18 +115,16 @@ def wanted_fusions() -> tuple[str, ...]:
 
 
 class _AtFirstForward:
-    """A hook that a model calls before its forward. It works once, then it is gone.
+    """What a model calls before its forward. It works once, then it is gone.
 
     Other threads may be in the model: what it changes may change between any two calls of theirs, and a layer that
     they call meanwhile waits, as for packing.
     """
 
-    def __init__(self, model: nn.Module, wanted: tuple[str, ...]) -> None:
+    def __init__(self, wanted: tuple[str, ...]) -> None:
         self.wanted = wanted
-        self.done = False
-        self.handle = model.register_forward_pre_hook(self)
 
-    def __call__(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def __call__(self, model: nn.Module) -> None:
         if self.fuse(model):
             pack_all(model)  # at once, so that what this leaves is given back before there are activations
             return_freed_memory()
@@ -137,10 +135,9 @@ class _AtFirstForward:
             return False  # dropout would hide the flow, and a compiler would take the search for a part of the model
         with PACKING:
             forward = model.__dict__.get("forward")
-            if self.done or not isinstance(forward, FusedForward) or not forward.is_as_it_was():
+            if not isinstance(forward, FusedForward) or forward.at_first is not self or not forward.is_as_it_was():
                 return False  # what a user put there meanwhile is not to see examples
-            self.done = True  # the search calls the model itself
-            self.handle.remove()
+            forward.at_first = None  # the search calls the model itself
             _fuse_calls(model, self.wanted)
             return True
 

@@ -57,8 +57,8 @@ class Int8Conv(PackedModule):
         self._geometry: Geometry = (stride, even, dilation, groups)
         self.activation = activation
         self.weight_shape = (out_channels, in_channels // groups, *kernel_size)
-        self._parameters["weight"] = frozen(torch.empty(self.weight_shape, dtype=torch.int8, device=device))
         self.weight_scale = frozen(torch.empty(out_channels, 1, *(1 for _ in kernel_size), device=device))
+        self._parameters["weight"] = frozen(torch.empty(self.weight_shape, dtype=torch.int8, device=device))
         if activation == "static":
             self.input_scale = frozen(torch.empty(1, device=device))
             self.input_zero_point = frozen(torch.empty(1, dtype=torch.int8, device=device))

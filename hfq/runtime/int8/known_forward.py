@@ -83,7 +83,8 @@ class FusedForward:
 
     `forward`: what it runs, its class's unless somebody gave it another. `compiled`: what it runs instead if the model is
     as it was; copies run uncompiled. `known`: of the model, and of all that are inside. `inner`: it is inside another, by whose answers one
-    cannot tell what is read of its own.
+    cannot tell what is read of its own. `at_first`: what is called with the model before it runs for the first time. It is
+    no hook, as callers of `forward` itself pass hooks by (sentence-transformers).
     """
 
     kept: tuple[str, ...] = ()  # further attributes that copies have
@@ -92,11 +93,12 @@ class FusedForward:
         self.model, self.known, self.inner = model, known, False
         self.forward: Callable[..., Any] = model.__dict__.get("forward") or types.MethodType(type(model).forward, model)
         self.compiled: Callable[..., Any] | None = None
+        self.at_first: Callable[[nn.Module], None] | None = None
         self.structure: Structure | None = None
         functools.update_wrapper(self, self.forward, updated=())  # transformers reads its signature
 
     def __reduce__(self) -> tuple[Any, ...]:
-        kept = ["known", "inner", "structure", *self.kept]
+        kept = ["known", "inner", "structure", "at_first", *self.kept]
         if getattr(self.forward, "__func__", None) is not type(self.model).forward:
             kept.append("forward")
         return type(self), (self.model, self.known), {name: getattr(self, name) for name in kept}
@@ -124,6 +126,9 @@ class FusedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return self.forward(*args, **kwargs)
+        at_first = self.at_first  # another thread may be done with it
+        if at_first is not None and not self.known.has_begun:
+            at_first(self.model)
         if self.known.has_begun:
             forward = self.compiled if self.compiled and self.known.is_unwatched else self.forward
             return forward(*args, **kwargs)

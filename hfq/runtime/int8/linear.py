@@ -115,6 +115,7 @@ class PackedModule(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if self._packed is not None:
+            destination[f"{prefix}weight_scale"] = None  # keeps its place, which is before the weight's
             destination[f"{prefix}weight"] = self._packed.unpack()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
@@ -169,8 +170,9 @@ class Int8Linear(PackedModule):
         self.out_features = out_features
         self.activation = activation
         self.weight_shape, scale_shape = self.stored_shapes(in_features, out_features)
-        self.weight = frozen(torch.empty(self.weight_shape, dtype=torch.int8, device=device))
+        # Scales come first: who asks a model's first parameter for its dtype gets a float.
         self.weight_scale = frozen(torch.empty(scale_shape, device=device))
+        self.weight = frozen(torch.empty(self.weight_shape, dtype=torch.int8, device=device))
         if activation == "static":
             self.input_scale = frozen(torch.empty(1, device=device))
             self.input_zero_point = frozen(torch.empty(1, dtype=torch.int8, device=device))
@@ -502,8 +504,8 @@ class Int8Embedding(nn.Module):
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
         self.padding_idx = padding_idx
+        self.weight_scale = frozen(torch.empty(num_embeddings, 1, device=device))  # first, as in `Int8Linear`
         self.weight = frozen(torch.empty(num_embeddings, embedding_dim, dtype=torch.int8, device=device))
-        self.weight_scale = frozen(torch.empty(num_embeddings, 1, device=device))
 
     def forward(self, ids: Tensor) -> Tensor:
         """integer ids `[..]` to float `[.., dim]`, in the dtype of the scales."""
