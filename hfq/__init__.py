@@ -26,7 +26,15 @@ def _register(auto: Any) -> None:
 
         return make_quantizer(config, **kwargs)
 
+    class Settings:
+        @staticmethod
+        def from_dict(settings: dict[str, Any]) -> Any:
+            from .runtime.loading.quantizer import read_settings
+
+            return read_settings(settings)
+
     auto.AUTO_QUANTIZER_MAPPING["compressed-tensors"] = int8_quantizer
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"] = Settings
 
 
 @when_imported("transformers.modeling_utils")

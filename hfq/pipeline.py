@@ -188,7 +188,7 @@ def _evaluate(session: Session, goal: Goal, work: Path, model: nn.Module, plan: 
     return_freed_memory()
     with tempfile.TemporaryDirectory(dir=work) as parent:
         folder = Path(parent) / session.checkpoint.path.name
-        export(model, plan, session.checkpoint, folder=folder)
+        export(model, plan, session.checkpoint, folder=folder, library=session.task.library)
         exported = pull(str(folder), trust_remote_code=session.recipe.trust_remote_code)
         stock = compare_with_stock(session, ours, exported)
     return Score(found.score, found.duration_s, stock.agreement, stock.output_difference)
@@ -260,6 +260,7 @@ def _write_checkpoint(
         found.plan,
         session.checkpoint,
         folder=folder,
+        library=session.task.library,
     )
     exported = pull(str(folder), trust_remote_code=recipe.trust_remote_code)
     ui.note(

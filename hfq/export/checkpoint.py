@@ -23,7 +23,7 @@ from ..common.memory import drop_file_pages
 from ..ptq.scheme import Plan
 from ..runtime.int8.conv import Int8Conv1D
 from ..source.checkpoint import Checkpoint
-from ..source.contents import list_contents
+from ..source.contents import SENTENCE_TRANSFORMERS, list_contents
 from .patterns import find_patterns
 
 SHARD_SIZE = "5GB"
@@ -36,8 +36,12 @@ APPROACHES = ("static", "dynamic", "weight-only")
 FLOAT_LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, Conv1D)
 
 
-def export(model: nn.Module, plan: Plan, checkpoint: Checkpoint, *, folder: Path) -> None:
+def export(
+    model: nn.Module, plan: Plan, checkpoint: Checkpoint, *, folder: Path, library: str = "transformers"
+) -> None:
     """Fill the new `folder` with weights, config, and what else belongs to the checkpoint (`hfq.contents`).
+
+    `library`: which is to open it.
 
     Raises:
         ExportError: the disk is full or read-only, or a file does not read back bit for bit.
@@ -45,7 +49,8 @@ def export(model: nn.Module, plan: Plan, checkpoint: Checkpoint, *, folder: Path
     """
     try:
         folder.mkdir(parents=True)
-        write_weights_and_config(model, plan, checkpoint.config, folder=folder)
+        widened = checkpoint.is_sentence_model or library == SENTENCE_TRANSFORMERS
+        write_weights_and_config(model, plan, checkpoint.config, folder=folder, widened=widened)
         for name in list_contents(checkpoint.path, checkpoint.contents):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             if not (folder / name).exists():  # what is made anew: config.json, which code may name too
@@ -56,8 +61,10 @@ def export(model: nn.Module, plan: Plan, checkpoint: Checkpoint, *, folder: Path
         ) from error
 
 
-def write_weights_and_config(model: nn.Module, plan: Plan, config: Mapping[str, Any], *, folder: Path) -> None:
-    """Weights and config.json, of a checkpoint whose float version has `config`.
+def write_weights_and_config(
+    model: nn.Module, plan: Plan, config: Mapping[str, Any], *, folder: Path, widened: bool = False
+) -> None:
+    """Weights and config.json, of a checkpoint whose float version has `config`. `widened`: as of `quantization_config`.
 
     Raises:
         ExportError: the disk is full, or a file does not read back bit for bit.
@@ -65,20 +72,24 @@ def write_weights_and_config(model: nn.Module, plan: Plan, config: Mapping[str, 
     """
     _write_weights(_tensors(model), folder)
     kept = {key: value for key, value in config.items() if key != "torch_dtype"}
-    kept |= {"dtype": "float32", "quantization_config": quantization_config(model, plan)}
+    kept |= {"dtype": "float32", "quantization_config": quantization_config(model, plan, widened=widened)}
     write_text(folder / "config.json", json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
 
 
-def quantization_config(model: nn.Module, plan: Plan) -> dict[str, Any]:
-    """The `quantization_config` of config.json: groups of layers with one scheme, everything else under `ignore`."""
+def quantization_config(model: nn.Module, plan: Plan, *, widened: bool = False) -> dict[str, Any]:
+    """The `quantization_config` of config.json: groups of layers with one scheme, everything else under `ignore`.
+
+    `widened`: where hfq is not imported, the model is one of float weights from when it is loaded, and not from its
+    first forward. sentence-transformers passes by the hook of compressed-tensors that would see to it then.
+    """
     approaches: dict[str, str] = dict.fromkeys(plan.embeddings, "weight-only")
     approaches |= {name: scheme.approach for name, scheme in plan.layers.items()}
     ignored = [name for name, module in model.named_modules() if isinstance(module, FLOAT_LAYERS)]
     patterns = find_patterns(model, {**approaches, **dict.fromkeys(ignored, "ignore")})
     groups = [_group(approach, patterns[approach]) for approach in APPROACHES if approach in patterns]
-    # Stock transformers opens an int8 Conv1D only where it widens the whole model to float.
-    widened = {"dequantize": True} if any(isinstance(module, Int8Conv1D) for module in model.modules()) else {}
-    return widened | {
+    # Stock transformers opens an int8 Conv1D only so.
+    widened = widened or any(isinstance(module, Int8Conv1D) for module in model.modules())
+    return ({"dequantize": True} if widened else {}) | {
         "quant_method": "compressed-tensors",
         "format": "mixed-precision",
         "quantization_status": "compressed",

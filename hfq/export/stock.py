@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 
 from ..common.errors import ExportError
 from ..ptq.inputs import Batch
-from ..runtime.int8.conv import Int8Conv1D
 from ..runtime.int8.linear import Int8Embedding, Int8Linear
 from ..runtime.loading.stock import stock_transformers
 
@@ -34,9 +33,10 @@ def check_written(model: PreTrainedModel, folder: Path, *, kind: type[PreTrained
     try:
         with stock_transformers(), redirect_stderr(io.StringIO()):  # of progress bars
             stock = kind.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-            if hasattr(stock, "ct_decompress_hook"):  # else it was widened when it was loaded
+            widened = not hasattr(stock, "ct_decompress_hook")  # when it was loaded
+            if not widened:
                 stock.hf_quantizer.compressor.decompress_model(stock)
-            difference = next(_differences(model, stock), None)
+            difference = next(_differences(model, stock, widened=widened), None)
             if difference is None and batch is not None:
                 difference = _other_answer(model, stock, batch)
     except Exception as error:  # whatever transformers, compressed-tensors or the model's code raises
@@ -53,10 +53,9 @@ def other_model(reason: str) -> str:
     )
 
 
-def _differences(model: nn.Module, stock: nn.Module) -> Iterator[str]:
-    """What of `model` is otherwise in `stock`, which holds its weights in float."""
+def _differences(model: nn.Module, stock: nn.Module, *, widened: bool) -> Iterator[str]:
+    """What of `model` is otherwise in `stock`, which holds its weights in float; if `widened`, it quantizes no inputs."""
     int8 = {name: module for name, module in model.named_modules() if isinstance(module, Int8Linear | Int8Embedding)}
-    widened = any(isinstance(module, Int8Conv1D) for module in int8.values())  # then stock quantizes no activations
     for name, module in int8.items():
         found: Any = stock.get_submodule(name)
         if not _alike(found.weight, module.weight.detach() * module.weight_scale.detach()):

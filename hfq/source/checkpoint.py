@@ -32,7 +32,7 @@ from ..common.names import CARD_FILE, REPORT_FILE, is_path
 from ..common.safetensors_header import TensorInfo, check_index, read_header, read_index
 from ..hub.download import Files, fetch_file, fetch_folder, head, list_files
 from ..hub.errors import NOT_UNDERSTOOD
-from .contents import MODULES_FILE, Contents, left_behind, list_names, read_contents, relative_link
+from .contents import MODULES_FILE, SENTENCE_CONFIG, Contents, left_behind, list_names, read_contents, relative_link
 from .metadata import forbids_derivatives, read_card, terms_of, texts
 from .trust import ADAPTER, check_config, check_files, check_names, check_sizes, read_config, remote_code
 
@@ -90,6 +90,12 @@ class Checkpoint:
     @property
     def is_quantized(self) -> bool:
         return self.config.get("quantization_config") is not None
+
+    @property
+    def is_sentence_model(self) -> bool:
+        """Whether its files say that sentence-transformers opens it."""
+        known = any((self.path / name).is_file() for name in (MODULES_FILE, SENTENCE_CONFIG))
+        return known or "sentence_transformers" in self.config  # so CrossEncoder wrote it
 
     @property
     def size_mib(self) -> float:

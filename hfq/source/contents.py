@@ -15,7 +15,9 @@ from ..common.errors import SourceError
 from ..common.reading import read_json, read_text, walk
 from .trust import check_links
 
+SENTENCE_TRANSFORMERS = "sentence-transformers"  # the library, by the Hub's name
 MODULES_FILE = "modules.json"
+SENTENCE_CONFIG = "config_sentence_transformers.json"
 
 # Who reads them, and their names. `*` stands for a part of a name, never for a folder.
 _READ = {
@@ -37,8 +39,8 @@ _READ = {
         *("alphabet.json", "language_model/attrs.json", "language_model/unigrams.txt"),
         *("language_model/*.arpa", "language_model/*.bin"),
     ),
-    "sentence-transformers": (
-        *(MODULES_FILE, "config_sentence_transformers.json", "router_config.json", "sentence_bert_config.json"),
+    SENTENCE_TRANSFORMERS: (
+        *(MODULES_FILE, SENTENCE_CONFIG, "router_config.json", "sentence_bert_config.json"),
         *("sentence_roberta_config.json", "sentence_distilbert_config.json", "sentence_camembert_config.json"),
         *("sentence_albert_config.json", "sentence_xlm-roberta_config.json", "sentence_xlnet_config.json"),
     ),

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
+from transformers import CompressedTensorsConfig, TrainerCallback
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 from ...common.errors import UnsupportedError
@@ -18,7 +18,9 @@ from ..fusion.fuse import fuse
 from ..int8.linear import Int8Embedding, PackedModule, note_files
 from .filling import fill_modules
 from .stock import is_stock
-from .swap import is_int8, must_be_widened, swap_modules
+from .swap import is_int8, swap_modules
+
+WIDENED = "hfq_widened_in_stock"  # an attribute of settings
 
 
 class Int8HfQuantizer(CompressedTensorsHfQuantizer):
@@ -43,11 +45,14 @@ class Int8HfQuantizer(CompressedTensorsHfQuantizer):
                 "are used. With max_memory, allow the CPU all of the model."
             )
         if not hasattr(self, "runs_int8"):
-            self.runs_int8 = is_kept and _on_cpu(device_map)
+            self.runs_int8 = is_kept and _on_cpu(device_map) and not settings.dequantize
+            settings.dequantize = settings.dequantize or (not self.runs_int8 and self._is_widened_in_stock)
+
+    @property
+    def _is_widened_in_stock(self) -> bool:
+        return getattr(self.quantization_config, WIDENED, False)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        if self.quantization_config.dequantize and not must_be_widened(model):
-            self.runs_int8 = False  # the user asks for a float model
         if not self.runs_int8:
             super()._process_model_before_weight_loading(model, **kwargs)
             return
@@ -64,7 +69,7 @@ class Int8HfQuantizer(CompressedTensorsHfQuantizer):
             model.requires_grad_(False)
             note_files(model, mapped)
             fuse(model, at_first_forward=True)
-            if self.quantization_config.dequantize:  # to_dict() leaves it out, and stock could not open the copy
+            if self._is_widened_in_stock:  # to_dict() leaves it out, and stock could not open the copy
                 settings = {**self.quantization_config.to_dict(), "dequantize": True}
                 model.config.quantization_config = settings
         return super()._process_model_after_weight_loading(model, **kwargs)
@@ -93,6 +98,19 @@ class RefuseTraining(TrainerCallback):
                 "An int8 model is not trained: its weights are frozen. Train the float checkpoint and quantize the "
                 "result, or load this one in float, with quantization_config=CompressedTensorsConfig(dequantize=True)."
             )
+
+
+def read_settings(settings: dict[str, Any]) -> CompressedTensorsConfig:
+    """The `quantization_config` of a checkpoint's file.
+
+    `"dequantize": true` is for stock transformers there, which could not run the model otherwise. Only where the user
+    asks for it too is the model a float one here.
+    """
+    found = CompressedTensorsConfig.from_dict(settings)
+    if found.dequantize and not is_stock():
+        setattr(found, WIDENED, True)
+        found.dequantize = False
+    return found
 
 
 def make_quantizer(config: Any, **kwargs: Any) -> CompressedTensorsHfQuantizer:

@@ -61,11 +61,6 @@ def transformers_part(model: nn.Module) -> str | None:
     return names[0]
 
 
-def must_be_widened(model: nn.Module) -> bool:
-    """Whether stock transformers could open int8 weights of `model` only by widening it to float (`"dequantize": true`)."""
-    return any(isinstance(module, Conv1D) for module in model.modules())
-
-
 def is_int8(config: QuantizationConfig) -> bool:
     """Whether hfq's kernels can run every group of `config`."""
     return all(_runs(scheme) for scheme in config.config_groups.values())
