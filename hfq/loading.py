@@ -8,17 +8,21 @@ from torch import Tensor, nn
 from .common.copies import deep_copy
 from .common.errors import SourceError, UnsupportedError, UsageError
 from .common.memory import checkpoint_files, return_freed_memory
+from .common.reading import read_json
 from .runtime.fusion.fuse import finish_fusing, fuse
+from .runtime.inside import transformers_part
 from .runtime.int8.conv import Int8Conv
 from .runtime.int8.linear import Int8Linear, note_files, pack_all
-from .runtime.loading.swap import is_int8, swap_modules, transformers_part
+from .runtime.loading.swap import is_int8, swap_modules
 from .source.bounds import bounded
 from .source.checkpoint import Checkpoint, pull
+from .source.contents import MODULES_FILE, SENTENCE_CONFIG
 from .tasks.registry import find_architecture, find_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+SENTENCE_CLASSES = ("SentenceTransformer", "CrossEncoder", "SparseEncoder")
 _ALIGNMENT = 64  # bytes, as torch allocates
 
 
@@ -35,7 +39,9 @@ def load(
     """Load an int8 checkpoint, by Hub id or folder, ready to serve. Further arguments go to `from_pretrained`.
 
     Layers are fused and weights in the layout of this CPU's kernels when it returns; `from_pretrained` leaves that to
-    the first forward. With `HFQ_SHARE=1` in the environment, processes of one user on one host share packed weights,
+    the first forward. A folder of sentence-transformers, where that is installed, is opened as what it is: a
+    SentenceTransformer, CrossEncoder or SparseEncoder; with `task`, as the transformers model inside.
+    With `HFQ_SHARE=1` in the environment, processes of one user on one host share packed weights,
     by files in the cache folder of the Hub's client, whichever of the two loads them.
 
     Args:
@@ -60,17 +66,39 @@ def load(
     if "hfq_module" in found.config:
         name = found.config["hfq_module"]
         raise UsageError(f"{checkpoint} holds a {name}, which is not transformers'. Pass one: model={name}(…).")
+    if task is None and (kind := _sentence_class(found)) is not None:
+        with bounded(found):
+            return _checked(
+                kind(str(found.path), device="cpu", trust_remote_code=trust_remote_code, **kwargs), checkpoint
+            )
     architecture: Any = find_architecture(found.config)
     if task is not None or architecture is None:
         architecture = getattr(transformers, find_task(found.config, name=task, folder=found.path).auto_class)
     with bounded(found):
         loaded = architecture.from_pretrained(found.path, trust_remote_code=trust_remote_code, **kwargs)
-    if not any(isinstance(module, Int8Linear | Int8Conv) for module in loaded.modules()):
+    return _checked(loaded, checkpoint)
+
+
+def _sentence_class(checkpoint: Checkpoint) -> Any:
+    """The class of sentence-transformers that opens a folder of its own; None of any other, or if it is not installed."""
+    if not (checkpoint.path / MODULES_FILE).is_file():
+        return None
+    try:
+        import sentence_transformers
+    except ImportError:
+        return None
+    config = checkpoint.path / SENTENCE_CONFIG
+    name = read_json(config).get("model_type") if config.is_file() else None
+    return getattr(sentence_transformers, name if name in SENTENCE_CLASSES else "SentenceTransformer")
+
+
+def _checked(model: nn.Module, checkpoint: str | Path) -> nn.Module:
+    if not any(isinstance(module, Int8Linear | Int8Conv) for module in model.modules()):
         raise UnsupportedError(
             f"{checkpoint} has no layer that runs in int8 here. Expected a checkpoint made by `hfq quantize`; "
             "load a float one with transformers."
         )
-    return _ready(loaded)
+    return _ready(model)
 
 
 def _ready(model: nn.Module) -> nn.Module:

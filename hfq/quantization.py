@@ -3,6 +3,7 @@
 The command line's pipeline starts from a checkpoint and a dataset; here the user brings both as objects.
 """
 
+import functools
 import tempfile
 import time
 import warnings
@@ -25,9 +26,11 @@ from .measure.figures import Measurement
 from .measure.hardware import hardware
 from .ptq.convert import quantize_model
 from .ptq.inputs import LABELS, bind, bind_call, head, take
+from .ptq.sentences import around, run_all
 from .quantized import quantized_like
 from .report.report import Report, layers_of, now, package_versions
 from .runtime.fusion.fuse import fuse
+from .runtime.inside import sentence_transformer
 from .runtime.int8.linear import memory_mib, state_mib
 from .runtime.loading.ownership import own_tensors
 from .source.checkpoint import CheckpointInfo
@@ -58,7 +61,8 @@ def fit(
     """Quantize `model` to int8, so that `eval_func` loses no more than `conf` tolerates. `model` stays as it is.
 
     Args:
-        model: any module in float: transformers', a LightningModule, or plain torch.
+        model: any module in float: transformers', a LightningModule, plain torch, or sentence-transformers', of which
+            the transformers model inside is quantized. Its batches are texts, or what its `preprocess` answers.
         conf: what may be done, and the goal; `PostTrainingQuantConfig()` when absent.
         calib_dataloader: yields dicts, `BatchEncoding`, tensors, or tuples such as (input, label). Labels are dropped.
         calib_func: calibrates instead, by running the model it is given on data of its own.
@@ -83,6 +87,8 @@ def fit(
     """
     conf = PostTrainingQuantConfig() if conf is None else conf
     _check_arguments(model, conf, calib_dataloader, calib_func, eval_func, eval_dataloader, eval_metric)
+    if sentence_transformer(model) is not None:
+        return _fit_inside(_in_float32(model), conf, calib_dataloader, calib_func, eval_func)
     evaluate = eval_func
     if evaluate is None and eval_dataloader is not None:
         evaluate = _metric_evaluation(eval_dataloader, eval_metric)
@@ -116,6 +122,40 @@ def fit(
         fuse(quantized)
     example = head(batches[0], EXAMPLES) if batches else None
     return quantized_like(model, quantized, plan=found.plan, report=report, example=example)
+
+
+def _fit_inside(
+    model: nn.Module,
+    conf: PostTrainingQuantConfig,
+    calib_dataloader: Iterable[Any] | None,
+    calib_func: Callable[[nn.Module], Any] | None,
+    eval_func: Evaluate | None,
+) -> Any:
+    """`fit` of a sentence-transformers model: of the transformers model inside, with the rest around it."""
+    inside = sentence_transformer(model)
+    assert inside is not None
+
+    def calibrate(part: nn.Module) -> None:
+        whole = around(part, model, instead_of=inside)
+        if calib_func is not None:
+            calib_func(whole)
+        elif calib_dataloader is not None:
+            run_all(whole, calib_dataloader)
+
+    def evaluate(part: nn.Module) -> float:
+        assert eval_func is not None
+        return eval_func(around(part, model, instead_of=inside))
+
+    is_calibrated = calib_func is not None or calib_dataloader is not None
+    part = fit(
+        inside,
+        conf,
+        calib_func=calibrate if is_calibrated else None,
+        eval_func=None if eval_func is None else evaluate,
+    )
+    whole = around(part, model, instead_of=inside)
+    plan, report, example = part._hfq_plan, part._hfq_report, part._hfq_example
+    return quantized_like(model, whole, plan=plan, report=report, example=example)
 
 
 def _in_float32(model: nn.Module) -> nn.Module:
@@ -182,6 +222,11 @@ def _check_arguments(
         raise ValueError("eval_func is given beside eval_dataloader or eval_metric; expected one or the others.")
     if (eval_dataloader is None) != (eval_metric is None):
         raise ValueError("eval_dataloader and eval_metric belong together; one of them is missing.")
+    if eval_dataloader is not None and sentence_transformer(model) is not None:
+        raise ValueError(
+            f"eval_dataloader and eval_metric do not suit a {type(model).__name__}: pass eval_func, such as "
+            "`lambda model: evaluator(model)[evaluator.primary_metric]` with an evaluator of sentence-transformers."
+        )
     if _needs_calibration(conf.options()) and calib_dataloader is None and calib_func is None:
         raise ValueError(
             f"approach {conf.approach!r} needs calibration: pass calib_dataloader or calib_func, or choose "
@@ -214,21 +259,27 @@ def _recorded(model: nn.Module, function: Callable[[nn.Module], Any], samples: i
     """What `function` calls the model with."""
     calls: list[dict[str, Any]] = []
     seen = 0
+    forward = model.forward
 
-    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    @functools.wraps(forward)  # inputs are bound to its signature
+    def recorded(*args: Any, **kwargs: Any) -> Any:
         nonlocal seen
         if seen >= samples:
             raise _EnoughError
         calls.append(bind_call(model, args, kwargs))
         seen += next((len(leaf) for leaf in tree_leaves(calls[-1]) if isinstance(leaf, Tensor) and leaf.dim()), 1)
+        return forward(*args, **kwargs)
 
-    handle = model.register_forward_pre_hook(record, with_kwargs=True)
+    own = vars(model).get("forward")
+    model.forward = recorded  # not a hook, which callers of `forward` pass by
     try:
         function(model)
     except _EnoughError:
         pass
     finally:
-        handle.remove()
+        del model.forward
+        if own is not None:
+            model.forward = own
     if not calls:
         raise ValueError(f"calib_func {function!r} did not call the model: there is nothing to calibrate on.")
     return calls

@@ -1,8 +1,11 @@
 """The int8 model that `fit` returns: what it was made from, and ways to keep it."""
 
 import copy
+import copyreg
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from .ptq.inputs import Batch
 from .ptq.scheme import Plan
 from .report.card import render_fit_card
 from .report.report import Report
-from .runtime.loading.swap import transformers_part
+from .runtime.inside import sentence_transformer, transformers_part
 from .tuning.trial import Trial
 
 _CLASSES: dict[type, type] = {}
@@ -42,6 +45,8 @@ class Quantized:
 
     def save(self, save_dir: str | Path) -> None:
         """Write a folder that `hfq.load` opens and, if this is a transformers model, stock `from_pretrained`.
+
+        That of a sentence-transformers model is one of sentence-transformers, which opens it too.
 
         Raises:
             ExportError: the folder holds something else, or cannot be written, or stock transformers would open another
@@ -100,17 +105,32 @@ class Quantized:
 
     def _write(self, folder: Path) -> None:
         assert isinstance(self, nn.Module)
+        inside = sentence_transformer(self)
         name = transformers_part(self)
-        part = self if name is None else self.get_submodule(name)
-        write_weights_and_config(part, _within(self._hfq_plan, name), _config(part), folder=folder)
+        part = inside or (self if name is None else self.get_submodule(name))
+        plan = _within(self._hfq_plan, name)
+        write = partial(write_weights_and_config, part, plan, _config(part), widened=inside is not None)
+        if inside is None:
+            write(folder=folder)
+        else:
+            _write_around(self, inside, folder, lambda path: write(folder=path))
         if isinstance(part, PreTrainedModel):
             kind = type(part).__mro__[2] if isinstance(part, Quantized) else type(part)
-            check_written(part, folder, kind=kind, batch=self._hfq_example if part is self else None)
+            check_written(part, folder, kind=kind, batch=self._hfq_example if name is None else None)
         generation: Any = getattr(part, "generation_config", None)
         if generation is not None and getattr(part, "can_generate", lambda: False)():
             generation.save_pretrained(folder)
         write_text(folder / REPORT_FILE, self._hfq_report.to_json())
         write_text(folder / "README.md", render_fit_card(self._hfq_report))
+
+
+def _write_around(model: nn.Module, inside: PreTrainedModel, folder: Path, write: Callable[[Path], None]) -> None:
+    """Have a sentence-transformers model write its folder, in which `write` does what the model `inside` would."""
+    inside.save_pretrained = lambda path, **_: write(Path(path))  # type: ignore[method-assign]
+    try:
+        type(model).__mro__[2].save(model, str(folder), create_model_card=False)  # type: ignore[attr-defined]
+    finally:
+        del inside.save_pretrained
 
 
 def quantized_like(model: nn.Module, quantized: nn.Module, *, plan: Plan, report: Report, example: Batch | None) -> Any:
@@ -126,8 +146,20 @@ def _class_of(kind: type) -> type:
     """A subclass of the same name: transformers writes it into config.json, and stock transformers looks it up."""
     if kind not in _CLASSES:
         members = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__reduce__": _reduce}
-        _CLASSES[kind] = type(kind.__name__, (Quantized, kind), members)
+        _CLASSES[kind] = _metaclass(type(kind))(kind.__name__, (Quantized, kind), members)
     return _CLASSES[kind]
+
+
+@cache
+def _metaclass(of: type[type]) -> Any:
+    """One whose classes are pickled by their float class: pools of processes are given a class, too."""
+    found = type(of.__name__, (of,), {"__module__": of.__module__})
+    copyreg.pickle(found, _reduce_class)
+    return found
+
+
+def _reduce_class(quantized: type) -> Any:
+    return _class_of, (quantized.__mro__[2],)
 
 
 def _reduce(self: nn.Module) -> Any:

@@ -1,6 +1,7 @@
 """Copies of modules that torch itself refuses to copy."""
 
 import copy
+from collections.abc import Mapping
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -8,10 +9,10 @@ from torch import Tensor, nn
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def deep_copy(module: Module, *, shared: dict[int, Tensor] | None = None) -> Module:
+def deep_copy(module: Module, *, shared: Mapping[int, object] | None = None) -> Module:
     """A copy of `module`, in which tensors that were computed from others (old `weight_norm`) are constants until recomputed.
 
-    `shared`: what stands for a tensor in the copy, by the tensor's id.
+    `shared`: what stands for a tensor or a module in the copy, by its id.
     """
     memo: dict[int, object] = {
         id(value): value.detach().clone()
@@ -19,4 +20,4 @@ def deep_copy(module: Module, *, shared: dict[int, Tensor] | None = None) -> Mod
         for value in vars(part).values()
         if isinstance(value, Tensor) and not value.is_leaf
     }
-    return copy.deepcopy(module, memo | (shared or {}))
+    return copy.deepcopy(module, {**memo, **(shared or {})})

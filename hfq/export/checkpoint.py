@@ -22,6 +22,7 @@ from ..common.files import write_text
 from ..common.memory import drop_file_pages
 from ..ptq.scheme import Plan
 from ..runtime.int8.conv import Int8Conv1D
+from ..runtime.loading.swap import tied_scales
 from ..source.checkpoint import Checkpoint
 from ..source.contents import SENTENCE_TRANSFORMERS, list_contents
 from .patterns import find_patterns
@@ -70,9 +71,12 @@ def write_weights_and_config(
         ExportError: the disk is full, or a file does not read back bit for bit.
         OSError: the folder cannot be written.
     """
-    _write_weights(_tensors(model), folder)
+    settings = quantization_config(model, plan, widened=widened)
+    # What widens a weight when it is loaded takes a scale that is alone for a damaged one.
+    tied = tied_scales(model) if "dequantize" in settings else {}
+    _write_weights(_tensors(model, without=tied), folder)
     kept = {key: value for key, value in config.items() if key != "torch_dtype"}
-    kept |= {"dtype": "float32", "quantization_config": quantization_config(model, plan, widened=widened)}
+    kept |= {"dtype": "float32", "quantization_config": settings}
     write_text(folder / "config.json", json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -109,9 +113,9 @@ def _group(approach: str, targets: list[str]) -> dict[str, Any]:
     }
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def _tensors(model: nn.Module, *, without: Iterable[str]) -> dict[str, Tensor]:
     """State by name, contiguous, each shared tensor once (transformers ties the others again when it loads)."""
-    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    tied = {*getattr(model, "all_tied_weights_keys", {}), *without}
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items() if name not in tied}
     memory = [tensor.untyped_storage().data_ptr() for tensor in tensors.values()]
     return {

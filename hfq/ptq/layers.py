@@ -186,8 +186,6 @@ def _sharing(model: nn.Module, called: Iterable[str]) -> tuple[dict[str, tuple[s
         for key, parameter in module.named_parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(name if key == "weight" else f"{name}.{key}")
     modules = dict(model.named_modules())
-    # Stock transformers opens an int8 Conv1D only by widening the file's weights, and then a scale needs its own.
-    widened = any(isinstance(module, Conv1D) for module in modules.values())
     tied: dict[str, tuple[str, ...]] = {}
     reasons: dict[str, str] = {}
     for name in called:
@@ -195,7 +193,7 @@ def _sharing(model: nn.Module, called: Iterable[str]) -> tuple[dict[str, tuple[s
         if len(names) < 2:
             continue
         kinds = {type(modules.get(owner)) for owner in names}
-        if kinds == {nn.Embedding} or (kinds == {nn.Embedding, nn.Linear} and not widened):
+        if kinds == {nn.Embedding} or kinds == {nn.Embedding, nn.Linear}:
             tied |= dict.fromkeys(names, tuple(names))
         else:
             others = ", ".join(other for other in names if other != name)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ...common.memory import LargestInput, return_freed_memory
 from ..fusion.fuse import finish_fusing, known_of, wanted_fusions
 from ..fusion.slicing import TOKENS, is_token_batch
+from ..inside import sentence_transformer
 from ..int8.known_forward import enter
 from ..int8.linear import pack_all
 from .blocked import lay_out, lay_out_for_kernels
@@ -39,13 +40,17 @@ def compile(model: Model) -> Model:
     own, which takes a minute or two for BERT-base: for tokens of any length, or for images of the size that they have.
     Inputs that a gradient is wanted of run as before. What results is kept on disk, in `TORCHINDUCTOR_CACHE_DIR` or the
     cache folder of the Hub's client, and other processes load it in milliseconds. Copies of the model run uncompiled. The tensors are those of the moment:
-    replacing one afterwards has no effect. Classes are compiled as their packages have them: what a program changed in
+    replacing one afterwards has no effect. Of a SentenceTransformer, CrossEncoder or SparseEncoder, the transformers model
+    inside is compiled. Classes are compiled as their packages have them: what a program changed in
     them while it runs is not seen. Without a C++ compiler, and with nothing on disk, the model is returned as it is,
     with a warning.
 
     Example:
         >>> model = hfq.compile(hfq.load("me/bert-mrpc-int8"))
     """
+    if (inside := sentence_transformer(model)) is not None:
+        compile(inside)
+        return model
     if (why := _without_gain(model)) is not None:
         warnings.warn(
             f"hfq.compile leaves {type(model).__name__} as it is: {why}. Its outputs and its speed are the same as before.",

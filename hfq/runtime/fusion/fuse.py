@@ -8,7 +8,6 @@ names, nothing assumed about anybody's `forward`.
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn

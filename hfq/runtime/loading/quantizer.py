@@ -18,7 +18,7 @@ from ..fusion.fuse import fuse
 from ..int8.linear import Int8Embedding, PackedModule, note_files
 from .filling import fill_modules
 from .stock import is_stock
-from .swap import is_int8, swap_modules
+from .swap import is_int8, swap_modules, tied_scales
 
 WIDENED = "hfq_widened_in_stock"  # an attribute of settings
 
@@ -59,6 +59,8 @@ class Int8HfQuantizer(CompressedTensorsHfQuantizer):
         # The tensors are loaded as they are, into modules that hold them as they are.
         self.serialized_names: dict[str, list[str]] = {}
         swap_modules(model, self.compressor.quantization_config)
+        if self._is_widened_in_stock:
+            model.all_tied_weights_keys |= tied_scales(model)
         self.end_filling = fill_modules(model, kwargs.get("checkpoint_files") or [])
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:

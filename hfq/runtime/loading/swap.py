@@ -11,7 +11,6 @@ from compressed_tensors.quantization import (
 )
 from compressed_tensors.utils.match import match_named_modules
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..int8.conv import Int8Conv, Int8Conv1D
@@ -48,17 +47,12 @@ def replacer(model: nn.Module) -> Callable[[nn.Module, nn.Module], None]:
     return put
 
 
-def transformers_part(model: nn.Module) -> str | None:
-    """The name of the one transformers model that `model`, a LightningModule say, is built around.
-
-    None if it is one itself, has none or several, or has parameters beside it.
-    """
-    if isinstance(model, PreTrainedModel):
-        return None
-    names = [name for name, child in model.named_children() if isinstance(child, PreTrainedModel)]
-    if len(names) != 1 or any(not name.startswith(f"{names[0]}.") for name in model.state_dict()):
-        return None
-    return names[0]
+def tied_scales(model: nn.Module) -> dict[str, str]:
+    """Of int8 modules whose weight is another's: the name of their scale, and that of the other's, which is equal."""
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    tensors = model.state_dict(keep_vars=True).keys() if tied else {}
+    scales = {f"{target}_scale": f"{source}_scale" for target, source in tied.items()}
+    return {target: source for target, source in scales.items() if target in tensors and source in tensors}
 
 
 def is_int8(config: QuantizationConfig) -> bool:
