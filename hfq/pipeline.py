@@ -264,7 +264,7 @@ def _write_checkpoint(
     )
     exported = pull(str(folder), trust_remote_code=recipe.trust_remote_code)
     ui.note(
-        f"{exported.size_mib:.1f} MiB, {exported.size_mib / session.checkpoint.size_mib:.1%} of FP32, read back bit for bit"
+        f"{exported.size_mib:.1f} MiB, {exported.size_mib / session.checkpoint.float32_mib:.1%} of FP32, read back bit for bit"
     )
     ui.left_behind(session.checkpoint.left, where="exported")
 
@@ -311,6 +311,7 @@ def _write_checkpoint(
         sensitivity=layer_errors(found.space, found.outcome.candidate),
         baseline_pass_s=baseline.duration_s,
         held_out_stock=measured.stock,
+        float32_mib=session.checkpoint.float32_mib,
     )
     write_text(folder / REPORT_FILE, report.to_json())
     drawn = plots.write(report, folder)

@@ -20,7 +20,7 @@ from .common.redact import holds_token
 LARGEST = 1 << 20  # bytes of a recipe
 LONGEST = 4096  # characters of a value, as long as a path may be
 PUBLISHING = ("private", "create_pr", "force", "branch", "tag")  # keys that say how a push is made
-SETTINGS: tuple[str, ...] = ()  # keys that only some tasks read
+SETTINGS = ("pooling", "prompt")  # keys that only some tasks read
 
 
 def _key(default: Any, description: str, *, absent: str | None = None, **bounds: Any) -> Any:
@@ -51,6 +51,12 @@ class Evaluation(BaseModel):
     )
     label_column: str | None = _key(None, "Column of labels. Another spelling of --column, such as label=NAME.")
     metric: str | None = _key(None, "Metric that decides; `hfq tasks` lists them.", absent="the task's first")
+    pooling: Literal["mean", "cls", "max", "lasttoken"] | None = _key(
+        None, "How an encoder's tokens become one vector.", absent="as the checkpoint's modules.json says"
+    )
+    prompt: str | None = _key(
+        None, "Name of the model's prompt to embed texts with.", absent="its default; of retrieval data, its query's"
+    )
     max_length: int | None = _key(None, "Longest input in tokens.", absent="the model's limit", ge=2)
     batch_size: int = _key(32, "Examples a batch.", ge=1)
     seed: int = _key(42, "Seed of every random choice.", ge=0, lt=2**32)

@@ -283,6 +283,7 @@ def _serve() -> None:
     import compressed_tensors.linear.compressed_linear  # noqa: F401
     import datasets  # noqa: F401
     import scipy.io  # noqa: F401 - by datasets
+    import sentence_transformers  # noqa: F401
     import sympy.tensor.tensor  # noqa: F401 - by torch.export
     import torch._inductor.compile_fx  # noqa: F401
     from optimum.commands.optimum_cli import main as optimum_cli

@@ -16,6 +16,7 @@ from ..hub.download import fetch_file, find_damaged, head, list_files, snapshot_
 from ..source.checkpoint import is_network_error
 from ..source.metadata import LONGEST_CARD
 from ..source.trust import check_names
+from .beir import is_beir, load_beir
 from .tables import find_encoding
 
 if TYPE_CHECKING:
@@ -122,6 +123,8 @@ def _load_path(path: Path, subset: str | None) -> "DatasetDict":
         if any((path / name).is_file() for name in _SAVED):
             _refuse_subset(path, subset, kind="a folder that `save_to_disk` wrote")
             return _load_saved(path)
+        if is_beir(path):
+            return load_beir(path)
         card = path / CARD if (path / CARD).is_file() else None
         if card:
             _check_card(card)

@@ -98,11 +98,11 @@ def load_task_data(checkpoint: Checkpoint, recipe: Recipe, *, task: Task, recipe
     for name in (split, calibration):
         if len(splits[name]) == 0:
             raise DataError(f"Split {name!r} is empty.")
-    features, requested = told_apart(splits[split]), _requested(recipe, task)
+    read = {name: task.unfolded(splits[name]) for name in dict.fromkeys((split, calibration))}
+    features, requested = told_apart(read[split]), _requested(recipe, task)
     lacking = recipe.metric is None and task.lacks_labels(features, requested)
     of_labels = not lacking and recipe.metric != FIDELITY
     columns = (task.columns if of_labels else task.inputs)(features, requested)
-    read = {name: splits[name] for name in dict.fromkeys((split, calibration))}
     for name, rows in read.items():
         _require_columns(rows, name, columns)
     alignment: Alignment = NoLabels()
@@ -111,13 +111,13 @@ def load_task_data(checkpoint: Checkpoint, recipe: Recipe, *, task: Task, recipe
         task = task.informed(alignment)
     metric = task.metric(recipe.metric) if of_labels else FIDELITY
     processor = task.processor(checkpoint, max_length=recipe.max_length, trust_remote_code=recipe.trust_remote_code)
-    chosen = splits[calibration].shuffle(seed=recipe.seed)
+    chosen = read[calibration].shuffle(seed=recipe.seed)
     chosen = chosen.select(range(min(recipe.calibration_samples, len(chosen))))
     reader = _Reader(task, columns, alignment, processor)
-    evaluated = reader.examples(splits[split], split)
+    evaluated = reader.examples(read[split], split)
     calibrated = reader.examples(chosen, calibration)
     unseen = holdout_split(splits, {split, calibration}, lambda rows: reader.judges(rows))
-    held_out = reader.examples(splits[unseen], unseen) if unseen else None
+    held_out = reader.examples(task.unfolded(splits[unseen]), unseen) if unseen else None
     local = is_path(reference.id)
     info = DatasetInfo(
         id=Path(reference.id).resolve().name if local else reference.id,
@@ -161,9 +161,10 @@ class _Reader:
 
     def judges(self, rows: "Dataset") -> bool:
         """Whether a split has the columns and, where they are read, the labels."""
-        if any(name not in rows.features for names in self.columns.values() for name in names):
-            return False
         try:
+            rows = self.task.unfolded(rows)
+            if any(name not in rows.features for names in self.columns.values() for name in names):
+                return False
             return None not in self._references(rows) or not self._of_labels
         except DataError:  # that split is not asked for: it may hold what it likes
             return False

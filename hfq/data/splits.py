@@ -6,6 +6,7 @@ from typing import Any
 from ..common.errors import DataError
 
 EVALUATION = ("validation", "dev", "val", "test")
+CALIBRATION = ("train", "corpus")  # of retrieval data, documents
 
 
 def evaluation_split(splits: Mapping[str, Any], requested: str | None) -> str:
@@ -33,7 +34,7 @@ def calibration_split(splits: Mapping[str, Any], requested: str | None, split: s
     """
     if requested is not None:
         return _require(requested, splits, "--calibration-split")
-    return "train" if "train" in splits else split
+    return next((name for name in CALIBRATION if name in splits), split)
 
 
 def holdout_split(splits: Mapping[str, Any], used: set[str], has_labels: Callable[[Any], bool]) -> str | None:

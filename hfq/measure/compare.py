@@ -144,12 +144,8 @@ def _interval(by: Metric, first: Outputs, second: Outputs, *, references: Refere
     if isinstance(by, SumMetric):
         return paired_interval(by.of_sums, by.numbers(first, references), by.numbers(second, references), seed=seed)
 
-    def difference(rows: list[int]) -> float:
-        chosen = [references[row] for row in rows]
-        before, after = ([outputs[row] for row in rows] for outputs in (first, second))
-        return by.score(after, chosen) - by.score(before, chosen)
-
-    return paired_interval_of_sets(difference, len(references), seed=seed)
+    before, after = by.of_some(first, references), by.of_some(second, references)
+    return paired_interval_of_sets(lambda rows: after(rows) - before(rows), len(references), seed=seed)
 
 
 def _mean_difference(first: Outputs, second: Outputs) -> float:

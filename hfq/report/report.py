@@ -58,6 +58,7 @@ class Report:
     `sensitivity`: output error of each layer alone, as the chosen candidate runs it, relative to its float output.
     `baseline_pass_s`: the float model's forward passes over the evaluation split, timed as a trial's `duration_s` is;
     unlike `baseline.duration_s` it compares with them. `calibration_batches`: of an object.
+    `float32_mib`: what the source's tensors take in float32; of a source in 16 bits, twice its file.
     """
 
     hfq_version: str
@@ -95,6 +96,7 @@ class Report:
     baseline_pass_s: float | None = None
     held_out_stock: StockComparison | None = None
     calibration_batches: int = 0
+    float32_mib: float | None = None
     schema_version: int = SCHEMA_VERSION
 
     @property

@@ -99,6 +99,11 @@ def stock_comparison(report: Report) -> StockComparison | None:
     return StockComparison(report.data.split, report.timed_examples, agreement, difference, seen_in_tuning=True)
 
 
+def is_source_halved(report: Report) -> bool:
+    """Whether the source's file holds its weights in 16 bits, so that its size is not that of FP32."""
+    return report.float32_mib is not None and report.baseline.size_mib < 0.75 * report.float32_mib
+
+
 def model_name(report: Report) -> str:
     """What to call the quantized model when nobody says: the base model's own name and `-int8`."""
     name = re.sub(r"[^A-Za-z0-9._]+|\.{2,}", "-", PurePosixPath(report.checkpoint.id).name)

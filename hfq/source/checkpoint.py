@@ -102,6 +102,11 @@ class Checkpoint:
         """Weight files on disk, MiB."""
         return sum(path.stat().st_size for path in self.weights) / 2**20
 
+    @property
+    def float32_mib(self) -> float:
+        """What its tensors take in float32, MiB: more than its files where they hold them in 16 bits."""
+        return sum(tensor.elements for tensor in self.tensors.values()) * 4 / 2**20
+
 
 def pull(
     reference: str,

@@ -4,7 +4,7 @@ A task is one file in this folder, with a class that derives from `Task`; `hfq/t
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -41,6 +41,10 @@ class Metric(ABC):
     @abstractmethod
     def score(self, outputs: Outputs, references: References) -> float:
         """Its value."""
+
+    def of_some(self, outputs: Outputs, references: References) -> Callable[[list[int]], float]:
+        """Its value for some of the examples, by their numbers, of which one may be there twice."""
+        return lambda rows: self.score([outputs[row] for row in rows], [references[row] for row in rows])
 
 
 class SumMetric(Metric):
@@ -144,6 +148,14 @@ class Task(ABC):
         return self
 
     # Data
+
+    def unfolded(self, rows: "Dataset") -> "Dataset":
+        """A split with a row for each example, where a dataset has several in a row.
+
+        Raises:
+            DataError: a row holds none.
+        """
+        return rows
 
     @abstractmethod
     def processor(self, checkpoint: "Checkpoint", *, max_length: int | None, trust_remote_code: bool) -> Processor:

@@ -49,9 +49,17 @@ class Torchmetric(Metric):
         self.settings = settings
 
     def score(self, outputs: Outputs, references: References) -> float:
+        return self.of_values(*self.given(outputs, references))
+
+    def of_some(self, outputs: Outputs, references: References) -> Callable[[list[int]], float]:
+        values = self.given(outputs, references)
+        return lambda rows: self.of_values(*(value[rows] for value in values))
+
+    def of_values(self, given: Tensor, right: Tensor) -> float:
+        """From what torchmetrics takes."""
         from torchmetrics import functional  # takes a second to import
 
-        value: Tensor = getattr(functional, self.name)(*self.given(outputs, references), **self.settings)
+        value: Tensor = getattr(functional, self.name)(given, right, **self.settings)
         return value.item()
 
 

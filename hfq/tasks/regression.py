@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..common.errors import DataError, UnsupportedError
-from .base import Columns, Metric, Outputs, References, Trivial
+from .base import Alignment, Columns, Metric, Outputs, References, Trivial
 from .metrics import MeanOf, Torchmetric, stacked
 from .sequence import SequenceTask
 
@@ -46,12 +46,12 @@ class Regression(SequenceTask):
         outputs = len(config.get("id2label") or range(config.get("num_labels") or 2))
         return config.get("problem_type") == "regression" or (config.get("problem_type") is None and outputs == 1)
 
-    def align(self, splits: Sequence["Dataset"], columns: Columns) -> Numbers:
+    def align(self, splits: Sequence["Dataset"], columns: Columns) -> Alignment:
         return Numbers("numbers, as they are", frozenset())
 
-    def references(self, rows: "Dataset", columns: Columns, alignment: Numbers) -> list[Any]:
+    def references(self, rows: "Dataset", columns: Columns, alignment: Any) -> list[Any]:
         (column,) = columns["label"]
-        values = [_number(value, row, column) for row, value in enumerate(rows[column])]
+        values = [as_number(value, row, column) for row, value in enumerate(rows[column])]
         return [None] * len(values) if set(values) == {UNLABELLED} else values
 
     @cached_property
@@ -67,11 +67,11 @@ class Regression(SequenceTask):
 
     def fidelity(self, outputs: Outputs, others: Outputs) -> float:
         """How much of the numbers' variance is left of the other's: 1 - squared difference / variance, at least 0."""
-        a, b = _values(outputs), _values(others)
+        a, b = values_of(outputs), values_of(others)
         spread, error = (a - a.mean()).square().sum().item(), (a - b).square().sum().item()
         return max(0.0, 1 - error / spread) if spread else float(error == 0)
 
-    def trivial(self, metric: str, references: References) -> Trivial:
+    def trivial(self, metric: str, references: References) -> Trivial | None:
         """Always the mean: it correlates with nothing."""
         if metric != "mean_squared_error":
             return Trivial(0.0, "answering the same number")
@@ -79,7 +79,7 @@ class Regression(SequenceTask):
         return Trivial(right.var(correction=0).item(), "answering the mean")
 
 
-def _number(value: Any, row: int, column: str) -> float | None:
+def as_number(value: Any, row: int, column: str) -> float | None:
     """Raises `DataError` where it is none."""
     if value is None or value == "":
         return None
@@ -95,12 +95,13 @@ def _number(value: Any, row: int, column: str) -> float | None:
     return None if math.isnan(number) else number
 
 
-def _values(outputs: Outputs) -> Tensor:
+def values_of(outputs: Outputs) -> Tensor:
+    """float64 `[examples]`."""
     return stacked(outputs).reshape(len(outputs)).double()
 
 
 def _pairs(outputs: Outputs, references: References) -> tuple[Tensor, Tensor]:
-    return _values(outputs), torch.tensor(references, dtype=torch.float64)
+    return values_of(outputs), torch.tensor(references, dtype=torch.float64)
 
 
 def _squared_errors(outputs: Outputs, references: References) -> Tensor:

@@ -1,0 +1,175 @@
+"""What sentence-transformers' files say of a model: its modules, prompts and similarity; and the modules, loaded.
+
+The first module is the transformer, which hfq quantizes. The others make a vector of what it puts out; they are loaded
+here by sentence-transformers itself, and stay float.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..common.errors import SourceError, UnsupportedError
+from ..common.reading import read_json
+from .contents import MODULES_FILE
+
+if TYPE_CHECKING:
+    from torch import nn
+
+CONFIG_FILE = "config_sentence_transformers.json"
+TRANSFORMERS = ("Transformer", "MLMTransformer")
+HEADS = ("Pooling", "SpladePooling", "Dense", "Normalize", "LayerNorm", "Dropout")
+_OF_TRANSFORMER = tuple(
+    f"sentence_{name}_config.json"
+    for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+_OWN = "sentence_transformers."
+_WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Module:
+    """A line of modules.json: a class of sentence-transformers, by its path and its name, and its folder."""
+
+    type: str
+    path: str
+
+    @property
+    def name(self) -> str:
+        return self.type.rpartition(".")[2]
+
+
+@dataclass(frozen=True)
+class SentenceModel:
+    """`kind`: the class of sentence-transformers that opens it. `prompts`: texts put before a text, by name.
+
+    `similarity`: cosine, dot, euclidean or manhattan. `transformer`: the first module's own settings.
+    """
+
+    modules: Sequence[Module]
+    kind: str = "SentenceTransformer"
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    default_prompt: str | None = None
+    similarity: str | None = None
+    truncate_dim: int | None = None
+    transformer: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether all of its modules are sentence-transformers' own."""
+        return all(module.type.startswith(_OWN) for module in self.modules)
+
+    def has(self, *names: str) -> bool:
+        """Whether one of its modules is of a class of such a name."""
+        return any(module.name in names for module in self.modules)
+
+
+def read_sentence_model(folder: Path) -> SentenceModel | None:
+    """What the files of a sentence-transformers folder say; None for a folder that is none.
+
+    Raises:
+        SourceError: one of them is damaged.
+    """
+    if not (folder / MODULES_FILE).is_file():
+        return None
+    rows = _read(folder / MODULES_FILE, list)
+    try:
+        modules = [Module(row["type"], row["path"]) for row in rows]
+        if not modules or not all(isinstance(text, str) for module in modules for text in (module.type, module.path)):
+            raise TypeError("it names no module")
+    except (KeyError, TypeError) as error:
+        raise _damaged(folder / MODULES_FILE, error) from error
+    config = _read(folder / CONFIG_FILE, dict)
+    prompts = config.get("prompts") or {}
+    default, similarity = config.get("default_prompt_name"), config.get("similarity_fn_name")
+    if not isinstance(prompts, dict):
+        raise _damaged(folder / CONFIG_FILE, "prompts are no names and texts")
+    if default is not None and default not in prompts:
+        raise SourceError(
+            f"{folder / CONFIG_FILE} has the default prompt {default!r}, which is none of its prompts "
+            f"({', '.join(prompts) or 'there are none'}). Add it there, or take default_prompt_name away."
+        )
+    own = (folder / modules[0].path / name for name in _OF_TRANSFORMER)
+    return SentenceModel(
+        modules,
+        kind=str(config.get("model_type") or "SentenceTransformer"),
+        prompts={name: text for name, text in prompts.items() if isinstance(text, str)},
+        default_prompt=default,
+        similarity=similarity if isinstance(similarity, str) else None,
+        truncate_dim=config.get("truncate_dim"),
+        transformer=next((found for found in (_read(path, dict) for path in own) if found), {}),
+    )
+
+
+def load_head(folder: Path, model: SentenceModel) -> "list[nn.Module]":
+    """The modules behind the transformer, in their order. Each takes a dict of features, and returns it with more.
+
+    Raises:
+        SourceError: a file is missing, damaged or a pickle.
+        UnsupportedError: they are of another kind; or sentence-transformers is not installed.
+    """
+    first, *others = model.modules
+    if first.name not in TRANSFORMERS:
+        raise UnsupportedError(
+            f"{folder} begins with {first.name}, and hfq quantizes sentence-transformers whose first module is a Transformer."
+        )
+    for module in others:
+        if not module.type.startswith(_OWN) or module.name not in HEADS:
+            raise UnsupportedError(
+                f"{folder / MODULES_FILE} names a module {module.type[:100]}, which hfq cannot run. Expected some of "
+                f"{', '.join(HEADS)} behind the transformer."
+            )
+        pickled = [path.name for path in (folder / module.path).glob("*.bin")] if module.path else []
+        if pickled and not (folder / module.path / _WEIGHTS).is_file():
+            raise SourceError(
+                f"{folder / module.path} has only pickle weights ({', '.join(pickled)}), which can run code when they are "
+                "read. Save the model again with sentence-transformers, which writes safetensors."
+            )
+    return [_load(folder, module) for module in others]
+
+
+def import_sentence_transformers() -> Any:
+    """The package.
+
+    Raises:
+        UnsupportedError: it is not installed.
+    """
+    try:
+        import sentence_transformers
+    except ImportError as error:
+        raise UnsupportedError(
+            "This checkpoint needs sentence-transformers, which is not installed here. Install it: "
+            "`pip install sentence-transformers`."
+        ) from error
+    return sentence_transformers
+
+
+def _load(folder: Path, module: Module) -> "nn.Module":
+    from_string = import_sentence_transformers().util.import_from_string
+    try:
+        loaded: nn.Module = from_string(module.type).load(
+            str(folder), subfolder=module.path, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # its modules raise many types for a damaged file
+        raise SourceError(
+            f"sentence-transformers cannot load {folder / module.path} as {module.name}: "
+            f"{' '.join(str(error).split()) or type(error).__name__}. Take all files from the same checkpoint."
+        ) from error
+    return loaded.float().eval().requires_grad_(False)
+
+
+def _read(path: Path, kind: type) -> Any:
+    """What a JSON file holds, nothing if there is none."""
+    try:
+        found = read_json(path) if path.is_file() else kind()
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+    if not isinstance(found, kind):
+        raise _damaged(path, f"it holds a {type(found).__name__}")
+    return found
+
+
+def _damaged(path: Path, reason: object) -> SourceError:
+    return SourceError(
+        f"{path} is not what sentence-transformers writes ({reason}). Download it again, or take it away."
+    )

@@ -1,0 +1,227 @@
+"""Reranking: a query and a passage, one number that is larger the better the passage answers it.
+
+Ranked by the logit in float32, as it comes: after a sigmoid, passages that are nearly certain tie with each other.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..common.errors import DataError
+from ..source.metadata import read_card
+from ..source.sentence_model import read_sentence_model
+from .base import Columns, Metric, Outputs, References, Trivial, require_column
+from .metrics import Torchmetric
+from .ranking import Ranking, gains_in_order, ranking_metrics
+from .regression import Regression, as_number, values_of
+from .sentence_embedding import PAIRS, POSITIVES, SCORES, check_scores, score_column
+from .text import is_text, texts
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+QUERIES = ("query", "question", "anchor")
+POSITIVE = ("positive", "positives", "pos", "answer")
+NEGATIVE = ("negative", "negatives", "neg")
+FLAT = ("query", "passage", "label")  # columns that rows with several passages become
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A passage: the text of its query, and how well it answers that."""
+
+    query: str
+    relevance: float
+
+
+@dataclass(frozen=True)
+class Relevance:
+    """What the data says of its pairs. `kind`: `ranking` of each query's passages, or `scores`."""
+
+    kind: str
+    how: str
+
+
+class Reranking(Regression):
+    """Scores of pairs, judged by how they order the passages of each query, or by the scores of pairs."""
+
+    name = "reranking"
+    pipeline_tag = "text-ranking"
+    other_tags: ClassVar[Sequence[str]] = ("text-classification",)
+    roles: ClassVar[Mapping[str, str]] = {
+        "text": "query and passage; or query, positives and negatives, one text or a list each",
+        "label": "how relevant the passage is",
+    }
+    example: ClassVar[Mapping[str, Any]] = {"num_labels": 1}
+    library = "sentence-transformers"
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(config)
+        self.judgement: str | None = None
+
+    @classmethod
+    def fits(cls, config: Mapping[str, Any]) -> bool:
+        return _scores_pairs(config) and any(key in config for key in _OF_CROSS_ENCODERS)
+
+    @classmethod
+    def claims(cls, folder: Path, config: Mapping[str, Any]) -> bool:
+        if not _scores_pairs(config):
+            return False
+        model = read_sentence_model(folder)
+        if model:
+            return model.kind == "CrossEncoder" and len(model.modules) == 1
+        return cls.fits(config) or _card(folder).get("pipeline_tag") == cls.pipeline_tag
+
+    def unfolded(self, rows: "Dataset") -> "Dataset":
+        """Of rows with a query, positives and negatives, one row for each passage."""
+        names = [
+            next((name for name in known if name in rows.features), None) for known in (QUERIES, POSITIVE, NEGATIVE)
+        ]
+        query, positive, negative = names
+        if query is None or positive is None or negative is None:
+            return rows
+        import datasets
+
+        found: dict[str, list[Any]] = {name: [] for name in FLAT}
+        for row, (text, right, wrong) in enumerate(zip(rows[query], rows[positive], rows[negative], strict=True)):
+            passages = [(one, label) for label, some in ((1.0, right), (0.0, wrong)) for one in _listed(some)]
+            if {label for _, label in passages} != {0.0, 1.0}:
+                raise DataError(
+                    f"Row {row} (from 0) of split {str(rows.split or 'given')!r} has no text in {positive!r} or none in "
+                    f"{negative!r}: there is nothing to rank. Mend or remove such rows."
+                )
+            found["query"] += [text] * len(passages)
+            found["passage"] += [one for one, _ in passages]
+            found["label"] += [label for _, label in passages]
+        return datasets.Dataset.from_dict(found, split=rows.split)
+
+    def inputs(self, features: Mapping[str, Any], requested: Columns) -> Columns:
+        """The columns of query and passage."""
+        asked = list(requested.get("text", ()))
+        for name in asked:
+            require_column(name, features, "--text-column")
+        found = [name for name, feature in features.items() if is_text(feature)]
+        for pair in () if asked else ((FLAT[:2], *POSITIVES, *PAIRS)):
+            if set(pair) <= set(found):
+                return {"text": list(pair)}
+        if len(asked or found) != 2:
+            raise DataError(
+                f"Which columns hold query and passage is not clear. Columns: {', '.join(features)}; with text: "
+                f"{', '.join(found) or 'none'}. Name two with --text-column, the query first."
+            )
+        return {"text": asked or found}
+
+    def columns(self, features: Mapping[str, Any], requested: Columns) -> Columns:
+        read = self.inputs(features, requested)
+        labels = score_column(features, requested, read["text"])
+        if not labels:
+            raise DataError(
+                f"Which column says how relevant a passage is, is not clear. Columns: {', '.join(features)}. Name it with "
+                f"--label-column ({', '.join(SCORES)} are found by themselves)."
+            )
+        return {**read, "label": labels}
+
+    def align(self, splits: Sequence["Dataset"], columns: Columns) -> Relevance:
+        (column,) = columns["label"]
+        check_scores(splits[0], column)
+        by_query: dict[str, set[float | None]] = {}
+        found = self.references(splits[0], columns, None)
+        for judged in found:
+            if judged is not None:
+                by_query.setdefault(judged.query, set()).add(judged.relevance)
+        ranked = sum(len(labels) > 1 for labels in by_query.values())
+        if not ranked:
+            return Relevance("scores", "scores of pairs, as they are")
+        without = len(by_query) - sum(any(label and label > 0 for label in labels) for labels in by_query.values())
+        skipped = f"; {without} queries without a relevant passage do not count" if without else ""
+        return Relevance("ranking", f"relevance of passages to their query{skipped}")
+
+    def references(self, rows: "Dataset", columns: Columns, alignment: Any) -> list[Any]:
+        queries, (column,) = texts(rows, columns["text"][0]), columns["label"]
+        values = [as_number(value, row, column) for row, value in enumerate(rows[column])]
+        return [None if value is None else Judged(query, value) for query, value in zip(queries, values, strict=True)]
+
+    @cached_property
+    def metrics(self) -> Mapping[str, Metric]:
+        """Of rankings where queries have several passages; else of scores. Before the data is known, both."""
+        rankings = ranking_metrics(_ranked, "ndcg_at_10", "mrr_at_10", "map")
+        scores: Mapping[str, Metric] = {
+            "spearman": Torchmetric("Spearman", "spearman_corrcoef", _pairs),
+            "pearson": Torchmetric("Pearson", "pearson_corrcoef", _pairs),
+        }
+        found = {"ranking": rankings, "scores": scores}
+        return found[self.judgement] if self.judgement else {**rankings, **scores}
+
+    def fidelity(self, outputs: Outputs, others: Outputs) -> float:
+        """Of passages, two at a time, the share that both put in the same order: Kendall's tau, from 0 to 1."""
+        from scipy.stats import kendalltau  # takes a while to import
+
+        a, b = values_of(outputs), values_of(others)
+        if torch.equal(a, b) or len(a) < 2:
+            return float(torch.equal(a, b))
+        tau = float(kendalltau(a.numpy(), b.numpy()).statistic)
+        return (1 + tau) / 2 if tau == tau else 0.0  # NaN: one of them puts out the same number for all
+
+    def trivial(self, metric: str, references: References) -> Trivial | None:
+        """Of scores, always the same number."""
+        return Trivial(0.0, "answering the same number") if self.judgement == "scores" else None
+
+    def informed(self, alignment: Relevance) -> "Reranking":
+        """With the metrics that the data allows."""
+        found = copy.copy(self)
+        found.judgement = alignment.kind
+        found.__dict__.pop("metrics", None)
+        return found
+
+    def usage(self) -> str:
+        """Ranking two passages."""
+        return (
+            'from sentence_transformers import CrossEncoder\n\nmodel = CrossEncoder("{model}", device="cpu")\n'
+            'ranks = model.rank("How warm is it?", ["It is 20 degrees.", "The sun shines."])'
+        )
+
+
+_OF_CROSS_ENCODERS = ("sentence_transformers", "sbert_ce_default_activation_function")
+
+
+def _scores_pairs(config: Mapping[str, Any]) -> bool:
+    """Whether a classifier puts out one number."""
+    given, count = config.get("id2label"), config.get("num_labels")
+    return len(given) == 1 if given else count == 1
+
+
+def _card(folder: Path) -> Mapping[str, Any]:
+    try:
+        return read_card(folder / "README.md")
+    except ValueError:  # whoever reads it says so
+        return {}
+
+
+def _listed(value: Any) -> list[str]:
+    return [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, str)]
+
+
+def _pairs(outputs: Outputs, references: References) -> tuple[Tensor, Tensor]:
+    return values_of(outputs), torch.tensor([judged.relevance for judged in references], dtype=torch.float64)
+
+
+def _ranked(outputs: Outputs, references: References) -> Ranking:
+    """Of each query with a relevant passage; of passages with the same score, the less relevant one comes first."""
+    of_query: dict[str, list[int]] = {}
+    for row, judged in enumerate(references):
+        of_query.setdefault(judged.query, []).append(row)
+    scores, gains = values_of(outputs).tolist(), [max(0.0, judged.relevance) for judged in references]
+    asked = [rows for rows in of_query.values() if any(gains[row] for row in rows)]
+    ordered = [sorted(rows, key=lambda row: (-scores[row], gains[row])) for rows in asked]
+    return Ranking(
+        rows=[rows[0] for rows in asked],
+        gains=torch.stack([gains_in_order([gains[row] for row in rows]) for rows in ordered]),
+        ideal=torch.stack([gains_in_order(sorted((gains[row] for row in rows), reverse=True)) for rows in asked]),
+        relevant=torch.tensor([sum(gains[row] > 0 for row in rows) for rows in asked], dtype=torch.float64),
+    )
