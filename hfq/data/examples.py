@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 from ..common.errors import DataError, UsageError
 from ..common.names import is_path
 from ..recipe import Recipe, flag
 from ..source.checkpoint import Checkpoint
 from ..tasks.base import FIDELITY, Alignment, Batch, Columns, Encoding, Processor, References, Task
+from ..tasks.stream import Stream
 from ..tasks.text import is_text
 from .dataset import load_splits
 from .reference import find_dataset
@@ -56,10 +57,39 @@ class Examples:
     def __len__(self) -> int:
         return len(self.encodings)
 
-    def batches(self, task: Task, processor: Processor, batch_size: int) -> list[Batch]:
-        """Padded tensors, each with a row for every example."""
-        starts = range(0, len(self), batch_size)
-        return [task.collate(self.encodings[start : start + batch_size], processor) for start in starts]
+    def batches(self, task: Task, processor: Processor, batch_size: int) -> Sequence[Batch]:
+        """Padded tensors, each with a row for every example: all of them, or of a `Stream` one after the other."""
+        found = Batches(self.encodings, task, processor, batch_size)
+        return found if isinstance(self.encodings, Stream) else list(found)
+
+
+@dataclass(frozen=True)
+class Batches(Sequence[Batch]):
+    """Batches that are made when they are asked for."""
+
+    encodings: Sequence[Encoding]
+    task: Task
+    processor: Processor
+    size: int
+
+    def __len__(self) -> int:
+        return -(-len(self.encodings) // self.size)
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Batch]: ...
+    def __getitem__(self, index: int | slice) -> Batch | list[Batch]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self.task.collate(self.encodings[index * self.size : (index + 1) * self.size], self.processor)
+
+    @property
+    def examples(self) -> int:
+        """How many they hold together."""
+        return len(self.encodings)
 
 
 @dataclass(frozen=True)
@@ -156,8 +186,9 @@ class _Reader:
                 f"{', '.join(map(repr, labels))}). Choose a labelled split, or --metric fidelity, agreement with FP32."
             )
         encodings = self.task.encode(rows, self.columns, self.processor)
-        order = sorted(range(len(encodings)), key=lambda row: self.task.length(encodings[row]))
-        return Examples([encodings[row] for row in order], [references[row] for row in order])
+        order = sorted(range(len(encodings)), key=self.task.lengths(encodings).__getitem__)
+        sorted_ = encodings.ordered(order) if isinstance(encodings, Stream) else [encodings[row] for row in order]
+        return Examples(sorted_, [references[row] for row in order])
 
     def judges(self, rows: "Dataset") -> bool:
         """Whether a split has the columns and, where they are read, the labels."""

@@ -27,9 +27,9 @@ class Session:
     metric: str
     data: TaskData
     model: nn.Module
-    calibration: list[Batch]
-    evaluation: list[Batch]
-    holdout: list[Batch]
+    calibration: Sequence[Batch]
+    evaluation: Sequence[Batch]
+    holdout: Sequence[Batch]
 
     @property
     def judge(self) -> Metric:
@@ -75,7 +75,7 @@ def open_session(
     for warning in data.warnings:
         ui.warn(warning)
 
-    def batches(examples: Examples | None) -> list[Batch]:
+    def batches(examples: Examples | None) -> Sequence[Batch]:
         return examples.batches(data.task, data.processor, recipe.batch_size) if examples else []
 
     session = Session(
@@ -124,7 +124,7 @@ def _float_model(session: Session, baseline: str | None, *, token: str | None) -
 def _with_answers(session: Session, model: nn.Module) -> Session:
     """The session where what `model` answers is right."""
 
-    def answered(examples: Examples, batches: list[Batch]) -> Examples:
+    def answered(examples: Examples, batches: Sequence[Batch]) -> Examples:
         return replace(examples, references=answers(model, batches, task=session.task))
 
     data = session.data

@@ -13,6 +13,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..data.examples import Batches
 from ..ptq.inputs import count
 from ..source.checkpoint import Checkpoint
 from ..tasks.base import Batch, Task
@@ -49,12 +50,13 @@ class Subject:
 def timed_batches(batches: Sequence[Batch]) -> list[Batch]:
     """Batches of up to `TIMED_EXAMPLES` examples, evenly spaced over all of them, which are sorted by length."""
     step = max(1, -(-examples_in(batches) // TIMED_EXAMPLES))
-    return list(batches)[::-1][::step][::-1]  # counted from the end: the longest batch sets the memory peak
+    places = range(len(batches))[::-1][::step][::-1]  # counted from the end: the longest batch sets the memory peak
+    return [batches[place] for place in places]
 
 
 def examples_in(batches: Sequence[Batch]) -> int:
     """How many examples the batches hold."""
-    return sum(count(batch) for batch in batches)
+    return batches.examples if isinstance(batches, Batches) else sum(count(batch) for batch in batches)
 
 
 def measure(subjects: Sequence[Subject], batches: Sequence[Batch], *, threads: int | None) -> list[Timing]:

@@ -10,6 +10,8 @@ from ..common.errors import DataError, HfqError, SourceError
 from .bounds import bounded
 from .checkpoint import Checkpoint
 
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+
 
 def load_model(checkpoint: Checkpoint, auto_class: str, *, trust_remote_code: bool) -> nn.Module:
     """A float checkpoint in float32, an int8 one with int8 kernels.
@@ -77,6 +79,27 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Any:
             "Give it one (`tokenizer.pad_token = …`), and config.json its id as pad_token_id."
         )
     return tokenizer
+
+
+def load_image_processor(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Any:
+    """The checkpoint's image processor, from its folder only.
+
+    Raises:
+        DataError: its file is missing or damaged.
+    """
+    from transformers import AutoImageProcessor
+
+    if not any((checkpoint.path / name).is_file() for name in PROCESSOR_FILES):
+        raise DataError(
+            f"{checkpoint.info.id} has no {PROCESSOR_FILES[0]}, which says how its images are scaled. Save it there with "
+            "`AutoImageProcessor.from_pretrained(…).save_pretrained(…)`."
+        )
+    try:
+        return AutoImageProcessor.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises many types for a broken file
+        raise DataError(
+            f"The image processor of {checkpoint.info.id} cannot be loaded: {error}. Download its {PROCESSOR_FILES[0]} again."
+        ) from error
 
 
 def _few(items: Sequence[str]) -> str:

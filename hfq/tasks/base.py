@@ -206,8 +206,8 @@ class Task(ABC):
         """What is right for each row, in the model's terms; None for a row without a label."""
 
     @abstractmethod
-    def encode(self, rows: "Dataset", columns: Columns, processor: Processor) -> list[Encoding]:
-        """Each row as the model takes it, not padded.
+    def encode(self, rows: "Dataset", columns: Columns, processor: Processor) -> Sequence[Encoding]:
+        """Each row as the model takes it, not padded: a list, or a `Stream` (`stream.py`) of what is too large for one.
 
         Raises:
             DataError: a row holds something else than its column should.
@@ -220,6 +220,10 @@ class Task(ABC):
     def length(self, encoding: Encoding) -> int:
         """What examples are sorted by, so that batches hold little padding."""
         return len(encoding["input_ids"])
+
+    def lengths(self, encodings: Sequence[Encoding]) -> Sequence[int]:
+        """That of each."""
+        return [self.length(encoding) for encoding in encodings]
 
     # Outputs
 

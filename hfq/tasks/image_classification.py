@@ -1,0 +1,29 @@
+"""Image classification: one image, one of several labels."""
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+from .base import Columns, Metric
+from .classification import Classification, in_top_five
+from .image import ImageTask
+from .labels import find_label_column
+from .metrics import MeanOf
+
+
+class ImageClassification(Classification, ImageTask):
+    """One of several labels for each image."""
+
+    name = "image-classification"
+    auto_class = "AutoModelForImageClassification"
+    pipeline_tag = "image-classification"
+
+    def columns(self, features: Mapping[str, Any], requested: Columns) -> Columns:
+        labels = find_label_column(features, requested.get("label", ()), names=self.label_columns, task=self.name)
+        return {**self.inputs(features, requested), "label": labels}
+
+    @cached_property
+    def metrics(self) -> Mapping[str, Metric]:
+        """As for text; with more than five labels also whether the right one is among the first five."""
+        top_five = {"top5_accuracy": MeanOf("Top-5 accuracy", in_top_five)} if len(self.labels) > 5 else {}
+        return {**super().metrics, **top_five}
