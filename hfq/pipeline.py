@@ -29,7 +29,6 @@ from .measure.timing import Subject, examples_in, measure, timed_batches
 from .output import check_output, finish, work_folder
 from .ptq.convert import quantize_model
 from .ptq.graph import Fold
-from .ptq.inputs import model_inputs
 from .ptq.scheme import Plan
 from .recipe import SETTINGS, Recipe
 from .report import plots
@@ -91,7 +90,7 @@ def quantize(
         ui.stage(f"Calibration on {len(session.data.calibration)} examples of {info.calibration_split!r}")
         found = find(
             session.model,
-            [model_inputs(batch) for batch in session.calibration],
+            [session.task.model_inputs(batch) for batch in session.calibration],
             partial(_evaluate, session, goal, work),
             goal,
             options=search_options(recipe),
@@ -273,20 +272,21 @@ def _write_checkpoint(
     met = measured.quantized.accuracy is not None and goal.met(measured.quantized.accuracy)
     if found.outcome.met and not met:  # what users load decides, not what tuning saw
         _goal_missed(session, goal, found.outcome, log, ui)
-    metric = session.judge
+    metric, tag = session.judge, session.task.tag(session.checkpoint.card)
     trial = found.outcome.trial
     assert trial is not None  # the search evaluated something
     report = Report(
         hfq_version=__version__,
         task=session.task.name,
-        pipeline_tag=session.task.tag(session.checkpoint.card),
+        pipeline_tag=tag,
         library=session.task.library,
-        usage=session.task.usage(),
+        usage=session.task.usage(tag),
         checkpoint=session.checkpoint.info,
         dataset=info,
         metric=session.metric,
         metric_label=metric.label,
         metric_in_points=metric.in_points,
+        decisions=dict(session.task.decisions),
         goal=goal,
         approach=found.outcome.candidate.approach,
         chosen=found.outcome.candidate.name,

@@ -237,6 +237,8 @@ def _requested(recipe: Recipe, task: Task) -> dict[str, list[str]]:
         ("text_columns", task.text_role, recipe.text_columns),
         ("label_column", task.label_role, labels),
     ):
+        if names and role not in task.roles:
+            raise UsageError(f"{flag(key)} is nothing that {task.name} reads. Leave it out.")
         if names and role in found:
             raise UsageError(f"{flag(key)} and {flag('columns')} {role}=… say the same. Leave one of them out.")
         if names:

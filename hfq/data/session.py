@@ -94,7 +94,7 @@ def open_session(
             raise UsageError(
                 f"--baseline is what --metric {FIDELITY} compares with; {data.metric} compares with labels."
             )
-        return session
+        return session if quantized or not session.task.undecided else _with_decisions(session)
     return _with_answers(session, _float_model(session, baseline, token=token))
 
 
@@ -119,6 +119,12 @@ def _float_model(session: Session, baseline: str | None, *, token: str | None) -
     if found.is_quantized:
         raise UsageError(f"--baseline {baseline} is quantized. Expected the float checkpoint.")
     return load_model(found, session.task.auto_class, trust_remote_code=remote)
+
+
+def _with_decisions(session: Session) -> Session:
+    """The session of a task that decides by what the float model answers on the tuning split."""
+    outputs = answers(session.model, session.evaluation, task=session.task)
+    return replace(session, task=session.task.decided(outputs, session.data.evaluation.references))
 
 
 def _with_answers(session: Session, model: nn.Module) -> Session:

@@ -52,6 +52,7 @@ class Report:
     `metric_label`: its name in tables and on axes. `metric_in_points`: whether it is a fraction, whose differences are
     told in percentage points. `checkpoint`: of an object, its class. `library`: which opens the model. `usage`: Python
     that runs it, where it is called `{model}`. `met`: None where nothing was evaluated. `command` repeats the run.
+    `decisions`: what the task decided by the float model's answers on the tuning split, such as a threshold.
     `trivial`: what a model that looks at no input scores. `stock_agreement`, `output_difference`: the chosen trial's.
     `held_out_stock` is that on the holdout, where there is one.
     `ranking`: output error on the calibration slice of each candidate that was considered.
@@ -78,6 +79,7 @@ class Report:
     hardware: dict[str, Any]
     versions: dict[str, str]
     metric_in_points: bool = True
+    decisions: dict[str, float] = field(default_factory=dict)
     task: str | None = None
     pipeline_tag: str | None = None
     library: str = "transformers"

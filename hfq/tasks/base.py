@@ -232,6 +232,10 @@ class Task(ABC):
     def metrics(self) -> Mapping[str, Metric]:
         """By name, those that compare with labels; the first is the default."""
 
+    def model_inputs(self, batch: Batch) -> Batch:
+        """What the model is called with, here and to calibrate it: without labels, for which it would compute a loss."""
+        return {name: value for name, value in batch.items() if name != "labels"}
+
     @abstractmethod
     def outputs(self, model: "nn.Module", batch: Batch) -> list["Tensor"]:
         """Run the model. One float tensor for each example, of any shape."""
@@ -256,11 +260,27 @@ class Task(ABC):
         """The task as it is for data of that alignment, where a dataset knows what the model does not say."""
         return self
 
+    # Decisions
+
+    @property
+    def undecided(self) -> bool:
+        """Whether something is left to `decided`."""
+        return False
+
+    def decided(self, outputs: Outputs, references: References) -> "Task":
+        """The task with what is decided by the float model's outputs on the tuning split, and nothing else."""
+        return self
+
+    @property
+    def decisions(self) -> Mapping[str, float]:
+        """What was decided so, by name: the report and the card have it."""
+        return {}
+
     # Words
 
-    def usage(self) -> str:
-        """Python that runs the published model, which is called `{model}` there, for its card."""
-        return f'from transformers import pipeline\n\nmodel = pipeline("{self.pipeline_tag}", model="{{model}}", device="cpu")'
+    def usage(self, tag: str) -> str:
+        """Python that runs the published model, which is called `{model}` there, for its card. `tag`: of the card."""
+        return f'from transformers import pipeline\n\nmodel = pipeline("{tag}", model="{{model}}", device="cpu")'
 
     # The same for all
 

@@ -41,12 +41,12 @@ class TextTask(Task):
         return dict(processor.tool.pad([dict(row) for row in encodings], return_tensors="pt"))
 
     def tokens(self, processor: Processor, *texts: Any, **settings: Any) -> Any:
-        """Token ids of texts, or of pairs, cut at the longest input.
+        """Token ids of texts, or of pairs, cut at the longest input. `settings`: of the tokenizer.
 
         Raises:
             DataError: the tokenizer knows tokens that the model does not.
         """
-        encoded = processor.tool(*texts, truncation=True, max_length=processor.max_length, **settings)
+        encoded = processor.tool(*texts, max_length=processor.max_length, **{"truncation": True, **settings})
         vocabulary = self.config.get("vocab_size")
         largest = max((max(row, default=0) for row in encoded["input_ids"]), default=0)
         if vocabulary and largest >= vocabulary:

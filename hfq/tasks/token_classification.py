@@ -118,7 +118,7 @@ class TokenClassification(TextTask):
 
     def outputs(self, model: "nn.Module", batch: Batch) -> list[Tensor]:
         """Logits: float32 `[words, tags]` for each example; a word without a token of its own is outside of entities."""
-        logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits.float()
+        logits = model(**self.model_inputs(batch)).logits.float()
         found = []
         for row, words in zip(logits, batch["labels"], strict=True):
             places = words != IGNORED
