@@ -179,7 +179,7 @@ class Reranking(Regression):
         found.__dict__.pop("metrics", None)
         return found
 
-    def usage(self) -> str:
+    def usage(self, tag: str) -> str:
         """Ranking two passages."""
         return (
             'from sentence_transformers import CrossEncoder\n\nmodel = CrossEncoder("{model}", device="cpu")\n'

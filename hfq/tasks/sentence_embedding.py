@@ -294,7 +294,7 @@ class SentenceEmbedding(TextTask):
         found.__dict__.pop("metrics", None)
         return found
 
-    def usage(self) -> str:
+    def usage(self, tag: str) -> str:
         """Encoding two texts."""
         if self.source:
             opened = f'from sentence_transformers import {self.kind}\n\nmodel = {self.kind}("{{model}}", device="cpu")'
