@@ -1,6 +1,7 @@
 """A process that loads one model and times it: `python -m hfq.measure.worker`, driven by `hfq.measure.timing`."""
 
 import time
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,6 @@ class _Session:
         self.auto_class = getattr(transformers, self.task.auto_class)
         find_architecture(request["config"])  # imports the model's code before memory is counted
         self.stock = request["stock"]
-        if self.stock:
-            _without_hfq()
         transformers.utils.logging.disable_progress_bar()
         self.torch = torch
 
@@ -46,13 +45,15 @@ class _Session:
 
         from ..common.memory import drop_checkpoint_pages
         from ..runtime.int8.linear import memory_mib
+        from ..runtime.loading.stock import stock_transformers
 
         self.batches = _batches(load_file(request["batches"]))
         imported_mib = peak_mib()
         start = time.perf_counter()
-        self.model = self.auto_class.from_pretrained(
-            request["model"], dtype=self.torch.float32, trust_remote_code=request["trust_remote_code"]
-        ).eval()
+        with stock_transformers() if self.stock else nullcontext():
+            self.model = self.auto_class.from_pretrained(
+                request["model"], dtype=self.torch.float32, trust_remote_code=request["trust_remote_code"]
+            ).eval()
         load_s = time.perf_counter() - start
         if request["compiled"]:
             from ..runtime.compiling.compile import compile
@@ -89,14 +90,6 @@ def _batches(tensors: dict[str, Any]) -> list[dict[str, Any]]:
         position, name = key.split(".", 1)
         batches.setdefault(int(position), {})[name] = tensor
     return [batches[position] for position in sorted(batches)]
-
-
-def _without_hfq() -> None:
-    """Load as transformers does where hfq is not installed."""
-    from transformers.quantizers import auto
-    from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
-
-    auto.AUTO_QUANTIZER_MAPPING["compressed-tensors"] = CompressedTensorsHfQuantizer
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from .bounds import bounded
 from .checkpoint import Checkpoint
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+_POOLER = "pooler."
 
 
 def load_model(checkpoint: Checkpoint, auto_class: str, *, trust_remote_code: bool) -> nn.Module:
@@ -43,7 +44,10 @@ def load_model(checkpoint: Checkpoint, auto_class: str, *, trust_remote_code: bo
             f"The weights of {checkpoint.info.id} do not fit its config.json: {_few(shapes)}. "
             "Take both files from the same checkpoint."
         )
-    if missing := sorted(info["missing_keys"]):
+    missing = sorted(info["missing_keys"])
+    if auto_class == "AutoModel" and missing and all(name.startswith(_POOLER) for name in missing):
+        model.pooler, missing = None, []  # which nothing reads where an encoder is all that there is
+    if missing:
         raise SourceError(
             f"{checkpoint.info.id} lacks weights that {auto_class} needs, which would be random: {_few(missing)}. "
             "Expected a checkpoint that was fine-tuned for this task."

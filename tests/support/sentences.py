@@ -26,7 +26,11 @@ def write_sentence_model(
     """A folder of transformer, pooling, a dense module of that many outputs and normalization. `config`: beside them."""
     write_encoder(to, auto_class)
     sparse = "pooling_strategy" in pooling
-    modules = [("Transformer", ""), ("SpladePooling" if sparse else "Pooling", "1_Pooling")]
+    modules = (
+        [("MLMTransformer", ""), ("SpladePooling", "1_Pooling")]
+        if sparse
+        else [("Transformer", ""), ("Pooling", "1_Pooling")]
+    )
     _write(to / "1_Pooling" / "config.json", dict(pooling))
     if dense:
         settings = {"in_features": DIM, "out_features": dense, "bias": True}
@@ -37,10 +41,11 @@ def write_sentence_model(
         modules.append(("Dense", "2_Dense"))
     if not sparse:
         modules.append(("Normalize", "3_Normalize"))
+    package = "sentence_transformers.sparse_encoder" if sparse else "sentence_transformers"
     _write(
         to / "modules.json",
         [
-            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}
+            {"idx": i, "name": str(i), "path": path, "type": f"{package}.models.{name}"}
             for i, (name, path) in enumerate(modules)
         ],
     )

@@ -1,6 +1,7 @@
 """Sentence embedding, from strangers' folders and rows to a published model."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from command import forkserver
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from scipy import stats
 from sentence_transformers import SentenceTransformer
 from support.sentences import DIM, POOLING, pairs, write_beir, write_encoder, write_lines, write_sentence_model
@@ -94,6 +96,14 @@ def test_a_bare_encoder_needs_to_be_told_its_pooling(tmp_path: Path) -> None:
     stock = SentenceTransformer(str(folder), device="cpu")
     stock[1].pooling_mode = "cls"
     torch.testing.assert_close(first, stock.encode(TEXTS[0], convert_to_tensor=True), rtol=1e-4, atol=1e-5)
+
+
+def test_a_pooler_that_nothing_reads_may_be_missing(model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model, tmp_path / "model")
+    weights = {name: tensor for name, tensor in load_file(folder / "model.safetensors").items() if "pooler" not in name}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    rows, columns = Dataset.from_dict({"text": TEXTS}), {"text": ["text"]}
+    torch.testing.assert_close(vectors_of(folder, rows, columns), vectors_of(model, rows, columns))
 
 
 def test_settings_that_do_not_fit_are_refused(model: Path) -> None:
