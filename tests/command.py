@@ -30,7 +30,6 @@ from safetensors.torch import load_file, save_file
 
 MEMORY = 1 << 30
 SECONDS = 60
-MODULES = ("hfq.", "pieces")  # that are run in forks, by the beginning of their names
 RUNS = 1 << 20  # in place of the exit code of a process that has not ended
 DEPENDS_ON_TIME = ("created", "baseline_pass_s", "duration_s", "examples_per_s", "load_s", "peak_memory_mib")
 HFQ = str(Path(sys.executable).with_name("hfq"))
@@ -161,14 +160,16 @@ class Forked:
 class Forkserver:
     """Runs the command in forks of a process that has imported the libraries, and nothing else, before."""
 
-    def __init__(self, env: Mapping[str, str | None] | None = None, *, fork_workers: bool = False) -> None:
+    def __init__(
+        self, env: Mapping[str, str | None] | None = None, *, fork_workers: bool = False, stock: bool = False
+    ) -> None:
         """`env`: changes to its environment. `fork_workers`: of the processes too in which hfq measures; their figures
-        mean nothing then.
+        mean nothing then. `stock`: of programs that know transformers, and no hfq.
         """
         self._env = dict(env or {})
         self._folder = tempfile.TemporaryDirectory(prefix="hfq-forkserver-")
         self._process = subprocess.Popen(
-            [sys.executable, __file__, *([self._folder.name] if fork_workers else [])],
+            [sys.executable, __file__, *(["stock"] if stock else []), *([self._folder.name] if fork_workers else [])],
             env=environment(env),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -221,7 +222,10 @@ class Forkserver:
 
     @property
     def programs(self) -> Path:
-        """A folder of programs that are forked: `hfq`, and `python -m hfq.MODULE`. Other Python is started by `python`."""
+        """A folder of programs that are forked: `hfq`, and `python -m hfq.MODULE`; of stock transformers, `python -c CODE`.
+
+        Other Python is started by `python`.
+        """
         self._ask({"do": "answer"})  # they are there once it does
         return Path(self._folder.name)
 
@@ -237,6 +241,14 @@ def forkserver() -> Forkserver:
     server = Forkserver(fork_workers=True)
     atexit.register(server.close)
     return server
+
+
+@cache
+def stock_python() -> str:
+    """`stock_python() -c CODE` is Python that has imported transformers, and never hfq."""
+    server = Forkserver(fork_workers=True, stock=True)
+    atexit.register(server.close)
+    return str(server.programs / "python")
 
 
 def copy_checkpoint(to: Path) -> Path:
@@ -277,7 +289,30 @@ def write_slice(to: Path, **rows: int) -> Path:
 
 
 def _serve() -> None:
-    from hfq.cli.main import main, prepare_libraries
+    stock = sys.argv[1:2] == ["stock"]
+    (_import_stock if stock else _import_hfq)()
+    gc.freeze()  # or each fork would copy all that was imported, to look for garbage in it
+    answers = os.dup(1)
+    if sys.argv[1:]:
+        sys.executable = _fork_workers(Path(sys.argv[-1]), stock=stock)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if request["do"] in ("run", "start"):
+            child = os.fork()
+            if child == 0:
+                _become(request)
+                _end(_call(_command(request["command"])))
+            answer = child if request["do"] == "start" else _wait(child, request["kill_at"], Path(request["err"]))
+        elif request["do"] == "answer":
+            answer = 0
+        else:
+            ended, status = os.waitpid(request["pid"], os.WNOHANG if request["do"] == "poll" else 0)
+            answer = os.waitstatus_to_exitcode(status) if ended else RUNS
+        os.write(answers, b"%d\n" % answer)
+
+
+def _import_hfq() -> None:
+    from hfq.cli.main import prepare_libraries
 
     prepare_libraries()
     import compressed_tensors.linear.compressed_linear  # noqa: F401
@@ -286,7 +321,6 @@ def _serve() -> None:
     import sentence_transformers  # noqa: F401
     import sympy.tensor.tensor  # noqa: F401 - by torch.export
     import torch._inductor.compile_fx  # noqa: F401
-    from optimum.commands.optimum_cli import main as optimum_cli
     from torchmetrics import functional  # noqa: F401
 
     import hfq.cli.commands
@@ -301,24 +335,21 @@ def _serve() -> None:
 
     tasks()
     _use_once()
-    gc.freeze()  # or each fork would copy all that was imported, to look for garbage in it
-    answers = os.dup(1)
-    if len(sys.argv) > 1:
-        sys.executable = _fork_workers(Path(sys.argv[1]))
-    for line in sys.stdin:
-        request = json.loads(line)
-        if request["do"] in ("run", "start"):
-            child = os.fork()
-            if child == 0:
-                _become(request)
-                _end(_call(main if request["command"] == "hfq" else optimum_cli))
-            answer = child if request["do"] == "start" else _wait(child, request["kill_at"], Path(request["err"]))
-        elif request["do"] == "answer":
-            answer = 0
-        else:
-            ended, status = os.waitpid(request["pid"], os.WNOHANG if request["do"] == "poll" else 0)
-            answer = os.waitstatus_to_exitcode(status) if ended else RUNS
-        os.write(answers, b"%d\n" % answer)
+
+
+def _import_stock() -> None:
+    import compressed_tensors.linear.compressed_linear  # noqa: F401
+    import transformers.pipelines
+    import transformers.quantizers.quantizer_compressed_tensors  # noqa: F401
+
+
+def _command(name: str) -> Callable[[], object]:
+    if name == "hfq":
+        from hfq.cli.main import main
+    else:
+        from optimum.commands.optimum_cli import main
+    main_: Callable[[], object] = main
+    return main_
 
 
 def _use_once() -> None:
@@ -339,7 +370,7 @@ def _use_once() -> None:
     Image.preinit()
 
 
-def _fork_workers(folder: Path) -> str:
+def _fork_workers(folder: Path, *, stock: bool) -> str:
     """Start a process that forks for those who call programs in `folder`; return the one in place of python."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(folder / "socket"))
@@ -365,22 +396,24 @@ def _fork_workers(folder: Path) -> str:
         os._exit(0)
     for name in ("hfq", "python"):
         launcher = folder / name
-        launcher.write_text(_LAUNCHER.format(python=sys.executable, modules=MODULES, socket=folder / "socket"))
+        launcher.write_text(_LAUNCHER.format(python=sys.executable, socket=folder / "socket", forks=_FORKS[stock]))
         launcher.chmod(0o700)
     return str(folder / "python")
 
 
 def _be(words: list[str], environ: Mapping[str, str], folder: str) -> int:
     """Be a module of Python's, or `hfq`, with its arguments. Returns its exit code."""
-    from hfq.cli.main import main
-
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environ)
+    how, *sys.argv = words
+    if how == "-c":
+        code, sys.argv[0] = sys.argv[0], how
+        return _call(partial(exec, code, {"__name__": "__main__"}))
+    if how == "-m":
+        return _call(partial(runpy.run_module, sys.argv[0], run_name="__main__", alter_sys=True))
     sys.argv = words
-    return _call(
-        main if words[0] == "hfq" else partial(runpy.run_module, words[0], run_name="__main__", alter_sys=True)
-    )
+    return _call(_command(how))
 
 
 def _call(program: Callable[[], object]) -> int:
@@ -388,6 +421,8 @@ def _call(program: Callable[[], object]) -> int:
     try:
         program()
     except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
         return end.code if isinstance(end.code, int) else bool(end.code)
     except BaseException:
         traceback.print_exc()
@@ -404,14 +439,13 @@ def _end(code: int) -> NoReturn:
     os._exit(code)
 
 
+_FORKS = (("-m hfq.", "-m pieces"), ("-c ",))  # of stock transformers: any code
 _LAUNCHER = """#!{python} -IS
 import json, os, socket, sys
 program, *words = sys.argv
 if not program.endswith("python"):
     words = ["hfq", *words]
-elif words[:1] == ["-m"] and words[1].startswith({modules}):
-    words = words[1:]
-else:
+elif not " ".join(words).startswith({forks}):
     os.execv("{python}", ["{python}", *words])
 connection = socket.socket(socket.AF_UNIX)
 connection.connect("{socket}")

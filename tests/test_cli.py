@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from command import (
     copy_checkpoint,
     forkserver,
     hfq,
+    stock_python,
     write_outliers,
     write_slice,
 )
@@ -369,7 +369,7 @@ def test_push_makes_one_commit_that_stock_transformers_loads(run: Run, hub: Loca
     assert set(files) == FILES | PLOTS | {".gitattributes"}
     assert all(f"({path})" in files["README.md"].decode() for path in PLOTS)
     assert files["model.safetensors"] == run.weights
-    loaded = subprocess.run([sys.executable, "-c", LOAD_AND_RUN, repo_id], capture_output=True, text=True)
+    loaded = subprocess.run([stock_python(), "-c", LOAD_AND_RUN, repo_id], capture_output=True, text=True)
     assert loaded.stdout == "spam\n", loaded.stderr
 
 

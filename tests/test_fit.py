@@ -4,7 +4,6 @@ import copy
 import json
 import pickle
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 import torch
 import torchmetrics
 import transformers
+from command import stock_python
 from families import FAMILIES
 from models import relative_error, tiny, token_batches
 from torch import Tensor, nn
@@ -569,7 +569,7 @@ def test_transformers_model_opens_in_stock_transformers(
         assert relative_error(loaded(**batches[0]).logits, expected) < 0.02  # fused: a code may round the other way
     loaded.save_pretrained(tmp_path / "again")
     child = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", STOCK, tmp_path / "answers.pt", tmp_path / "saved", tmp_path / "again"],
+        [stock_python(), "-c", STOCK, tmp_path / "answers.pt", tmp_path / "saved", tmp_path / "again"],
         capture_output=True,
         text=True,
     )

@@ -13,6 +13,7 @@ from hfq.bench.table import markdown, write
 from hfq.common.ui import Reporter
 from hfq.source.checkpoint import pull
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
 RESULT = BenchResult("me/out", "me/model", [], {"cpu": "CPU", "threads": 2, "kernel": "onednn"}, [])
 
 

@@ -2,14 +2,13 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torchmetrics
-from command import Done, forkserver
+from command import CHECKPOINT, Done, forkserver, stock_python, write_slice
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from models import tiny
 from torch import Tensor, nn
@@ -122,9 +121,7 @@ def test_saved_module_opens_in_stock_transformers(tmp_path: Path) -> None:
         "m = A.from_pretrained(sys.argv[1]); assert 'hfq' not in sys.modules;"
         "print(m(input_ids=torch.ones(2, 5, dtype=torch.long)).logits.isfinite().all().item())"
     )
-    child = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, tmp_path / "saved"], capture_output=True, text=True
-    )
+    child = subprocess.run([stock_python(), "-c", code, tmp_path / "saved"], capture_output=True, text=True)
     assert (child.returncode, child.stdout.strip()) == (0, "True"), child.stderr
 
 
@@ -215,11 +212,6 @@ def test_wrong_argument_is_named(arguments: dict[str, Any], error: type[Exceptio
     assert words in str(found.value)
 
 
-@pytest.fixture(scope="module")
-def demo() -> Path:
-    return Path(__file__).parent.parent / "pipelines" / "demo"
-
-
 class Wrapped(LightningModule):
     def __init__(self, model_name_or_path: str, **extra: Any) -> None:
         super().__init__()
@@ -235,13 +227,14 @@ def checkpoint(path: Path, module: LightningModule) -> Path:
     return path
 
 
-def quantize_command(source: Path, demo: Path, output: Path) -> Done:
-    return forkserver().hfq("quantize", source, "--dataset", demo / "data", "--output", output, cwd=source.parent)
+def quantize_command(source: Path, output: Path) -> Done:
+    data = write_slice(source.parent / "data", train=100, validation=100)
+    return forkserver().hfq("quantize", source, "--dataset", data, "--output", output, cwd=source.parent)
 
 
-def test_lightning_checkpoint_is_quantized(tmp_path: Path, demo: Path) -> None:
-    source = checkpoint(tmp_path / "best.ckpt", Wrapped(str(demo / "bert-mini-sms-spam")))
-    done = quantize_command(source, demo, tmp_path / "out")
+def test_lightning_checkpoint_is_quantized(tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "best.ckpt", Wrapped(str(CHECKPOINT)))
+    done = quantize_command(source, tmp_path / "out")
     assert done.code == 0, done.err
     report = json.loads((tmp_path / "out" / "hfq.json").read_text())
     assert report["checkpoint"]["id"] == "best"
@@ -249,20 +242,20 @@ def test_lightning_checkpoint_is_quantized(tmp_path: Path, demo: Path) -> None:
     assert report["met"]
 
 
-def test_checkpoint_that_could_run_code_is_refused(tmp_path: Path, demo: Path) -> None:
-    source = checkpoint(tmp_path / "best.ckpt", Wrapped(str(demo / "bert-mini-sms-spam"), path=Path("x")))
+def test_checkpoint_that_could_run_code_is_refused(tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "best.ckpt", Wrapped(str(CHECKPOINT), path=Path("x")))
     content = torch.load(source, weights_only=False)
     content["callbacks"] = {"mine": subprocess.Popen}
     torch.save(content, source)
-    done = quantize_command(source, demo, tmp_path / "out")
+    done = quantize_command(source, tmp_path / "out")
     assert done.code == 1
     assert "reading that could run code" in done.err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
 
 
-def test_checkpoint_of_unknown_origin_is_refused(tmp_path: Path, demo: Path) -> None:
+def test_checkpoint_of_unknown_origin_is_refused(tmp_path: Path) -> None:
     source = tmp_path / "best.ckpt"
     torch.save({"state_dict": {"model.weight": torch.ones(2, 2)}}, source)
-    done = quantize_command(source, demo, tmp_path / "out")
+    done = quantize_command(source, tmp_path / "out")
     assert done.code == 1
     assert "does not say which model it was made from" in done.err.splitlines()[-1]

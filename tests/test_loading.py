@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from command import stock_python
 from models import int8_linears, logits, make_space, relative_error, tiny, token_batches
 from ray import cloudpickle
 from safetensors.torch import load_file, save_file
@@ -133,7 +134,7 @@ def in_another_process(work: Path) -> dict[str, dict[str, list[str]]]:
     columns = {name: torch.stack([batch[name] for batch in BATCHES]) for name in BATCHES[0]}
     save_file(columns, work / "batches.safetensors")
     child = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", CHILD, *PLANS],
+        [stock_python(), "-c", CHILD, *PLANS],
         cwd=work,
         env={**os.environ, "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,

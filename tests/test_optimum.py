@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import CHECKPOINT, Done, forkserver, hfq, timeless, write_outliers, write_slice
+from command import CHECKPOINT, Done, forkserver, hfq, stock_python, timeless, write_outliers, write_slice
 from transformers import BertConfig, BertForSequenceClassification
 
 from hfq.common.errors import GoalNotMetError, UsageError
@@ -106,7 +106,7 @@ def test_quantizer_resumes_after_a_missed_goal_and_stock_transformers_opens_the_
     assert result.folder == tmp_path / "int8"
     assert [asdict(trial) for trial in result.report.trials] == missed.value.details["trials"]  # none ran again
     assert report(result.folder)["quantized"]["accuracy"] == result.report.quantized.accuracy
-    opened = subprocess.run([sys.executable, "-c", STOCK, str(result.folder)], capture_output=True, text=True)
+    opened = subprocess.run([stock_python(), "-c", STOCK, str(result.folder)], capture_output=True, text=True)
     assert opened.stdout in ("spam\n", "ham\n"), opened.stderr
 
     flags = "--dataset data --column text=text --column label=label --approach dynamic --tolerable-loss 0.0 --max-trials 1 --allow-loss --output int8"
