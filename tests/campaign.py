@@ -25,11 +25,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import yaml
-from command import Done, Forkserver, copy_checkpoint, write_slice
-from factories import make_folder, make_report
-from faulty_proxy import Fault, FaultyProxy
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.command import Done, Forkserver, copy_checkpoint, write_slice
+from support.factories import make_folder, make_report
+from support.faulty_proxy import Fault, FaultyProxy
 
 from hfq.common.names import PLOT_FILES
 from hfq.hub.local import LocalHub

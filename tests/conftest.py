@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command import forkserver, write_slice
+from support.command import forkserver, write_slice
 
 from hfq.hub.local import LocalHub
 
-LONGEST = ("test_cli.py", "test_ray.py", "test_faults.py", "test_runs.py", "test_optimum.py", "test_compile.py")
+LONGEST = ("test_compile.py", "test_ray.py", "test_cli.py", "test_bad_input.py", "test_rewriting.py", "test_faults.py")
 
 _home = tempfile.TemporaryDirectory(prefix="hfq-tests-")
 _hub = LocalHub()
@@ -48,7 +48,8 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take minutes first, or one worker would be left with them while the other waits."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 import typer
-from command import CHECKPOINT, ROOT, write_slice
+from support.command import CHECKPOINT, ROOT, write_slice
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import hfq

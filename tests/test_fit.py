@@ -12,9 +12,9 @@ import pytest
 import torch
 import torchmetrics
 import transformers
-from command import stock_python
-from families import FAMILIES
-from models import relative_error, tiny, token_batches
+from support.command import stock_python
+from support.families import FAMILIES
+from support.models import relative_error, tiny, token_batches
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 

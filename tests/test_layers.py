@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from command import ROOT
+from support.command import ROOT
 
 LINT = Path(sys.executable).with_name("lint-imports")
 MOST = 14  # modules in one folder

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torchmetrics
-from command import CHECKPOINT, Done, forkserver, stock_python, write_slice
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from models import tiny
+from support.command import CHECKPOINT, Done, forkserver, stock_python, write_slice
+from support.models import tiny
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import CHECKPOINT, Done, forkserver, hfq, stock_python, timeless, write_outliers, write_slice
+from support.command import CHECKPOINT, Done, forkserver, hfq, stock_python, timeless, write_outliers, write_slice
 from transformers import BertConfig, BertForSequenceClassification
 
 from hfq.common.errors import GoalNotMetError, UsageError

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from command import CHECKPOINT
-from models import int8_linears, relative_error
 from sentence_transformers import CrossEncoder, SentenceTransformer, SparseEncoder
 from sentence_transformers.base.modules import Dense, Transformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 from sentence_transformers.sparse_encoder.modules import SpladePooling
+from support.command import CHECKPOINT
+from support.models import int8_linears, relative_error
 from support.training import messages
 from transformers import CompressedTensorsConfig
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import CHECKPOINT, write_outliers, write_slice
-from github_actions import ACTION, WORKFLOWS, condition, evaluate, load, run_action
 from huggingface_hub import HfApi
+from support.command import CHECKPOINT, write_outliers, write_slice
+from support.github_actions import ACTION, WORKFLOWS, condition, evaluate, load, run_action
 
 from hfq.hub.local import LocalHub
 from hfq.report.summary import plain, summarize

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 import transformers
-from command import CHECKPOINT
 from safetensors.torch import save_file
+from support.command import CHECKPOINT
 from support.training import messages
 
 DIM = 128  # of the demo's encoder

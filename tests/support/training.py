@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers
-from command import CHECKPOINT, DEMO, copy_checkpoint
+from support.command import CHECKPOINT, DEMO, copy_checkpoint
 
 Row = dict[str, Any]
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from command import CHECKPOINT, DEMO, Done, copy_checkpoint, forkserver
 from datasets import Dataset, Sequence, Value
 from safetensors.torch import load_file, save_file
+from support.command import CHECKPOINT, DEMO, Done, copy_checkpoint, forkserver
 from support.training import messages
 
 from hfq.common.errors import DataError

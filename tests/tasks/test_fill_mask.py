@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from command import CHECKPOINT, forkserver
 from datasets import Dataset
+from support.command import CHECKPOINT, forkserver
 from support.training import messages, train
 from transformers import AutoModelForMaskedLM, pipeline
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from command import forkserver
 from datasets import Dataset, Features, Image, Value, load_dataset
 from PIL import Image as Pillow
 from PIL.Image import Image as Picture
+from support.command import forkserver
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from hfq.common.errors import DataError, UsageError

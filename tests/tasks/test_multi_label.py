@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from command import forkserver
 from datasets import ClassLabel, Dataset, Features, Sequence, Value
+from support.command import forkserver
 from support.training import has_digits, train, write_rows
 from transformers import AutoModelForSequenceClassification
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import CHECKPOINT, DEMO, copy_checkpoint, forkserver
 from datasets import ClassLabel, Dataset, Features
 from safetensors.torch import load_file, save_file
+from support.command import CHECKPOINT, DEMO, copy_checkpoint, forkserver
 from transformers import AutoModelForMultipleChoice, AutoTokenizer
 
 from hfq.common.errors import DataError

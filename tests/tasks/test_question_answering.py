@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from command import CHECKPOINT, forkserver
 from datasets import Dataset
+from support.command import CHECKPOINT, forkserver
 from support.training import has_digits, messages, train
 from torchmetrics.functional.text import squad
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer

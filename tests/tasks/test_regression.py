@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from command import forkserver
 from datasets import Dataset
 from scipy import stats
+from support.command import forkserver
 from support.training import train, write_rows
 
 from hfq.common.errors import DataError, UnsupportedError

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from command import CHECKPOINT, DEMO, copy_checkpoint, forkserver
 from datasets import Dataset
 from sentence_transformers import CrossEncoder
+from support.command import CHECKPOINT, DEMO, copy_checkpoint, forkserver
 from support.sentences import write_lines
 from torchmetrics.functional.retrieval import retrieval_normalized_dcg
 from transformers import AutoModelForSequenceClassification

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from command import forkserver
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from scipy import stats
 from sentence_transformers import SentenceTransformer
+from support.command import forkserver
 from support.sentences import DIM, POOLING, pairs, write_beir, write_encoder, write_lines, write_sentence_model
 from torch.nn.functional import normalize
 from torchmetrics.functional.retrieval import (

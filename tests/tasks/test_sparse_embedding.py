@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import forkserver
 from datasets import Dataset
 from sentence_transformers import SparseEncoder
+from support.command import forkserver
 from support.sentences import pairs, write_lines, write_sentence_model
 
 from hfq.common.errors import UsageError

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import seqeval.metrics
 import torch
-from command import CHECKPOINT, forkserver
 from datasets import ClassLabel, Dataset, Features, Sequence, Value
+from support.command import CHECKPOINT, forkserver
 from support.training import has_digits, messages, train, write_rows
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 

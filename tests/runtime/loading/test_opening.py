@@ -1,0 +1,67 @@
+"""Who opens an int8 folder gets the model that was written: by its class or another, with hfq and without."""
+
+import inspect
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from support.families import FAMILIES
+from support.models import make_space, relative_error
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from hfq.export.checkpoint import write_weights_and_config
+from hfq.ptq.convert import quantize_model
+from hfq.ptq.scheme import LayerScheme, Plan
+from hfq.runtime.loading.stock import stock_transformers
+from hfq.tuning.candidates import Candidate
+
+
+@torch.inference_mode()
+def answer(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    takes = inspect.signature(model.forward).parameters
+    output = model(**{name: value for name, value in inputs.items() if name in takes})
+    return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)).float()
+
+
+def write_mixed(name: str, folder: Path) -> Any:
+    """The family's int8 model, as it was written: in turn, a layer is static, static, per token or float."""
+    model, inputs = FAMILIES[name].make(), FAMILIES[name].inputs()
+    plan = make_space(model, [inputs]).plan(Candidate("static"))
+    schemes = list(plan.layers.items())
+    mixed = dict(schemes[0::4] + schemes[1::4]) | {layer: LayerScheme("dynamic") for layer, _ in schemes[2::4]}
+    int8 = quantize_model(model, plan := Plan(mixed, plan.embeddings), [])
+    folder.mkdir()
+    write_weights_and_config(
+        int8, plan, model.config.to_dict() | {"architectures": [type(model).__name__]}, folder=folder
+    )
+    return int8
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_folder_answers_alike_whoever_opens_it(name: str, tmp_path: Path) -> None:
+    family, inputs = FAMILIES[name], FAMILIES[name].inputs()
+    int8 = write_mixed(name, tmp_path / "saved")
+    whole, base = answer(int8, inputs), answer(int8.base_model, inputs)
+    for opened in (nullcontext, stock_transformers):
+        for head in (family.model, *family.heads):
+            with opened():
+                loaded = getattr(transformers, head).from_pretrained(tmp_path / "saved").eval()
+            found = answer(loaded, inputs)
+            if head == family.model:
+                assert relative_error(found, whole) < 0.03
+            else:
+                assert found.isfinite().all()
+                assert relative_error(answer(loaded.base_model, inputs), base) < 0.03
+
+
+def test_layers_that_a_checkpoint_has_not_are_made_anew_in_float(tmp_path: Path) -> None:
+    write_mixed("bert without pooler", tmp_path / "saved")
+    for opened in (nullcontext, stock_transformers):
+        with opened():
+            loaded = transformers.BertModel.from_pretrained(tmp_path / "saved")
+        assert type(loaded.pooler.dense) is torch.nn.Linear
+        assert loaded.pooler.dense.weight.std() > 0
