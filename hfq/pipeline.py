@@ -153,6 +153,7 @@ def evaluate_checkpoint(
         "dataset": info.id,
         "split": info.split,
         "examples": info.examples,
+        "batch_size": recipe.batch_size,
         "task": session.task.name,
         "metric": session.metric,
         "metric_label": session.judge.label,

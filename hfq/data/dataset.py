@@ -190,13 +190,19 @@ def _build(
     elif isinstance(builder, Text):
         _check_encoding(builder.config.data_files or {}, "plain text")
         builder.config.encoding = "utf-8-sig"  # a byte order mark is no text
+    elif builder.name == "audiofolder":
+        from .recordings import as_recordings
+
+        builder = as_recordings(builder, token=token)
     builder.download_and_prepare(download_mode=mode)
     splits = builder.as_dataset()
     if isinstance(builder, Text):
         return type(splits)({split: _lines(rows) for split, rows in splits.items()})
     if table:
         return _as_declared(splits, _declared(card, name))
-    return type(splits)({split: _unwrapped(rows) for split, rows in splits.items()})
+    if builder.name == "json":
+        return type(splits)({split: _unwrapped(rows) for split, rows in splits.items()})
+    return splits
 
 
 def _declared(card: Path | None, subset: str) -> "Features":

@@ -179,8 +179,8 @@ class _Reader:
     def examples(self, rows: "Dataset", split: str) -> Examples:
         references = self._references(rows)
         if None in references and self._of_labels:
-            row = rows[references.index(None)]
-            labels = [row[name] for name in self.columns[self.task.label_role]]
+            row = rows.select_columns(list(self.columns[self.task.label_role]))[references.index(None)]
+            labels = list(row.values())
             raise DataError(
                 f"Split {split!r} has examples without a usable label (first: row {references.index(None)}, from 0: "
                 f"{', '.join(map(repr, labels))}). Choose a labelled split, or --metric fidelity, agreement with FP32."

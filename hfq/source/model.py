@@ -91,18 +91,31 @@ def load_image_processor(checkpoint: Checkpoint, *, trust_remote_code: bool) -> 
     Raises:
         DataError: its file is missing or damaged.
     """
-    from transformers import AutoImageProcessor
+    return _load_processor(checkpoint, "AutoImageProcessor", "image processor", trust_remote_code=trust_remote_code)
+
+
+def load_feature_extractor(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Any:
+    """The checkpoint's feature extractor, from its folder only.
+
+    Raises:
+        DataError: its file is missing or damaged.
+    """
+    return _load_processor(checkpoint, "AutoFeatureExtractor", "feature extractor", trust_remote_code=trust_remote_code)
+
+
+def _load_processor(checkpoint: Checkpoint, auto_class: str, what: str, *, trust_remote_code: bool) -> Any:
+    import transformers
 
     if not any((checkpoint.path / name).is_file() for name in PROCESSOR_FILES):
         raise DataError(
-            f"{checkpoint.info.id} has no {PROCESSOR_FILES[0]}, which says how its images are scaled. Save it there with "
-            "`AutoImageProcessor.from_pretrained(…).save_pretrained(…)`."
+            f"{checkpoint.info.id} has no {PROCESSOR_FILES[0]}, which says how its inputs are scaled. Save it there with "
+            f"`{auto_class}.from_pretrained(…).save_pretrained(…)`."
         )
     try:
-        return AutoImageProcessor.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
+        return getattr(transformers, auto_class).from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many types for a broken file
         raise DataError(
-            f"The image processor of {checkpoint.info.id} cannot be loaded: {error}. Download its {PROCESSOR_FILES[0]} again."
+            f"The {what} of {checkpoint.info.id} cannot be loaded: {error}. Download its {PROCESSOR_FILES[0]} again."
         ) from error
 
 
