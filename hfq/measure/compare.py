@@ -126,6 +126,7 @@ def compare(
         difference=second.score - first.score,
         interval=_interval(session.judge, first.outputs, second.outputs, references=references, seed=seed),
         seen_in_tuning=split == session.data.info.split,
+        remarks=task.remarks(session.judge, first.outputs, second.outputs, references),
     )
     a, b = rights
     if a is None or b is None:

@@ -1,6 +1,6 @@
 """What measuring two models finds, as plain figures. Needs no torch: reports are read where there is none."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Comparison:
     `agreement`: how alike they answer, in [0, 1], by the task's own measure. `difference`: int8's score less the float
     model's, and `interval` its 95 % interval, by paired bootstrap over examples. `both_right`, `only_float_right`,
     `only_int8_right`: examples, where each is right or wrong by itself, and `p_value` the exact McNemar test that the
-    two are equally often right; else None.
+    two are equally often right; else None. `remarks`: the task's own, in sentences.
     """
 
     split: str
@@ -56,3 +56,4 @@ class Comparison:
     only_float_right: int | None = None
     only_int8_right: int | None = None
     p_value: float | None = None
+    remarks: list[str] = field(default_factory=list)

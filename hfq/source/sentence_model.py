@@ -4,14 +4,17 @@ The first module is the transformer, which hfq quantizes. The others make a vect
 here by sentence-transformers itself, and stay float.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..common.errors import SourceError, UnsupportedError
-from ..common.reading import read_json
+from ..common.names import CARD_FILE
+from ..common.reading import read_json, read_text
 from .contents import MODULES_FILE
+from .metadata import LONGEST_CARD
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,6 +26,8 @@ _OF_TRANSFORMER = tuple(
     f"sentence_{name}_config.json"
     for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
+_DIMS = ("matryoshka_dims", "matryoshka_dimensions")
+_IN_CARD = re.compile(r'"matryoshka_dims": \[([\d\s,]{1,999})\]')
 _OWN = "sentence_transformers."
 _WEIGHTS = "model.safetensors"
 
@@ -43,7 +48,8 @@ class Module:
 class SentenceModel:
     """`kind`: the class of sentence-transformers that opens it. `prompts`: texts put before a text, by name.
 
-    `similarity`: cosine, dot, euclidean or manhattan. `transformer`: the first module's own settings.
+    `similarity`: cosine, dot, euclidean or manhattan. `transformer`: the first module's own settings. `dims`: lengths that
+    its vectors may be cut to, as its files name them (Matryoshka, Kusupati et al. 2022).
     """
 
     modules: Sequence[Module]
@@ -52,6 +58,7 @@ class SentenceModel:
     default_prompt: str | None = None
     similarity: str | None = None
     truncate_dim: int | None = None
+    dims: Sequence[int] = ()
     transformer: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -97,6 +104,7 @@ def read_sentence_model(folder: Path) -> SentenceModel | None:
         default_prompt=default,
         similarity=similarity if isinstance(similarity, str) else None,
         truncate_dim=config.get("truncate_dim"),
+        dims=_dims(folder, config),
         transformer=next((found for found in (_read(path, dict) for path in own) if found), {}),
     )
 
@@ -156,6 +164,20 @@ def _load(folder: Path, module: Module) -> "nn.Module":
             f"{' '.join(str(error).split()) or type(error).__name__}. Take all files from the same checkpoint."
         ) from error
     return loaded.float().eval().requires_grad_(False)
+
+
+def _dims(folder: Path, config: Mapping[str, Any]) -> list[int]:
+    """Of a configuration, else of the card that sentence-transformers writes after such a training."""
+    own = _read(folder / "config.json", dict)
+    named = next((found[key] for found in (config, own) for key in _DIMS if isinstance(found.get(key), list)), None)
+    if named is None:
+        try:
+            text = read_text(folder / CARD_FILE, limit=LONGEST_CARD) if (folder / CARD_FILE).is_file() else ""
+        except (OSError, ValueError):  # whoever needs it says what is wrong
+            text = ""
+        said = _IN_CARD.search(text)
+        named = [int(number) for number in re.findall(r"\d+", said[1])] if said else []
+    return sorted({dim for dim in named if isinstance(dim, int) and dim > 0}, reverse=True)
 
 
 def _read(path: Path, kind: type) -> Any:

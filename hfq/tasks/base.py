@@ -252,6 +252,10 @@ class Task(ABC):
     def fidelity(self, outputs: Outputs, others: Outputs) -> float:
         """How alike two models answer the same examples, in [0, 1]. 1: a user sees no difference."""
 
+    def remarks(self, metric: Metric, outputs: Outputs, others: Outputs, references: References) -> list[str]:
+        """What else the card says of a float model's outputs and another's: whole sentences."""
+        return []
+
     def trivial(self, metric: str, references: References) -> Trivial | None:
         """What a model that looks at no input scores; None where that is not known."""
         return None

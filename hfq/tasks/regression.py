@@ -89,7 +89,7 @@ def as_number(value: Any, row: int, column: str) -> float | None:
         number = math.inf
     if math.isinf(number):
         raise DataError(
-            f"Row {row} (from 0) has {value!r} in column {column!r}, and this checkpoint puts out a number. "
+            f"Row {row} (from 0) has {value!r} in column {column!r}; expected a number. "
             "Mend or remove such rows, or name another column with --label-column."
         )
     return None if math.isnan(number) else number

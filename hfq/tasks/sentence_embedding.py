@@ -42,7 +42,9 @@ PAIRS = (
 SCORES = ("score", "similarity_score", "similarity", "relatedness_score", "sim", "label", "labels")
 DOCUMENT_PROMPTS = ("document", "passage", "corpus")  # in the order in which `encode_document` looks for them
 SCALES = ((0.0, 1.0), (-1.0, 1.0), (0.0, 5.0))  # of similarity, as data sets have them
-SINGLE = -1
+SINGLE = -1  # for the number of an example, where each has one text
+NEIGHBOURS = 10
+MOST_TEXTS = 2000  # whose neighbours are compared
 _AT_ONCE = 256  # queries whose similarity to every document is held in memory
 
 
@@ -280,8 +282,21 @@ class SentenceEmbedding(TextTask):
 
     def fidelity(self, outputs: Outputs, others: Outputs) -> float:
         """Mean cosine of the vectors of the same text."""
-        a, b = (torch.cat([row.reshape(-1, row.shape[-1]) for row in rows]).double() for rows in (outputs, others))
+        a, b = (all_vectors(rows).double() for rows in (outputs, others))
         return cosine_similarity(a, b).mean().clamp(0, 1).item()
+
+    def remarks(self, metric: Metric, outputs: Outputs, others: Outputs, references: References) -> list[str]:
+        """Whether texts have the same neighbours, and the metric of shorter vectors, where the source names some."""
+        first, second = all_vectors(outputs), all_vectors(others)
+        found = []
+        if len(first) > 2 * NEIGHBOURS:
+            share = _same_neighbours(self.similarity, first, second)
+            found.append(f"Of the {NEIGHBOURS} texts that are nearest to each, {share:.1%} are the same.")
+        for dim in self.source.dims if self.source and metric.of_labels else ():
+            if dim < first.shape[-1]:
+                a, b = (metric.score([row[..., :dim] for row in rows], references) for rows in (outputs, others))
+                found.append(f"Cut to {dim} dimensions, the float model scores {a:.4f} and INT8 {b:.4f}.")
+        return found
 
     def trivial(self, metric: str, references: References) -> Trivial | None:
         """Always the same vector: it correlates with nothing."""
@@ -331,9 +346,7 @@ class SentenceEmbedding(TextTask):
         if name is None and default and self.source:
             name = self.source.default_prompt
         if name is not None and name not in prompts:
-            raise UsageError(
-                f"--prompt {name} is none of the model's prompts. Expected one of: {', '.join(prompts) or 'it has none'}."
-            )
+            raise UsageError(f"--prompt {name} is no prompt of the model, which has {', '.join(prompts) or 'none'}.")
         return prompts[name] if name is not None else ""
 
     def _encoded(self, found: Sequence[str], prompts: Sequence[str], processor: Processor) -> list[Encoding]:
@@ -346,6 +359,21 @@ class SentenceEmbedding(TextTask):
             {**{name: encoded[name][row] for name in encoded}, "prompt": tokens[prompt]}
             for row, prompt in enumerate(prompts)
         ]
+
+
+def all_vectors(outputs: Outputs) -> Tensor:
+    """float32 `[texts, dim]`, of examples with one text or several."""
+    return torch.cat([output.reshape(-1, output.shape[-1]) for output in outputs])
+
+
+def _same_neighbours(similarity: str, first: Tensor, second: Tensor) -> float:
+    """Share of the other texts nearest to each that are so by both kinds of vectors; of `MOST_TEXTS`, evenly spaced."""
+    step = -(-len(first) // MOST_TEXTS)
+    nearest = []
+    for vectors in (first[::step], second[::step]):
+        alike = _all_alike(similarity, vectors, vectors).fill_diagonal_(-torch.inf)
+        nearest.append(torch.zeros_like(alike).scatter_(1, alike.topk(NEIGHBOURS).indices, 1))
+    return (nearest[0] * nearest[1]).sum().item() / (NEIGHBOURS * len(nearest[0]))
 
 
 def _text_columns(features: Mapping[str, Any], requested: Columns) -> list[str]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..common.errors import UsageError
 from ..source.sentence_model import load_head, read_sentence_model
 from .base import Outputs
-from .sentence_embedding import SentenceEmbedding
+from .sentence_embedding import SentenceEmbedding, all_vectors
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,7 +40,7 @@ class SparseEmbedding(SentenceEmbedding):
 
     def fidelity(self, outputs: Outputs, others: Outputs) -> float:
         """Mean overlap of the active dimensions of the same text: those of both, as a share of those of either."""
-        a, b = (torch.cat([row.reshape(-1, row.shape[-1]) for row in rows]) > 0 for rows in (outputs, others))
+        a, b = (all_vectors(rows) > 0 for rows in (outputs, others))
         either = (a | b).sum(1).double()
         return torch.where(either > 0, (a & b).sum(1) / either.clamp(min=1), 1.0).mean().item()
 

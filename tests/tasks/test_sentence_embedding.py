@@ -109,7 +109,7 @@ def test_a_pooler_that_nothing_reads_may_be_missing(model: Path, tmp_path: Path)
 def test_settings_that_do_not_fit_are_refused(model: Path) -> None:
     with pytest.raises(UsageError, match="--pooling cls: mini-embedding has modules of its own"):
         task_of(model, pooling="cls")
-    with pytest.raises(UsageError, match=r"--prompt passage is none of the model's prompts\. Expected one of: query"):
+    with pytest.raises(UsageError, match="--prompt passage is no prompt of the model, which has query"):
         task_of(model, prompt="passage")
     with pytest.raises(UsageError, match="--pooling is nothing that regression reads, but sentence-embedding"):
         make_task({"architectures": ["BertForSequenceClassification"], "num_labels": 1}, settings={"pooling": "cls"})
@@ -171,6 +171,22 @@ def test_rows_that_do_not_fit_are_refused(model: Path, rows: dict[str, Any], mes
     task = task_of(model)
     with pytest.raises(DataError, match=message):
         task.align([found], task.columns(told_apart(found), {}))
+
+
+def test_neighbours_and_shorter_vectors_are_said(tmp_path: Path) -> None:
+    task = task_of(write_sentence_model(tmp_path / "model", matryoshka_dims=[16, 4, 64]))
+    generator = torch.Generator().manual_seed(0)
+    outputs = list(torch.randn(30, 2, 16, generator=generator))
+    right = torch.rand(30, generator=generator).tolist()
+    neighbours, *cut = task.remarks(task.metrics["spearman"], outputs, outputs, right)
+    assert neighbours == "Of the 10 texts that are nearest to each, 100.0% are the same."
+    score = task.score("spearman", [output[:, :4] for output in outputs], right)
+    assert cut == [f"Cut to 4 dimensions, the float model scores {score:.4f} and INT8 {score:.4f}."]
+    assert "100.0%" not in task.remarks(task.metrics["spearman"], outputs, outputs[::-1], right)[0]
+    card = '---\n---\n```json\n{\n    "loss": "x",\n    "matryoshka_dims": [\n        8,\n        2\n    ]\n}\n```\n'
+    folder = write_sentence_model(tmp_path / "by its card")
+    (folder / "README.md").write_text(card)
+    assert len(task_of(folder).remarks(task.metrics["spearman"], outputs, outputs, right)) == 3
 
 
 def write_pair(folder: Path, **files: str) -> str:
