@@ -133,12 +133,27 @@ def _called(name: str) -> list[type[Task]]:
     """
     found = [task for task in tasks().values() if name in (task.name, task.pipeline_tag, *task.other_tags)]
     if not found:
-        near = get_close_matches(name, tasks(), n=1, cutoff=0.5)
+        near = _nearest(name)
         raise UnsupportedError(
-            f"Task {name!r} is not one that hfq measures{f'; did you mean {near[0]}' if near else ''}? "
+            f"Task {name!r} is not one that hfq measures{f'; did you mean {near}?' if near else '.'} "
             f"Expected one of: {', '.join(tasks())}. `hfq.quantization.fit` takes any model, with a score of your own."
         )
     return found
+
+
+def _nearest(name: str) -> str | None:
+    """The task whose name is most like that one: here, on the Hub, or of transformers' class."""
+    names: dict[str, str] = {}
+    for task in tasks().values():
+        for known in (
+            task.name,
+            task.pipeline_tag,
+            *task.other_tags,
+            task.auto_class.removeprefix("AutoModelFor").lower(),
+        ):
+            names.setdefault(known, task.name)
+    near = get_close_matches(name.lower().replace("_", "-"), names, n=1, cutoff=0.5)
+    return names[near[0]] if near else None
 
 
 def _metrics(task: type[Task]) -> list[str]:

@@ -332,7 +332,7 @@ def test_label_column_is_found(columns: dict[str, Any], found: str) -> None:
 def test_unclear_label_column_is_asked_for(columns: dict[str, Any]) -> None:
     with pytest.raises(DataError) as caught:
         label_column(features(**columns), None)
-    assert f"Columns: {', '.join(columns)}. Name it with --label-column." in str(caught.value)
+    assert f"Columns: {', '.join(columns)}. Name it with --label-column; where" in str(caught.value)
 
 
 def test_requested_label_column_is_taken_or_missed() -> None:
