@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from .common.copies import deep_copy
 from .common.errors import SourceError, UnsupportedError, UsageError
 from .common.memory import checkpoint_files, return_freed_memory
-from .common.reading import read_json
 from .runtime.fusion.fuse import finish_fusing, fuse
 from .runtime.inside import transformers_part
 from .runtime.int8.conv import Int8Conv
@@ -16,13 +15,12 @@ from .runtime.int8.linear import Int8Linear, note_files, pack_all
 from .runtime.loading.swap import is_int8, swap_modules
 from .source.bounds import bounded
 from .source.checkpoint import Checkpoint, pull
-from .source.contents import MODULES_FILE, SENTENCE_CONFIG
+from .source.sentence_model import sentence_class
 from .tasks.registry import find_architecture, find_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SENTENCE_CLASSES = ("SentenceTransformer", "CrossEncoder", "SparseEncoder")
 _ALIGNMENT = 64  # bytes, as torch allocates
 
 
@@ -66,30 +64,15 @@ def load(
     if "hfq_module" in found.config:
         name = found.config["hfq_module"]
         raise UsageError(f"{checkpoint} holds a {name}, which is not transformers'. Pass one: model={name}(…).")
-    if task is None and (kind := _sentence_class(found)) is not None:
+    if task is None and (sentence_model := sentence_class(found.path)) is not None:
         with bounded(found):
-            return _checked(
-                kind(str(found.path), device="cpu", trust_remote_code=trust_remote_code, **kwargs), checkpoint
-            )
+            return _checked(sentence_model(str(found.path), device="cpu", **kwargs), checkpoint)
     architecture: Any = find_architecture(found.config)
     if task is not None or architecture is None:
         architecture = getattr(transformers, find_task(found.config, name=task, folder=found.path).auto_class)
     with bounded(found):
         loaded = architecture.from_pretrained(found.path, trust_remote_code=trust_remote_code, **kwargs)
     return _checked(loaded, checkpoint)
-
-
-def _sentence_class(checkpoint: Checkpoint) -> Any:
-    """The class of sentence-transformers that opens a folder of its own; None of any other, or if it is not installed."""
-    if not (checkpoint.path / MODULES_FILE).is_file():
-        return None
-    try:
-        import sentence_transformers
-    except ImportError:
-        return None
-    config = checkpoint.path / SENTENCE_CONFIG
-    name = read_json(config).get("model_type") if config.is_file() else None
-    return getattr(sentence_transformers, name if name in SENTENCE_CLASSES else "SentenceTransformer")
 
 
 def _checked(model: nn.Module, checkpoint: str | Path) -> nn.Module:

@@ -356,9 +356,9 @@ def _lies_elsewhere(folders: list[str], reference: str, *, is_sentence_model: bo
         )
     folder = next((name for name in folders if "Transformer" in name), folders[0])
     return (
-        f"{reference} is a sentence-transformers model: its transformer, with config.json and weights, is in {folder}/, as "
-        f"{MODULES_FILE} says. If that is a classifier, give {_inside(reference, folder)}. A model that makes "
-        "embeddings is quantized in Python, by hfq.quantization.fit: give it `SentenceTransformer(…)[0].auto_model`."
+        f"{reference} is a sentence-transformers model whose transformer, with config.json and weights, is in {folder}/, as "
+        f"{MODULES_FILE} says; expected them at the top, as sentence-transformers writes them today. Have it written anew, "
+        f"`SentenceTransformer({reference!r}).save('./model')`, and quantize ./model."
     )
 
 

@@ -7,19 +7,20 @@ here by sentence-transformers itself, and stay float.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..common.errors import SourceError, UnsupportedError
 from ..common.names import CARD_FILE
 from ..common.reading import read_json, read_text
-from .contents import MODULES_FILE
+from .contents import MODULES_FILE, SENTENCE_CONFIG
 from .metadata import LONGEST_CARD
 
 if TYPE_CHECKING:
     from torch import nn
 
-CONFIG_FILE = "config_sentence_transformers.json"
+CLASSES = ("SentenceTransformer", "CrossEncoder", "SparseEncoder")
 TRANSFORMERS = ("Transformer", "MLMTransformer")
 HEADS = ("Pooling", "SpladePooling", "Dense", "Normalize", "LayerNorm", "Dropout")
 _OF_TRANSFORMER = tuple(
@@ -86,14 +87,14 @@ def read_sentence_model(folder: Path) -> SentenceModel | None:
             raise TypeError("it names no module")
     except (KeyError, TypeError) as error:
         raise _damaged(folder / MODULES_FILE, error) from error
-    config = _read(folder / CONFIG_FILE, dict)
+    config = _read(folder / SENTENCE_CONFIG, dict)
     prompts = config.get("prompts") or {}
     default, similarity = config.get("default_prompt_name"), config.get("similarity_fn_name")
     if not isinstance(prompts, dict):
-        raise _damaged(folder / CONFIG_FILE, "prompts are no names and texts")
+        raise _damaged(folder / SENTENCE_CONFIG, "prompts are no names and texts")
     if default is not None and default not in prompts:
         raise SourceError(
-            f"{folder / CONFIG_FILE} has the default prompt {default!r}, which is none of its prompts "
+            f"{folder / SENTENCE_CONFIG} has the default prompt {default!r}, which is none of its prompts "
             f"({', '.join(prompts) or 'there are none'}). Add it there, or take default_prompt_name away."
         )
     own = (folder / modules[0].path / name for name in _OF_TRANSFORMER)
@@ -127,13 +128,32 @@ def load_head(folder: Path, model: SentenceModel) -> "list[nn.Module]":
                 f"{folder / MODULES_FILE} names a module {module.type[:100]}, which hfq cannot run. Expected some of "
                 f"{', '.join(HEADS)} behind the transformer."
             )
-        pickled = [path.name for path in (folder / module.path).glob("*.bin")] if module.path else []
-        if pickled and not (folder / module.path / _WEIGHTS).is_file():
-            raise SourceError(
-                f"{folder / module.path} has only pickle weights ({', '.join(pickled)}), which can run code when they are "
-                "read. Save the model again with sentence-transformers, which writes safetensors."
-            )
+        _check_weights(folder / module.path if module.path else None)
     return [_load(folder, module) for module in others]
+
+
+def sentence_class(folder: Path) -> Any:
+    """The class of sentence-transformers that opens `folder`, one that is its own; None of any other, or if it is not installed.
+
+    Raises:
+        SourceError: a file is missing, damaged or a pickle.
+    """
+    model = read_sentence_model(folder)
+    if model is None or not model.is_own or model.kind not in CLASSES or not find_spec("sentence_transformers"):
+        return None
+    for module in model.modules:
+        _check_weights(folder / module.path if module.path else None)
+    return getattr(import_sentence_transformers(), model.kind)
+
+
+def _check_weights(folder: Path | None) -> None:
+    """Refuse a module's `folder` in which weights are a pickle; one without a folder has none of its own."""
+    pickled = [path.name for path in folder.glob("*.bin")] if folder else []
+    if folder and pickled and not (folder / _WEIGHTS).is_file():
+        raise SourceError(
+            f"{folder} has only pickle weights ({', '.join(pickled)}), which can run code when they are read. Save the "
+            "model again with sentence-transformers, which writes safetensors."
+        )
 
 
 def import_sentence_transformers() -> Any:

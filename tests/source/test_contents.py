@@ -393,7 +393,7 @@ def rename(to: str) -> Callable[[Path], object]:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (sentence_model, ("is a sentence-transformers model", "in 0_Transformer/", "hfq.quantization.fit")),
+        (sentence_model, ("is a sentence-transformers model", "in 0_Transformer/", "and quantize ./model")),
         (move("checkpoint-500"), ("is no checkpoint itself", "checkpoint-500")),
         (rename("model.fp16.safetensors"), ("a variant only (fp16)", "variant='fp16'", "save_pretrained")),
         (rename("model.fp16-00001-of-00001.safetensors"), ("a variant only (fp16)",)),
