@@ -8,10 +8,12 @@ from torch import Tensor, nn
 from .common.copies import deep_copy
 from .common.errors import SourceError, UnsupportedError, UsageError
 from .common.memory import checkpoint_files, return_freed_memory
+from .common.names import INPUT_RANGES
 from .runtime.fusion.fuse import finish_fusing, fuse
 from .runtime.inside import transformers_part
 from .runtime.int8.conv import Int8Conv
 from .runtime.int8.linear import Int8Linear, note_files, pack_all
+from .runtime.loading.input_ranges import take_ranges
 from .runtime.loading.swap import is_int8, swap_modules
 from .source.bounds import bounded
 from .source.checkpoint import Checkpoint, pull
@@ -122,6 +124,7 @@ def _fill(skeleton: nn.Module, checkpoint: Checkpoint) -> nn.Module:
         raise SourceError(
             f"{checkpoint.path} does not fit model, a {type(skeleton).__name__}: {' '.join(str(error).split())}"
         ) from error
+    take_ranges(model, (settings or {}).get(INPUT_RANGES) or {})
     note_files(model, checkpoint_files())
     fuse(model)
     return model

@@ -8,6 +8,7 @@ TRIALS_FILE = "trials.jsonl"
 EXPORT = "export"  # the finished export in a run's work folder
 PLOTS = "plots"  # the folder of a card's plots
 PLOT_FILES = (f"{PLOTS}/accuracy_speed.png", f"{PLOTS}/layer_sensitivity.png")
+INPUT_RANGES = "hfq_input_ranges"  # in `quantization_config`: a layer's name to its input scale and int8 zero point
 
 
 def is_path(reference: str) -> bool:

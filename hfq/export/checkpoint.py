@@ -20,8 +20,10 @@ from transformers.pytorch_utils import Conv1D
 from ..common.errors import ExportError
 from ..common.files import write_text
 from ..common.memory import drop_file_pages
+from ..common.names import INPUT_RANGES
 from ..ptq.scheme import Plan
 from ..runtime.int8.conv import Int8Conv1D
+from ..runtime.loading.input_ranges import TENSORS, input_ranges
 from ..runtime.loading.swap import tied_scales
 from ..source.checkpoint import Checkpoint
 from ..source.contents import SENTENCE_TRANSFORMERS, list_contents
@@ -72,9 +74,11 @@ def write_weights_and_config(
         OSError: the folder cannot be written.
     """
     settings = quantization_config(model, plan, widened=widened)
-    # What widens a weight when it is loaded takes a scale that is alone for a damaged one.
-    tied = tied_scales(model) if "dequantize" in settings else {}
-    _write_weights(_tensors(model, without=tied), folder)
+    left_out: set[str] = set()
+    if "dequantize" in settings:
+        # What widens a weight when it is loaded takes a scale that is alone for a damaged one.
+        left_out = {*tied_scales(model), *(f"{name}.{tensor}" for name in settings[INPUT_RANGES] for tensor in TENSORS)}
+    _write_weights(_tensors(model, without=left_out), folder)
     kept = {key: value for key, value in config.items() if key != "torch_dtype"}
     kept |= {"dtype": "float32", "quantization_config": settings}
     write_text(folder / "config.json", json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
@@ -84,16 +88,18 @@ def quantization_config(model: nn.Module, plan: Plan, *, widened: bool = False) 
     """The `quantization_config` of config.json: groups of layers with one scheme, everything else under `ignore`.
 
     `widened`: where hfq is not imported, the model is one of float weights from when it is loaded, and not from its
-    first forward. sentence-transformers passes by the hook of compressed-tensors that would see to it then.
+    first forward. sentence-transformers passes by the hook of compressed-tensors that would see to it then. As it is
+    quantized in its weights only, the groups say so, and what hfq needs of inputs stands beside them.
     """
+    # Stock transformers opens an int8 Conv1D only so.
+    widened = widened or any(isinstance(module, Int8Conv1D) for module in model.modules())
+    ranges = input_ranges(model) if widened else {}
     approaches: dict[str, str] = dict.fromkeys(plan.embeddings, "weight-only")
-    approaches |= {name: scheme.approach for name, scheme in plan.layers.items()}
+    approaches |= {name: "weight-only" if name in ranges else s.approach for name, s in plan.layers.items()}
     ignored = [name for name, module in model.named_modules() if isinstance(module, FLOAT_LAYERS)]
     patterns = find_patterns(model, {**approaches, **dict.fromkeys(ignored, "ignore")})
     groups = [_group(approach, patterns[approach]) for approach in APPROACHES if approach in patterns]
-    # Stock transformers opens an int8 Conv1D only so.
-    widened = widened or any(isinstance(module, Int8Conv1D) for module in model.modules())
-    return ({"dequantize": True} if widened else {}) | {
+    return ({"dequantize": True, INPUT_RANGES: ranges} if widened else {}) | {
         "quant_method": "compressed-tensors",
         "format": "mixed-precision",
         "quantization_status": "compressed",

@@ -11,7 +11,7 @@ from rich.table import Table
 from safetensors import safe_open
 
 from ..common.errors import SourceError
-from ..common.names import REPORT_FILE
+from ..common.names import INPUT_RANGES, REPORT_FILE
 from ..common.reading import read_json
 from ..common.redact import printable
 from ..source.checkpoint import Checkpoint
@@ -39,6 +39,9 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
                     float_bytes += tensor.end - tensor.begin
                     continue
                 layers.append(_layer(file, name.removesuffix(".weight"), names, tensor.shape, without_scale))
+    for layer in layers:
+        if (found := (settings.get(INPUT_RANGES) or {}).get(layer["name"])) is not None:
+            layer |= {"kind": "static", "input_scale": found[0], "input_zero_point": found[1]}
     return {
         "checkpoint": checkpoint.info.id,
         "revision": checkpoint.info.revision,

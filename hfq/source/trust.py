@@ -38,6 +38,7 @@ class _Quantization(BaseModel):
     quant_method: str | None = None
     ignore: list[str] | None = None
     config_groups: dict[str, _Group | list[str]] | None = None
+    hfq_input_ranges: dict[str, tuple[float, int]] | None = None
 
 
 class _Config(BaseModel):

@@ -14,9 +14,11 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 
 from ...common.errors import UnsupportedError
 from ...common.memory import checkpoint_files
+from ...common.names import INPUT_RANGES
 from ..fusion.fuse import fuse
 from ..int8.linear import Int8Embedding, PackedModule, note_files
 from .filling import fill_modules
+from .input_ranges import take_ranges
 from .stock import is_stock
 from .swap import is_int8, swap_modules, tied_scales
 
@@ -70,10 +72,13 @@ class Int8HfQuantizer(CompressedTensorsHfQuantizer):
             del self.end_filling  # the model keeps its quantizer, and copies and pickles it
             model.requires_grad_(False)
             note_files(model, mapped)
+            if self._is_widened_in_stock:
+                ranges = getattr(self.quantization_config, INPUT_RANGES)
+                take_ranges(model, ranges)
+                # to_dict() leaves it out, and stock could not open the copy
+                settings = {"dequantize": True, INPUT_RANGES: ranges}
+                model.config.quantization_config = {**settings, **self.quantization_config.to_dict()}
             fuse(model, at_first_forward=True)
-            if self._is_widened_in_stock:  # to_dict() leaves it out, and stock could not open the copy
-                settings = {**self.quantization_config.to_dict(), "dequantize": True}
-                model.config.quantization_config = settings
         return super()._process_model_after_weight_loading(model, **kwargs)
 
     def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
@@ -111,6 +116,7 @@ def read_settings(settings: dict[str, Any]) -> CompressedTensorsConfig:
     found = CompressedTensorsConfig.from_dict(settings)
     if found.dequantize and not is_stock():
         setattr(found, WIDENED, True)
+        setattr(found, INPUT_RANGES, settings.get(INPUT_RANGES) or {})
         found.dequantize = False
     return found
 
