@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from command import DEMO, copy_checkpoint, forkserver
 from datasets import ClassLabel, Dataset, Features, Value
 from safetensors.torch import load_file, save_file
+from support.command import DEMO, copy_checkpoint, forkserver
 
 from hfq.common.errors import DataError
 from hfq.tasks.registry import make_task
