@@ -145,7 +145,12 @@ def quantized_like(model: nn.Module, quantized: nn.Module, *, plan: Plan, report
 def _class_of(kind: type) -> type:
     """A subclass of the same name: transformers writes it into config.json, and stock transformers looks it up."""
     if kind not in _CLASSES:
-        members = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__reduce__": _reduce}
+        members = {
+            "__module__": kind.__module__,
+            "__qualname__": kind.__qualname__,
+            "__reduce__": _reduce,
+            "hfq_runs_as": kind,  # its forward is that one's, so `hfq.compile` keeps graphs for both
+        }
         _CLASSES[kind] = _metaclass(type(kind))(kind.__name__, (Quantized, kind), members)
     return _CLASSES[kind]
 

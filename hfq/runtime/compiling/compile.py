@@ -9,6 +9,7 @@ import functools
 import os
 import shutil
 import sys
+import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,18 +19,20 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ...common.memory import LargestInput, return_freed_memory
 from ..fusion.fuse import finish_fusing, known_of, wanted_fusions
 from ..fusion.slicing import TOKENS, is_token_batch
 from ..inside import sentence_transformer
-from ..int8.known_forward import enter
-from ..int8.linear import pack_all
+from ..int8.known_forward import FusedForward, enter
+from ..int8.linear import PACKING, pack_all
 from .blocked import lay_out, lay_out_for_kernels
 from .difference import differs
 from .graphs import CompilerError, Graphs, WrongAnswerError, dynamic_axes, said
 
 Model = TypeVar("Model", bound=nn.Module)
+_NO_COMPILER = "hfq.compile needs a C++ compiler (g++ or clang++, or its path in CXX) and found none"
 SIZES = 4  # of images that a model is compiled for, a minute each; others run uncompiled
 
 
@@ -38,46 +41,58 @@ def compile(model: Model) -> Model:
 
     The first single input and the first batch that this machine sees are compiled when they come, by a process of its
     own, which takes a minute or two for BERT-base: for tokens of any length, or for images of the size that they have.
-    Inputs that a gradient is wanted of run as before. What results is kept on disk, in `TORCHINDUCTOR_CACHE_DIR` or the
-    cache folder of the Hub's client, and other processes load it in milliseconds. Copies of the model run uncompiled. The tensors are those of the moment:
-    replacing one afterwards has no effect. Of a SentenceTransformer, CrossEncoder or SparseEncoder, the transformers model
-    inside is compiled. Classes are compiled as their packages have them: what a program changed in
-    them while it runs is not seen. Without a C++ compiler, and with nothing on disk, the model is returned as it is,
-    with a warning.
+    So are those of transformers' models inside, such as an encoder that is called without its head, and those of copies
+    and pickles. Inputs that a gradient is wanted of run as before, and what is asked for more than a forward returns by
+    itself, such as hidden states: the first time, a warning says so. What results is kept on disk, in
+    `TORCHINDUCTOR_CACHE_DIR` or the cache folder of the Hub's client, and other processes load it in milliseconds. The
+    tensors are those of the moment: replacing one afterwards has no effect. Classes are compiled as their packages have
+    them: what a program changed in them while it runs is not seen. Without a C++ compiler, and with nothing on disk, the
+    model is returned as it is, with a warning. Of a SentenceTransformer, CrossEncoder or SparseEncoder, and of a model
+    that another library built around transformers' models, those are compiled.
 
     Example:
         >>> model = hfq.compile(hfq.load("me/bert-mrpc-int8"))
     """
-    if (inside := sentence_transformer(model)) is not None:
-        compile(inside)
-        return model
-    if (why := _without_gain(model)) is not None:
+    parts = _parts(model)
+    reasons = [_without_gain(part) for part in parts]
+    worth = [part for part, why in zip(parts, reasons, strict=True) if why is None]
+    if not worth:
         warnings.warn(
-            f"hfq.compile leaves {type(model).__name__} as it is: {why}. Its outputs and its speed are the same as before.",
+            f"hfq.compile leaves {type(parts[0]).__name__} as it is: {reasons[0]}. Its outputs and its speed are the same "
+            "as before.",
             stacklevel=2,
         )
         return model
     finish_fusing(model)
-    forward = enter(model, known_of(model))
-    if forward.compiled is not None:
-        return model
-    forward.settle()
-    pack_all(model)  # what is packed while it is traced would be packed again each time
-    fusions = wanted_fusions()
-    lay_out(model, panels="compiled-matmul" in fusions)
-    graphs = Graphs.of(model, cache_folder(), fusions=fusions)
-    compiler = has_compiler()
-    if not compiler and not (graphs and graphs.folder.exists()):
-        warnings.warn(
-            "hfq.compile needs a C++ compiler (g++ or clang++, or its path in CXX) and found none: "
-            "the model runs uncompiled, with the same answers.",
-            stacklevel=2,
-        )
-        lay_out_for_kernels(model)
-        return model
-    return_freed_memory()  # what packing left: activations of compiled code mostly do not fit into it
-    forward.compiled = _Compiled(model, forward.forward, graphs=graphs, compiler=compiler)
+    known = known_of(model)
+    for part in worth:
+        forward = enter(part, known)
+        if forward.compiled is not None and forward.compiled.prepare():
+            continue
+        inside = [enter(inner, known) for inner in list(part.modules())[1:] if isinstance(inner, PreTrainedModel)]
+        forward.settle()
+        compiled = forward.compiled = _Compiled(forward)
+        if not compiled.prepare():
+            warnings.warn(f"{_NO_COMPILER}: the model runs uncompiled, with the same outputs.", stacklevel=2)
+            forward.compiled = None
+            continue
+        for inner in inside:
+            inner.inner = True
+            inner.look_again()
+            inner.compiled = _Compiled(inner)
     return model
+
+
+def _parts(model: nn.Module) -> list[nn.Module]:
+    """What is compiled of `model`: itself, or the models of transformers' that another library's is built around."""
+    if isinstance(model, PreTrainedModel):
+        return [model]
+    if (inside := sentence_transformer(model)) is not None:
+        return [inside]
+    found: list[nn.Module] = []
+    for child in model.children():
+        found += [part for part in _parts(child) if isinstance(part, PreTrainedModel)]
+    return found or [model]
 
 
 def _without_gain(model: nn.Module) -> str | None:
@@ -95,36 +110,96 @@ def _without_gain(model: nn.Module) -> str | None:
     return None
 
 
-class _Compiled:
-    """A model's `forward` that runs compiled graphs on token batches and gives everything else to the original."""
+class _Comparison(threading.local):
+    """`under_way`: this thread asks a model for what a graph is compared with, so no graph is to have a part in it."""
 
-    def __init__(self, model: nn.Module, eager: Any, *, graphs: Graphs | None, compiler: bool) -> None:
-        self._model = model
-        self.eager = eager
-        self._graphs = graphs
-        self._compiler = compiler
+    under_way = False
+
+
+_comparison = _Comparison()
+
+
+class _Compiled:
+    """A model's `forward` that runs compiled graphs on token batches and gives everything else to the original.
+
+    `entry`: that of the model. Copies and pickles of it find their own graphs when they are called first.
+    """
+
+    def __init__(self, entry: FusedForward) -> None:
+        self._entry = entry
+        self._model = model = entry.model
+        self._graphs: Graphs | None = None
+        self._compiler = False
+        self._is_prepared = False
+        self._is_said = False
         self._in_process: _InProcess | None = None
         self._largest = LargestInput()
         self._sizes: set[tuple[int, ...]] = set()
         self._main_input = getattr(model, "main_input_name", TOKENS[0])
-        self._own = types.MethodType(type(model).forward, model)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Compiled, (self._entry,)
+
+    def prepare(self) -> bool:
+        """Find what was compiled for the model as it is now, and whether more can be. Returns: whether anything can."""
+        with PACKING, torch.inference_mode(False), torch.no_grad():
+            if not self._is_prepared:
+                self._prepare()
+                self._is_prepared = True
+        return self._compiler or self._graphs is not None
+
+    def _prepare(self) -> None:
+        model = self._model
+        pack_all(model)  # what is packed while it is traced would be packed again each time
+        fusions = wanted_fusions()
+        lay_out(model, panels="compiled-matmul" in fusions)
+        graphs = Graphs.of(model, cache_folder(), fusions=fusions)
+        self._compiler = has_compiler()
+        if self._compiler or (graphs and graphs.folder.exists()):
+            self._graphs = graphs
+            return_freed_memory()  # what packing left: activations of compiled code mostly do not fit into it
+        else:
+            lay_out_for_kernels(model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        unusual = torch.is_grad_enabled() or self._model.training or not torch.backends.mkldnn.enabled
-        if len(args) > 1 or unusual or torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return self.eager(*args, **kwargs)
-        inputs = dict(zip((self._main_input,), args, strict=False)) | kwargs
+        eager = self._entry.forward
+        if _comparison.under_way or self._model.training or not torch.backends.mkldnn.enabled:
+            return eager(*args, **kwargs)
+        if args or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return eager(*args, **kwargs)
+        if not self._is_prepared and not self.prepare() and not self._entry.inner:
+            self.say_why(_NO_COMPILER)
+        if not self._compiler and self._graphs is None:
+            return eager(**kwargs)
         # One tensor, so that all have the same dynamic shape.
         with torch.inference_mode(False):  # torch.compile would take a tensor made in it for another kind
-            found = self._images(inputs) or self._tokens(inputs)
+            found = self._images(kwargs) or self._tokens(kwargs)
         if found is None or found[1].device.type != "cpu":
-            return self.eager(*args, **kwargs)
+            unusual = sorted(kwargs.keys() - {self._main_input, *TOKENS})
+            if unusual and not self._has_inner:
+                self.say_why(f"it is called with {', '.join(unusual)}")
+            return eager(**kwargs)
         names, stacked = found
         with self._largest.of(stacked[0].numel()):
-            answer = self._compiled(names, stacked, *args, **kwargs)
+            outputs = self._compiled(names, stacked, kwargs)
         if stacked.dim() > 3:
             self._sizes.add(stacked.shape[2:])
-        return answer
+        return outputs
+
+    def say_why(self, reason: str) -> None:
+        """Tell the user, once, why a call of the model runs uncompiled."""
+        if not self._is_said and not _comparison.under_way:
+            self._is_said = True
+            warnings.warn(
+                f"A call of the compiled {type(self._model).__name__} runs uncompiled, as slowly as before hfq.compile: "
+                f"{reason}. This is said once.",
+                stacklevel=2,
+            )
+
+    @functools.cached_property
+    def _has_inner(self) -> bool:
+        """Whether a model inside is compiled for itself: what it computes is most of it, and it says what it cannot."""
+        return any(isinstance(inner, PreTrainedModel) for inner in list(self._model.modules())[1:])
 
     def _images(self, inputs: dict[str, Any]) -> tuple[tuple[str, ...], Tensor] | None:
         """Names, and float32 `[1, batch, channels, height, width]`, of images alone; None if `inputs` are something else."""
@@ -144,12 +219,14 @@ class _Compiled:
         if not is_token_batch(inputs) or inputs["input_ids"].shape[1] < 2 or not len(inputs["input_ids"]):
             return None
         if "attention_mask" not in inputs and not self._has_padding(inputs["input_ids"]):
+            if "position_ids" in inputs and not _are_consecutive(inputs["position_ids"]):
+                return None  # texts one after the other in a row, which such a model may keep apart
             inputs = {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
         names = tuple(sorted(inputs))
         return names, torch.stack([inputs[name].long() for name in names])
 
-    def _compiled(self, names: tuple[str, ...], stacked: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """`stacked`: the tensors of `names`, in which there may be more than in the other arguments."""
+    def _compiled(self, names: tuple[str, ...], stacked: Tensor, inputs: dict[str, Any]) -> Any:
+        """`stacked`: the tensors of `names`, in which there may be more than in `inputs`."""
         graphs = self._graphs
         graph = graphs.find(names, stacked) if graphs else None
         if graph is None and graphs and graphs.may_make(names, stacked):
@@ -161,23 +238,27 @@ class _Compiled:
         if graph is not None:
             return graph(stacked)
         if not self._compiler:
-            return self.eager(*args, **kwargs)
+            return self._entry.forward(**inputs)
         if self._in_process is None:
             warnings.warn(
                 f"hfq.compile compiles {type(self._model).__name__} for this process alone, and anew in each, which may "
                 "take minutes: it, or what it puts out, is of a class that cannot be kept.",
                 stacklevel=4,
             )
-            self._in_process = _InProcess(self._own, self._eager_of)
+            self._in_process = _InProcess(types.MethodType(type(self._model).forward, self._model), self._eager_of)
         try:
             return self._in_process(names, stacked)
         except Exception as error:  # any of torch's
-            answer = self.eager(*args, **kwargs)  # which says what is wrong with the inputs, if that is it
+            outputs = self._entry.forward(**inputs)  # which says what is wrong with the inputs, if that is it
             self._give_up(error)
-            return answer
+            return outputs
 
     def _eager_of(self, names: tuple[str, ...], stacked: Tensor) -> Any:
-        return self.eager(**dict(zip(names, stacked.unbind(), strict=True)))
+        _comparison.under_way = True
+        try:
+            return self._entry.forward(**dict(zip(names, stacked.unbind(), strict=True)))
+        finally:
+            _comparison.under_way = False
 
     def _has_padding(self, ids: Tensor) -> bool:
         """Whether some are those of padding, from which a few models make a mask of their own."""
@@ -185,13 +266,20 @@ class _Compiled:
         return padding is not None and bool(ids.eq(padding).any())
 
     def _give_up(self, error: Exception) -> None:
-        """Compile nothing further in this process."""
+        """Compile nothing further of the model in this process."""
         self._compiler = False
+        for inner in list(self._model.modules())[1:]:
+            if isinstance(forward := inner.__dict__.get("forward"), FusedForward):
+                forward.compiled = None
         if self._graphs is None or not self._graphs.has_loaded():
             self._graphs = None
             lay_out_for_kernels(self._model)
         name = type(self._model).__name__
         warnings.warn(f"hfq.compile failed: {name} runs uncompiled, with its own answers. {error}", stacklevel=4)
+
+
+def _are_consecutive(positions: Tensor) -> bool:
+    return torch.equal(positions[:, 1:], positions[:, :-1] + 1)
 
 
 class _InProcess:

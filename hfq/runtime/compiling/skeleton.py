@@ -9,8 +9,8 @@ import logging
 import pickle
 import sys
 import threading
+from collections import OrderedDict
 from collections.abc import Sequence
-from copyreg import __newobj__  # type: ignore[attr-defined]
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
@@ -18,15 +18,20 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from ..int8.known_forward import FUSED, KNOWN, FusedForward, KnownForward
+from ..int8.known_forward import CAPTURING, FUSED, KNOWN, FusedForward, KnownForward
 from ..int8.linear import Int8Linear, PackedLinear, SharedMatmul
 from .blocked import BlockedMatmul, in_blocks
 
 # The versions of these are known, so the name of a class stands for its code.
 _PACKAGES = {"torch", "transformers", "hfq", *sys.stdlib_module_names} - {"__main__"}
 _log = logging.getLogger(__name__)
-# Where a model came from and how it was loaded, which no forward reads.
-_ORIGIN = ("_name_or_path", "name_or_path", "_commit_hash", "_in_file_at", "hf_quantizer", "quantization_config")
+# Where a model came from, how it was loaded, and what forwards with labels or for hidden states, which no graph
+# computes, leave behind: no forward that a graph computes reads it.
+_UNREAD = (
+    "_name_or_path", "name_or_path", "_commit_hash", "_in_file_at", "hf_quantizer", "quantization_config",
+    "problem_type", "_output_capturing_hooks_installed",
+)  # fmt: skip
+_HOOKS = "_forward_hooks"
 
 
 def take_apart(model: nn.Module, *, blocks: bool = False) -> tuple[bytes, list[Tensor]] | None:
@@ -43,8 +48,9 @@ def take_apart(model: nn.Module, *, blocks: bool = False) -> tuple[bytes, list[T
     except (pickle.PicklingError, TypeError, AttributeError, RecursionError) as error:
         _log.info("Not compiled ahead: %s", error)
         return None
+    skeleton = pickle.dumps(list(pickler.strings), protocol=5) + file.getvalue()
     # Not a packed weight: where processes share it, this very object keeps the file mapped (`hfq.runtime.kernels.kernel.sharing`).
-    return file.getvalue(), [tensor if tensor.is_mkldnn else tensor.detach() for tensor in pickler.tensors]
+    return skeleton, [tensor if tensor.is_mkldnn else tensor.detach() for tensor in pickler.tensors]
 
 
 def put_together(skeleton: bytes, tensors: Sequence[Tensor]) -> nn.Module:
@@ -52,7 +58,9 @@ def put_together(skeleton: bytes, tensors: Sequence[Tensor]) -> nn.Module:
 
     `skeleton` is a pickle: only what `take_apart` returned goes in here, not what was read from a file.
     """
-    return _Unpickler(io.BytesIO(skeleton), tensors).load()
+    file = io.BytesIO(skeleton)
+    strings = pickle.load(file)  # noqa: S301  # nosec B301
+    return _Unpickler(file, tensors, strings).load()
 
 
 class _Pickler(pickle.Pickler):
@@ -61,6 +69,7 @@ class _Pickler(pickle.Pickler):
         self.model = model
         self.blocks = blocks
         self.tensors: list[Tensor] = []
+        self.strings: dict[str, int] = {}  # each once: which of them are the same object, another process cannot know
         self._position: dict[int, int] = {}
         # Of an inner model, whose outer one's answers need no other token, all tokens are answers.
         self._most = FUSED if getattr(model.__dict__.get("forward"), "inner", False) else KNOWN
@@ -71,6 +80,8 @@ class _Pickler(pickle.Pickler):
             if position == len(self.tensors):
                 self.tensors.append(value)
             return position
+        if type(value) is str:
+            return -1 - self.strings.setdefault(value, len(self.strings))
         if type(value) in (set, frozenset):  # in an order that does not change from process to process
             return type(value), sorted(value, key=repr)
         return None
@@ -87,25 +98,32 @@ class _Pickler(pickle.Pickler):
         if isinstance(value, KnownForward):
             return KnownForward, (min(value.most, self._most),)
         if isinstance(value, nn.Module | SharedMatmul | PretrainedConfig):  # their own ways leave out packed weights
-            state = {name: item for name, item in value.__dict__.items() if name not in _ORIGIN}
+            state = {name: item for name, item in value.__dict__.items() if name not in _UNREAD}
+            kind = getattr(type(value), "hfq_runs_as", type(value))
+            for name in [name for name in state if name.startswith("_hfq_")]:  # what `fit` has to say of it
+                del state[name]
+            if _HOOKS in state:
+                kept = [key for key, hook in state[_HOOKS].items() if getattr(hook, "__module__", "") != CAPTURING]
+                state[_HOOKS] = OrderedDict((key, state[_HOOKS][key]) for key in kept)
             if "training" in state:
                 state["training"] = False
             if value is self.model or isinstance(state.get("forward"), FusedForward):
                 state.pop("forward", None)
             if isinstance(value, Int8Linear) and value._packed is not None:
                 state["_parameters"] = {}  # they are in what was packed
-            return __newobj__, (type(value),), state, None, None, _set_state
+            return _new, (kind,), state, None, None, _set_state
         return NotImplemented
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, file: io.BytesIO, tensors: Sequence[Tensor], strings: Sequence[str]) -> None:
         super().__init__(file)
         self.tensors = tensors
+        self.strings = strings
 
     def persistent_load(self, pid: Any) -> Any:
         if isinstance(pid, int):
-            return self.tensors[pid]
+            return self.strings[-1 - pid] if pid < 0 else self.tensors[pid]
         kind, items = pid
         return kind(items)
 

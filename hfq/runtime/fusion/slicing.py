@@ -19,7 +19,7 @@ MOST_TOKENS = 1024  # rows x length of a slice
 MOST_TOKENS_IN_TILES = 2048  # with AMX, where matmuls are over so soon that what is between them counts
 WASTE = 8  # one token in so many may be padding, which costs less than one more forward
 KEYS = 16  # torch's attention takes as long for the 15 keys beyond a multiple of these as for the 64 before them
-TOKENS = ("input_ids", "attention_mask", "token_type_ids")
+TOKENS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
 
 def slice_batches(model: nn.Module, known: KnownForward | None = None) -> None:
@@ -112,16 +112,15 @@ class SlicedForward(FusedForward):
         self.cuts_padding = False
 
     def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        inputs = dict(zip(TOKENS, args, strict=False)) | kwargs
-        if len(args) > 1 or self.whole or self.model.training or not is_token_batch(inputs):
+        if args or self.whole or self.model.training or not is_token_batch(kwargs):
             return forward(*args, **kwargs)
-        mask = inputs.get("attention_mask")
-        rows, length = inputs["input_ids"].shape
+        mask = kwargs.get("attention_mask")
+        rows, length = kwargs["input_ids"].shape
         lengths = [length] * rows if mask is None or not self.cuts_padding else _kept_lengths(mask)
         parts = slices(lengths)
         uncut = len(parts) < 2 and max(lengths, default=length) == length
         with self._largest.of(min(rows * length, tokens_at_once())):
-            return forward(*args, **kwargs) if uncut else self._in_parts(forward, inputs, lengths, parts)
+            return forward(**kwargs) if uncut else self._in_parts(forward, kwargs, lengths, parts)
 
     def _in_parts(
         self, forward: Callable[..., Any], inputs: dict[str, Tensor], lengths: list[int], parts: list[list[int]]
@@ -142,10 +141,8 @@ class SlicedForward(FusedForward):
         return outputs
 
     def is_plain(self, *args: Any, **kwargs: Any) -> bool:
-        name = getattr(self.model, "main_input_name", TOKENS[0])
-        inputs = dict(zip((name,), args, strict=False)) | kwargs
-        plain = len(args) < 2 and (is_token_batch(inputs) or (name == "pixel_values" and inputs.keys() == {name}))
-        return plain and not self.model.training
+        is_image = getattr(self.model, "main_input_name", "") == "pixel_values" and kwargs.keys() == {"pixel_values"}
+        return not args and (is_image or is_token_batch(kwargs)) and not self.model.training
 
 
 def _kept_lengths(mask: Tensor) -> list[int]:

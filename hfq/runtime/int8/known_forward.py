@@ -13,11 +13,13 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain, repeat
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+
+from .arguments import Arguments
 
 NONE, WATCHED, FUSED, KNOWN = range(
     -1, 3
@@ -82,7 +84,7 @@ class FusedForward:
     """The `forward` of a model with fused layers: it looks whether the model is as it was, and tells them.
 
     `forward`: what it runs, its class's unless somebody gave it another. `compiled`: what it runs instead if the model is
-    as it was; copies run uncompiled. `known`: of the model, and of all that are inside. `inner`: it is inside another, by whose answers one
+    as it was. `known`: of the model, and of all that are inside. `inner`: it is inside another, by whose outputs one
     cannot tell what is read of its own. `at_first`: what is called with the model before it runs for the first time. It is
     no hook, as callers of `forward` itself pass hooks by (sentence-transformers).
     """
@@ -92,13 +94,14 @@ class FusedForward:
     def __init__(self, model: nn.Module, known: KnownForward) -> None:
         self.model, self.known, self.inner = model, known, False
         self.forward: Callable[..., Any] = model.__dict__.get("forward") or types.MethodType(type(model).forward, model)
-        self.compiled: Callable[..., Any] | None = None
         self.at_first: Callable[[nn.Module], None] | None = None
+        self.compiled: CompiledForward | None = None
+        self._arguments: Arguments | None = None
         self.structure: Structure | None = None
         functools.update_wrapper(self, self.forward, updated=())  # transformers reads its signature
 
     def __reduce__(self) -> tuple[Any, ...]:
-        kept = ["known", "inner", "structure", "at_first", *self.kept]
+        kept = ["known", "inner", "structure", "compiled", "at_first", *self.kept]
         if getattr(self.forward, "__func__", None) is not type(self.model).forward:
             kept.append("forward")
         return type(self), (self.model, self.known), {name: getattr(self, name) for name in kept}
@@ -129,21 +132,37 @@ class FusedForward:
         at_first = self.at_first  # another thread may be done with it
         if at_first is not None and not self.known.has_begun:
             at_first(self.model)
+        args, kwargs, as_tuple = self._bound(args, kwargs)
         if self.known.has_begun:
-            forward = self.compiled if self.compiled and self.known.is_unwatched else self.forward
-            return forward(*args, **kwargs)
-        with self.known.running(self._what_may_be_done(args, kwargs)):
-            if self.known.is_unwatched:
-                return self.run(self.compiled or self.forward, *args, **kwargs)
-            return self.forward(*args, **kwargs)
+            outputs = self._forward_now()(*args, **kwargs)
+        else:
+            with self.known.running(self._what_may_be_done(args, kwargs)):
+                forward = self._forward_now()
+                outputs = self.run(forward, *args, **kwargs) if self.known.is_unwatched else forward(*args, **kwargs)
+        return outputs.to_tuple() if as_tuple and not isinstance(outputs, tuple) else outputs
 
     def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What `forward` answers."""
+        """The outputs of `forward`."""
         return forward(*args, **kwargs)
 
     def is_plain(self, *args: Any, **kwargs: Any) -> bool:
         """Whether these are inputs like those that the model was looked at with."""
         return False
+
+    def _forward_now(self) -> Callable[..., Any]:
+        """What is to compute the forward that has begun."""
+        if self.compiled is None:
+            return self.forward
+        if self.known.is_unwatched:
+            return self.compiled
+        if not (torch.is_grad_enabled() or self.model.training or torch.jit.is_tracing()):
+            self.compiled.say_why("a hook sees what its modules return, or a part of it was changed")
+        return self.forward
+
+    def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], bool]:
+        if self._arguments is None or self._arguments.function is not self.forward:
+            self._arguments = Arguments(self.forward, flags=runs_known_code(self.model))
+        return self._arguments.bind(args, kwargs, getattr(self.model, "config", None))
 
     def _what_may_be_done(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         if torch.jit.is_tracing() or self.structure is None or not self.structure.is_as_it_was():
@@ -151,6 +170,18 @@ class FusedForward:
         if torch.is_grad_enabled() and (_want_gradients(args, kwargs) or self.structure.wants_gradients()):
             return WATCHED
         return KNOWN if not self.inner and self.is_plain(*args, **kwargs) else FUSED
+
+
+class CompiledForward(Protocol):
+    """What runs in the place of a model's own forward. It gives back to that what it does not compute itself."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def prepare(self) -> bool:
+        """Get ready for calls. Returns: whether any can be computed here."""
+
+    def say_why(self, reason: str) -> None:
+        """Tell the user, once, why a call does not run as it could."""
 
 
 def enter(model: nn.Module, known: KnownForward) -> FusedForward:
@@ -209,7 +240,7 @@ class Structure:
         if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
             return True
         return any(self._hooks) and any(
-            getattr(hook, "__module__", "") != _CAPTURING and not any(hook is own for own in self.own_hooks)
+            getattr(hook, "__module__", "") != CAPTURING and not any(hook is own for own in self.own_hooks)
             for hook in chain.from_iterable(hooks.values() for hooks in self._hooks)
         )
 
@@ -249,4 +280,4 @@ _KNOWN = ("torch", "transformers", "hfq")
 _FORWARD = "forward"
 _HOOKS = operator.itemgetter("_forward_hooks", "_forward_pre_hooks")
 _STATE = operator.itemgetter("_forward_hooks", "_forward_pre_hooks", "training")
-_CAPTURING = "transformers.utils.output_capturing"  # its hooks stay, and collect only what an answer is to hold
+CAPTURING = "transformers.utils.output_capturing"  # its hooks stay, and collect only what an answer is to hold

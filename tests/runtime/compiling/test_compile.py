@@ -22,6 +22,7 @@ from transformers import AutoModel, BertForSequenceClassification, ViTConfig, Vi
 from transformers.models.bert.modeling_bert import BertPooler
 
 import hfq
+from hfq.quantized import quantized_like
 from hfq.runtime.compiling import compile as compiling
 from hfq.runtime.compiling.blocked import in_blocks
 from hfq.runtime.fusion.attention import can_compile, compiles_to_bfloat16, multiplies_in_tiles
@@ -84,6 +85,22 @@ def answers_as_before(model: Any, inputs: list[dict[str, torch.Tensor]], *, with
         assert relative_error(logits(model, [batch]), expected) < within
 
 
+def assert_same_in_every_spelling(model: Any, batch: dict[str, torch.Tensor], expected: torch.Tensor) -> None:
+    """See that a compiled `model` says the same to the same, however it is called."""
+    ids, mask, types = (batch[name] for name in ("input_ids", "attention_mask", "token_type_ids"))
+    with torch.inference_mode():
+        calls = [
+            model(ids, mask, types),
+            model(ids, attention_mask=mask, token_type_ids=types, return_dict=True),
+            model(**batch, labels=None, inputs_embeds=None, output_attentions=False, output_hidden_states=False),
+        ]
+        as_tuple = model(**batch, return_dict=False)
+    calls.append(model(**batch))  # no parameter wants a gradient
+    assert all(torch.equal(outputs.logits, expected) for outputs in calls)
+    assert isinstance(as_tuple, tuple)
+    assert torch.equal(*as_tuple, expected)
+
+
 @needs_compiler
 def test_every_shape_is_answered_as_before_from_two_compilations_that_outlive_the_process(
     cache: Path, monkeypatch: pytest.MonkeyPatch
@@ -114,6 +131,8 @@ def test_every_shape_is_answered_as_before_from_two_compilations_that_outlive_th
         assert relative_error(a, b) < ROUNDED
     with pytest.raises(RuntimeError, match="0 elements"):
         logits(model, [none])
+    assert not torch.equal(after[1], before[1]), "or what follows shows nothing"
+    assert_same_in_every_spelling(model, inputs[1], after[1])
     assert len(kept(cache)) == 2
     assert not counters["stats"]  # nothing was compiled in this process
     with torch.inference_mode():
@@ -123,6 +142,11 @@ def test_every_shape_is_answered_as_before_from_two_compilations_that_outlive_th
     assert gone() is None, "an answer is freed with its last user"
 
     monkeypatch.setenv("CXX", NO_COMPILER)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_same_in_every_spelling(twin, inputs[1], after[1])
+    fitted = quantized_like(model, copy.deepcopy(again), plan=None, report=None, example=None)  # what `fit` returns
+    fuse(fitted)
+    assert torch.equal(logits(hfq.compile(fitted), [inputs[1]]), after[1])
     fuse(again)
     again = hfq.compile(again)
     assert all(torch.equal(logits(again, [batch]), a) for batch, a in zip(inputs, after, strict=True))
@@ -265,18 +289,32 @@ def test_what_this_process_compiles_is_compared_with_the_model_too(cache: Path) 
 
 
 @needs_compiler
-def test_what_is_unusual_runs_as_it_did(cache: Path) -> None:
-    model: Any = tiny()
+def test_what_is_inside_is_compiled_by_itself_and_what_is_not_compiled_is_said_once(cache: Path) -> None:
+    model: Any = tiny(num_hidden_layers=1)
     ids = torch.randint(5, 200, (2, 9))
     labels = torch.zeros(2, dtype=torch.long)
+    trained: Any = copy.deepcopy(model).requires_grad_()
     with torch.inference_mode():
-        before = model(input_ids=ids, labels=labels).loss
-    trained = model(input_ids=ids).logits
-    model = hfq.compile(model)
+        hidden = model.bert(ids).last_hidden_state
+        loss = model(ids, labels=labels).loss
+    model, trained = hfq.compile(model), hfq.compile(trained)
     with torch.inference_mode():
-        assert torch.equal(model(input_ids=ids, labels=labels).loss, before)
-    assert torch.equal(model(input_ids=ids).logits, trained)  # with gradients
-    assert not kept(cache)
+        found = model.bert(ids).last_hidden_state
+        assert not torch.equal(found, hidden)
+        assert relative_error(found, hidden) < 1e-3
+        assert torch.allclose(model(ids, labels=labels).loss, loss, rtol=1e-3)
+        assert len(kept(cache)) == 1, "the encoder's, which the classifier calls for a loss, too"
+        with pytest.warns(UserWarning, match="BertModel runs uncompiled.*output_hidden_states") as said:
+            for _ in range(2):
+                assert torch.equal(model.bert(ids, output_hidden_states=True).hidden_states[-1], hidden)
+        assert len(said) == 1
+        handle = model.bert.encoder.register_forward_hook(lambda *_: None)
+        with pytest.warns(UserWarning, match="BertForSequenceClassification runs uncompiled.*hook"):
+            model(ids)
+        handle.remove()
+    trained(ids, labels=labels).loss.backward()
+    assert trained.bert.embeddings.word_embeddings.weight.grad is not None
+    assert len(kept(cache)) == 1
     assert "attention_mask" in inspect.signature(model.forward).parameters
 
 
@@ -317,15 +355,6 @@ def test_a_mask_that_a_model_makes_of_its_padding_is_left_to_it() -> None:
     assert any(bool(batch["input_ids"].eq(model.config.pad_token_id).any()) for batch in inputs)
     before = logits(model, inputs)
     assert relative_error(logits(hfq.compile(model), inputs), before) < 1e-4
-
-
-@needs_compiler
-def test_a_pickled_model_runs_uncompiled() -> None:
-    model = tiny().bert
-    with torch.inference_mode():
-        expected = model(**BATCHES[0]).last_hidden_state
-        twin = pickle.loads(pickle.dumps(hfq.compile(model)))
-        assert torch.equal(twin(**BATCHES[0]).last_hidden_state, expected)
 
 
 @needs_compiler

@@ -104,9 +104,7 @@ def test_left_padding_is_never_cut_off() -> None:
     assert relative_error(found, expected) < 1e-4
 
 
-@pytest.mark.parametrize(
-    "arguments", [{"labels": torch.zeros(24, dtype=torch.long)}, {"output_hidden_states": True}, {"return_dict": False}]
-)
+@pytest.mark.parametrize("arguments", [{"labels": torch.zeros(24, dtype=torch.long)}, {"output_hidden_states": True}])
 def test_what_is_more_than_one_row_of_logits_is_answered_whole(arguments: dict[str, Any]) -> None:
     model, batch = tiny(), ragged()
     expected = shapes_of(model, lambda m: m(**batch, **arguments))[1]
@@ -114,6 +112,20 @@ def test_what_is_more_than_one_row_of_logits_is_answered_whole(arguments: dict[s
     parts, found = shapes_of(model, lambda m: m(**batch, **arguments))
     assert parts == [(24, 60)]
     assert torch.equal(found[0], expected[0])
+
+
+def test_slices_are_the_same_however_a_model_is_called() -> None:
+    model, batch = tiny(), ragged()
+    take_slices(model)
+    parts, expected = shapes_of(model, lambda m: m(**batch).logits)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    for call in (
+        lambda m: m(ids, mask, return_dict=False)[0],
+        lambda m: m(ids, attention_mask=mask, labels=None, output_attentions=False, return_dict=True).logits,
+    ):
+        again, found = shapes_of(model, call)
+        assert again == parts
+        assert torch.equal(found, expected)
 
 
 def test_token_outputs_are_answered_whole() -> None:
