@@ -2,11 +2,12 @@
 
 Thakur et al. 2021, https://github.com/beir-cellar/beir. A row is one text, a document or a query. Each file of qrels is
 a split, of all documents and its own queries; the split `corpus`, of documents alone, is there to calibrate on.
+`candidates.tsv`, a query's id and a document's in each line, or a run as TREC has it, says what a reranker is to rank.
 """
 
 import gzip
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,12 @@ if TYPE_CHECKING:
 CORPUS = "corpus"  # also the name of the split of documents alone
 QUERIES = "queries"
 QRELS = "qrels"
+CANDIDATES = "candidates"
 _TEXTS = (".jsonl", ".jsonl.gz")
-_TABLES = (".tsv", ".txt", ".tsv.gz", ".trec", ".qrels", "")
+_TABLES = (".tsv", ".jsonl", ".txt", ".tsv.gz", ".trec", ".qrels", "")
+_COLUMNS = ("query-id", "corpus-id", "score")
 _ONLY_SPLIT = "test"
+_OF_RUN = 6  # columns of a TREC run: query, Q0, document, rank, score, name
 
 Relevance = dict[str, dict[str, float]]  # by query, by document: how relevant
 
@@ -32,24 +36,65 @@ def is_beir(folder: Path) -> bool:
 
 
 def load_beir(folder: Path) -> "DatasetDict":
-    """Splits of rows `document_id`, `query_id`, of which one is None, `text`, and `relevant` of queries: what to find.
+    """Splits of rows `document_id`, `query_id`, of which one is None, `text`, and of queries `relevant`, what to find, and
+    `candidates`, if any.
 
     Raises:
         DataError: a file is missing, empty or damaged, or qrels name a text that is not there.
     """
+    documents, queries = (_read_texts(folder, name) for name in (CORPUS, QUERIES))
+    qrels = {split: _read_qrels(path) for split, path in _qrels(folder).items()}
+    return _joined(documents, queries, qrels, candidates=_read_candidates(folder), where=str(folder))
+
+
+def is_qrels(splits: "DatasetDict") -> bool:
+    """Whether these are the qrels of a dataset whose texts are in others of its subsets, as MTEB publishes them."""
+    return all(set(_COLUMNS) <= set(rows.features) for rows in splits.values())
+
+
+def join_beir(qrels: "DatasetDict", load: "Callable[[str], DatasetDict]", *, name: str) -> "DatasetDict":
+    """The same of a dataset's subsets, of which `load` gives each by its name.
+
+    Raises:
+        DataError: as `load_beir`.
+    """
+    found = {}
+    for subset in (CORPUS, QUERIES):
+        rows = [(str(number), row) for part in load(subset).values() for number, row in enumerate(part)]
+        found[subset] = _texts(rows, where=f"Row {{}} (from 0) of {subset} in {name}", source=f"{subset} in {name}")
+    judged: dict[str, Relevance] = {}
+    for split, rows in qrels.items():
+        for query, document, score in zip(*(rows[column] for column in _COLUMNS), strict=True):
+            judged.setdefault(str(split), {}).setdefault(str(query), {})[str(document)] = float(score)
+    return _joined(found[CORPUS], found[QUERIES], judged, candidates={}, where=name)
+
+
+def _joined(
+    documents: Mapping[str, str],
+    queries: Mapping[str, str],
+    qrels: Mapping[str, Relevance],
+    *,
+    candidates: Mapping[str, list[str]],
+    where: str,
+) -> "DatasetDict":
     import datasets
 
-    documents = _read_texts(folder, CORPUS)
-    queries = _read_texts(folder, QUERIES)
-    qrels = {split: _read_qrels(path) for split, path in _qrels(folder).items()}
     for split, relevance in qrels.items():
-        _check(relevance, documents, queries, where=f"{QRELS} of split {split!r} in {folder}")
+        _check(relevance, documents, queries, where=f"{QRELS} of split {split!r} in {where}")
+    ranked = {key: dict.fromkeys(found, 1.0) for key, found in candidates.items()}
+    _check(ranked, documents, queries, where=f"{CANDIDATES} in {where}")
     corpus = _dataset([{"document_id": key, "query_id": None, "text": text} for key, text in documents.items()])
     splits = {CORPUS: corpus}
     for split, relevance in qrels.items():
         asked = queries if len(qrels) == 1 else {key: queries[key] for key in relevance}
         rows = [
-            {"document_id": None, "query_id": key, "text": text, "relevant": _judged(relevance.get(key, {}))}
+            {
+                "document_id": None,
+                "query_id": key,
+                "text": text,
+                "relevant": _judged(relevance.get(key, {})),
+                "candidates": candidates.get(key),
+            }
             for key, text in asked.items()
         ]
         splits[split] = datasets.concatenate_datasets([corpus, _dataset(rows)])
@@ -61,8 +106,9 @@ def _dataset(rows: Sequence[Mapping[str, Any]]) -> "Dataset":
 
     judged = [{"document_id": datasets.Value("string"), "score": datasets.Value("float64")}]
     texts = dict.fromkeys(("document_id", "query_id", "text"), datasets.Value("string"))
+    lists = {"relevant": judged, "candidates": [datasets.Value("string")]}
     return datasets.Dataset.from_list(
-        [{"relevant": None, **row} for row in rows], features=datasets.Features({**texts, "relevant": judged})
+        [{**dict.fromkeys(lists), **row} for row in rows], features=datasets.Features({**texts, **lists})
     )
 
 
@@ -92,32 +138,41 @@ def _read_texts(folder: Path, name: str) -> dict[str, str]:
     """Texts by id; a title stands before its document, unless that begins with it."""
     path = _file(folder, name, _TEXTS)
     assert path is not None  # is_beir
+    return _texts(_parsed(path), where=f"Line {{}} of {path}", source=str(path))
+
+
+def _texts(rows: Iterable[tuple[str, Any]], *, where: str, source: str) -> dict[str, str]:
+    """`rows`: numbered. `where`: one of them in messages, `{}` standing for its number; `source`: all of them."""
     found: dict[str, str] = {}
-    for number, line in _lines(path):
-        try:
-            row = parse_json(line)
-        except ValueError as error:
-            raise DataError(f"Line {number} of {path} is not JSON ({error}). Mend or remove it.") from error
-        key, text = (row.get("_id"), row.get("text")) if isinstance(row, dict) else (None, None)
+    for number, row in rows:
+        key, text = (row.get("_id", row.get("id")), row.get("text")) if isinstance(row, dict) else (None, None)
         if not isinstance(key, str | int) or not isinstance(text, str):
-            raise DataError(f'Line {number} of {path} is {line[:100]!r}; expected {{"_id": …, "text": …}}.')
+            raise DataError(f'{where.format(number)} is {str(row)[:100]}; expected {{"_id": …, "text": …}}.')
         if str(key) in found:
-            raise DataError(f"Line {number} of {path} has the id {key!r} a second time. Remove one of the two.")
+            raise DataError(f"{where.format(number)} has the id {key!r} a second time. Remove one of the two.")
         title = row.get("title")
         titled = isinstance(title, str) and not text.startswith(title)
         found[str(key)] = f"{title} {text}".strip() if titled else text
     if not found:
-        raise DataError(f"{path} holds no text, so that there is nothing to find.")
+        raise DataError(f"{source} holds no text, so that there is nothing to find.")
     return found
+
+
+def _parsed(path: Path) -> Iterator[tuple[str, Any]]:
+    for number, line in _lines(path):
+        try:
+            yield str(number), parse_json(line)
+        except ValueError as error:
+            raise DataError(f"Line {number} of {path} is not JSON ({error}). Mend or remove it.") from error
 
 
 def _read_qrels(path: Path) -> Relevance:
     """Tab-separated `query-id corpus-id score`, with or without that line, or TREC's `query 0 document score`."""
     found: Relevance = {}
     for number, line in _lines(path):
-        cells = [cell.strip() for cell in (line.split("\t") if "\t" in line else line.split())]
+        cells = _cells(line)
         score = _number(cells[-1])
-        if score is None and number == 1:
+        if score is None and number == 1 and not line.startswith("{"):
             continue
         if len(cells) not in (3, 4) or score is None:
             raise DataError(
@@ -127,6 +182,20 @@ def _read_qrels(path: Path) -> Relevance:
         found.setdefault(cells[0], {})[cells[-2]] = score
     if not found:
         raise DataError(f"{path} says of no document that it is relevant.")
+    return found
+
+
+def _read_candidates(folder: Path) -> dict[str, list[str]]:
+    """Documents by query, in the order of the file; nothing if there is none."""
+    path = _file(folder, CANDIDATES, _TABLES)
+    found: dict[str, list[str]] = {}
+    for number, line in _lines(path) if path else ():
+        cells = line.split("\t") if "\t" in line else line.split()
+        if len(cells) < 2:
+            raise DataError(f"Line {number} of {path} is {line[:100]!r}; expected a query's id and a document's.")
+        if number == 1 and cells[0].strip().lower() in ("query-id", "query_id", "qid"):
+            continue
+        found.setdefault(cells[0].strip(), []).append(cells[2 if len(cells) == _OF_RUN else 1].strip())
     return found
 
 
@@ -142,8 +211,19 @@ def _check(relevance: Relevance, documents: Mapping[str, str], queries: Mapping[
                 f"{where}: {len(keys)} of the ids are not in {name} (the first: {', '.join(keys[:3])}). Take {CORPUS}, "
                 f"{QUERIES} and {QRELS} from the same data."
             )
-    if not any(score > 0 for found in relevance.values() for score in found.values()):
+    if named and not any(score > 0 for found in relevance.values() for score in found.values()):
         raise DataError(f"{where}: no score is above 0, so that no document is relevant to any query.")
+
+
+def _cells(line: str) -> list[str]:
+    """Of a line of text, or of one of JSON with MTEB's names."""
+    if line.startswith("{"):
+        try:
+            row = parse_json(line)
+        except ValueError:
+            return [line]
+        return [str(row.get(name, "")) for name in _COLUMNS]
+    return [cell.strip() for cell in (line.split("\t") if "\t" in line else line.split())]
 
 
 def _number(text: str) -> float | None:

@@ -16,7 +16,7 @@ from ..hub.download import fetch_file, find_damaged, head, list_files, snapshot_
 from ..source.checkpoint import is_network_error
 from ..source.metadata import LONGEST_CARD
 from ..source.trust import check_names
-from .beir import is_beir, load_beir
+from .beir import is_beir, is_qrels, join_beir, load_beir
 from .tables import find_encoding
 
 if TYPE_CHECKING:
@@ -48,9 +48,10 @@ def load_splits(name: str, subset: str | None, *, token: str | None) -> "tuple[D
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        if is_path(name):
-            return _load_path(user_path(name), subset), None
-        return _load_from_hub(name, subset, token)
+        splits, revision = _load(name, subset, token)
+        if subset is None and is_qrels(splits):
+            splits = join_beir(splits, lambda other: _load(name, other, token)[0], name=name)
+        return splits, revision
     except HfqError:
         raise
     except RepositoryNotFoundError as error:
@@ -75,6 +76,12 @@ def load_splits(name: str, subset: str | None, *, token: str | None) -> "tuple[D
             f"Dataset {name} cannot be loaded: {_reason(error)}. "
             "Expected a Hub id, a folder, or a CSV, JSON or Parquet file, of rows with text and label; or plain text (.txt)."
         ) from error
+
+
+def _load(name: str, subset: str | None, token: str | None) -> "tuple[DatasetDict, str | None]":
+    if is_path(name):
+        return _load_path(user_path(name), subset), None
+    return _load_from_hub(name, subset, token)
 
 
 def _is_of_cache(error: BaseException) -> bool:

@@ -4,6 +4,7 @@ Ranked by the logit in float32, as it comes: after a sigmoid, passages that are 
 """
 
 import copy
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +21,7 @@ from .base import Columns, Metric, Outputs, References, Trivial, require_column
 from .metrics import Torchmetric
 from .ranking import Ranking, gains_in_order, ranking_metrics
 from .regression import Regression, as_number, values_of
-from .sentence_embedding import PAIRS, POSITIVES, SCORES, check_scores, score_column
+from .sentence_embedding import PAIRS, POSITIVES, RELEVANT, SCORES, check_scores, score_column
 from .text import is_text, texts
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 QUERIES = ("query", "question", "anchor")
 POSITIVE = ("positive", "positives", "pos", "answer")
 NEGATIVE = ("negative", "negatives", "neg")
+CANDIDATES = 20  # passages of a query, where nobody says which
+BEGINNING = 10  # words
 FLAT = ("query", "passage", "label")  # columns that rows with several passages become
 
 
@@ -79,7 +82,13 @@ class Reranking(Regression):
         return cls.fits(config) or _card(folder).get("pipeline_tag") == cls.pipeline_tag
 
     def unfolded(self, rows: "Dataset") -> "Dataset":
-        """Of rows with a query, positives and negatives, one row for each passage."""
+        """Of rows with a query, positives and negatives, one row for each passage; so too of retrieval data.
+
+        There a query's passages are its candidates, else what is judged and others, drawn at random, to make twenty. A
+        split of documents alone, which is to calibrate on, pairs each with its own beginning.
+        """
+        if RELEVANT in rows.features:
+            return _candidates(rows)
         names = [
             next((name for name in known if name in rows.features), None) for known in (QUERIES, POSITIVE, NEGATIVE)
         ]
@@ -185,6 +194,27 @@ class Reranking(Regression):
             'from sentence_transformers import CrossEncoder\n\nmodel = CrossEncoder("{model}", device="cpu")\n'
             'ranks = model.rank("How warm is it?", ["It is 20 degrees.", "The sun shines."])'
         )
+
+
+def _candidates(rows: "Dataset") -> "Dataset":
+    """Rows `FLAT` of rows as `hfq.data.beir` reads them."""
+    import datasets
+
+    documents = {row["document_id"]: row["text"] for row in rows if row["document_id"] is not None}
+    generator = random.Random(0)  # noqa: S311 - nothing secret
+    found = []
+    for row in rows:
+        if row["query_id"] is None:
+            continue
+        judged = {one["document_id"]: one["score"] for one in row[RELEVANT] or ()}
+        others = generator.sample(list(documents), min(CANDIDATES, len(documents)))
+        passages = (
+            row["candidates"]
+            or [*judged, *(key for key in others if key not in judged)][: max(CANDIDATES, len(judged))]
+        )
+        found += [(row["text"], documents[key], judged.get(key, 0.0)) for key in passages]
+    found = found or [(" ".join(text.split()[:BEGINNING]), text, 0.0) for text in documents.values()]
+    return datasets.Dataset.from_list([dict(zip(FLAT, row, strict=True)) for row in found], split=rows.split)
 
 
 _OF_CROSS_ENCODERS = ("sentence_transformers", "sbert_ce_default_activation_function")

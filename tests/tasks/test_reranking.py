@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import torch
 from datasets import Dataset
 from sentence_transformers import CrossEncoder
 from support.command import CHECKPOINT, DEMO, copy_checkpoint, forkserver
-from support.sentences import write_lines
+from support.sentences import write_beir, write_lines
 from torchmetrics.functional.retrieval import retrieval_normalized_dcg
 from transformers import AutoModelForSequenceClassification
 
 from hfq.common.errors import DataError
+from hfq.data.dataset import load_splits
 from hfq.data.examples import told_apart
 from hfq.tasks.base import Task
 from hfq.tasks.registry import make_task
@@ -92,6 +94,23 @@ def test_negatives_may_be_a_list_or_one_text(negatives: list[Any]) -> None:
     count = 5 if isinstance(negatives[0], list) else 4
     assert [judged.query for judged in references] == ["q"] * (count - 2) + ["r"] * 2
     assert [judged.relevance for judged in references][:2] == [1.0, 0.0]
+
+
+def test_retrieval_data_is_ranked_by_its_candidates(tmp_path: Path) -> None:
+    data = write_beir(tmp_path, documents=40, queries=3)
+    splits, _ = load_splits(str(data), None, token=None)
+    task, references = read(splits["test"])
+    assert next(iter(task.metrics)) == "ndcg_at_10"
+    by_query = Counter(judged.query for judged in references)
+    assert sorted(by_query.values()) == [20, 20, 20]
+    assert sum(judged.relevance for judged in references) == 3
+    assert len(task.unfolded(splits["corpus"])) == 40
+    (data / "candidates.tsv").write_text("q0\td0\nq0\td1\nq1\td9\nq1\td1\nq2\td2\n")
+    _, references = read(load_splits(str(data), None, token=None)[0]["test"])
+    assert [judged.relevance for judged in references] == [1, 0, 0, 1, 1]
+    (data / "candidates.tsv").write_text("q0 Q0 d77 1 0.5 bm25\n")
+    with pytest.raises(DataError, match=r"1 of the ids are not in corpus \(the first: d77\)"):
+        load_splits(str(data), None, token=None)
 
 
 def test_pairs_of_which_none_share_a_query_are_judged_by_their_scores() -> None:

@@ -222,7 +222,37 @@ def test_retrieval_data_that_does_not_fit_is_refused(files: dict[str, str], mess
         load_splits(write_pair(tmp_path / "data", **files), None, token=None)
 
 
-@pytest.mark.parametrize("qrels", ["q\t1\t1\n", "query-id\tcorpus-id\tscore\nq\t1\t1\n", "q 0 1 1\n"])
+def test_retrieval_data_may_be_subsets_of_a_dataset(tmp_path: Path) -> None:
+    write_lines(
+        tmp_path / "texts" / "corpus.jsonl", [{"_id": "1", "title": "On", "text": "a"}, {"_id": "2", "text": "b"}]
+    )
+    write_lines(tmp_path / "texts" / "queries.jsonl", [{"_id": "q", "text": "c"}])
+    write_lines(tmp_path / "judged" / "test.jsonl", [{"query-id": "q", "corpus-id": "1", "score": 2}])
+    subsets = {
+        "default": ("test", "judged/test"),
+        "corpus": ("corpus", "texts/corpus"),
+        "queries": ("queries", "texts/queries"),
+    }
+    lines = [
+        f"- config_name: {name}\n  data_files:\n  - split: {split}\n    path: {path}.jsonl\n"
+        for name, (split, path) in subsets.items()
+    ]
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{''.join(lines)}---\n")
+    splits, _ = load_splits(str(tmp_path), None, token=None)
+    assert splits["test"]["text"] == ["On a", "b", "c"]
+    assert splits["test"]["relevant"][2] == [{"document_id": "1", "score": 2.0}]
+    assert splits["corpus"]["document_id"] == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    "qrels",
+    [
+        "q\t1\t1\n",
+        "query-id\tcorpus-id\tscore\nq\t1\t1\n",
+        "q 0 1 1\n",
+        '{"query-id": "q", "corpus-id": "1", "score": 1}',
+    ],
+)
 def test_qrels_are_read_in_each_form(model: Path, qrels: str, tmp_path: Path) -> None:
     queries = '{"_id": "q", "text": "b"}\n{"_id": "other", "text": "c"}'
     splits, _ = load_splits(write_pair(tmp_path / "data", qrels_tsv=qrels, queries_jsonl=queries), None, token=None)
