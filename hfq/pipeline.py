@@ -191,7 +191,13 @@ def _evaluate(session: Session, goal: Goal, work: Path, model: nn.Module, plan: 
         export(model, plan, session.checkpoint, folder=folder, library=session.task.library)
         exported = pull(str(folder), trust_remote_code=session.recipe.trust_remote_code)
         stock = compare_with_stock(session, ours, exported)
-    return Score(found.score, found.duration_s, stock.agreement, stock.output_difference)
+    return Score(
+        found.score,
+        found.duration_s,
+        stock.agreement,
+        stock.output_difference,
+        stable_from=session.task.stable_agreement,
+    )
 
 
 def _baseline(session: Session, ui: Reporter) -> Evaluation:

@@ -121,6 +121,7 @@ class Task(ABC):
     text_role: ClassVar[str] = "text"  # the role that --text-column names
     label_role: ClassVar[str] = "label"  # the role that --label-column names
     settings: ClassVar[Sequence[str]] = ()  # a recipe's keys that it reads, and only such tasks do
+    stable_agreement: ClassVar[float] = 0.99  # fidelity of two orders of summation, below which a trial is not trusted
     library: str = "transformers"  # which opens the model: the `library_name` of its card
 
     def __init__(self, config: Mapping[str, Any]) -> None:

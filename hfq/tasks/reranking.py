@@ -63,6 +63,7 @@ class Reranking(Regression):
     }
     example: ClassVar[Mapping[str, Any]] = {"num_labels": 1}
     library = "sentence-transformers"
+    stable_agreement: ClassVar[float] = 0.95  # passages of nearly the same score change places
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)

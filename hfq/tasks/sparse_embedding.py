@@ -27,6 +27,7 @@ class SparseEmbedding(SentenceEmbedding):
     other_tags: ClassVar[Sequence[str]] = ("sentence-similarity",)
     settings: ClassVar[Sequence[str]] = ("prompt",)
     kind: ClassVar[str] = "SparseEncoder"
+    stable_agreement: ClassVar[float] = 0.95  # dimensions that are nearly zero come and go
     default_similarity: ClassVar[str] = "dot"
 
     @classmethod

@@ -9,7 +9,7 @@ from .goal import Goal
 from .log import TrialLog
 from .options import Limits, Options
 from .strategies import Search, Searchable, passed
-from .trial import Trial
+from .trial import STABLE, Trial
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Score:
     output_difference: float | None = None
     memory_mib: float | None = None
     size_mib: float | None = None
+    stable_from: float = STABLE
 
 
 def rank(options: Options, output_error: Callable[[Candidate], float], *, can_smooth: bool) -> dict[Candidate, float]:
@@ -103,6 +104,7 @@ def tune(
                 score.output_difference,
                 score.memory_mib,
                 score.size_mib,
+                score.stable_from,
             )
             log.add(trial)
         found[candidate] = trial

@@ -16,7 +16,6 @@ from .trial import Trial
 
 FINALISTS = 4  # fully static candidates that get an evaluation, best output error first: float layers cost more later
 GAP_CLOSED = (0.35, 0.8)  # of the output error between all static and all dynamic, by layers made dynamic
-STABLE = 0.99  # of the answers; a candidate below it meets the goal by luck of rounding, so the search goes on
 HOPELESS = 3.0  # a candidate with this many times the best output error is not worth one
 KEPT = (0.0, 0.125, 0.25, 0.5)  # shares of the layers that stay float, where a strategy does not bisect them
 Search = Generator[Candidate, Trial, None]
@@ -52,7 +51,7 @@ class Searchable:
 
 def passed(trial: Trial) -> bool:
     """Whether it met the goal, with answers that survive another order of summation: another kernel gives them too."""
-    return trial.accepted and (trial.stock_agreement is None or trial.stock_agreement >= STABLE)
+    return trial.accepted and (trial.stock_agreement is None or trial.stock_agreement >= trial.stable_from)
 
 
 def basic(space: Searchable) -> Search:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+STABLE = 0.99  # of the answers; a candidate below it meets the goal by luck of rounding, so the search goes on
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -11,7 +13,7 @@ class Trial:
     the encoder's output on the calibration slice, relative to the float model's output. `stock_agreement`: how alike
     int8 kernels and stock transformers, which dequantizes, answer the same examples, in [0, 1] by the task's own measure,
     and `output_difference` the mean absolute difference of their outputs; None where the goal was missed anyway. `memory_mib`: parameters
-    and buffers; `size_mib`: what of them is saved.
+    and buffers; `size_mib`: what of them is saved. `stable_from`: the agreement from which on it is no luck of rounding.
     """
 
     name: str
@@ -24,3 +26,4 @@ class Trial:
     output_difference: float | None = None
     memory_mib: float | None = None
     size_mib: float | None = None
+    stable_from: float = STABLE
