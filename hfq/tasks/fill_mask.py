@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..common.errors import DataError
 from .base import Alignment, Batch, Columns, Encoding, Metric, Outputs, Processor, References, SumMetric, require_column
+from .metrics import other_scores
 from .text import TextTask, is_text, texts
 
 if TYPE_CHECKING:
@@ -126,6 +127,10 @@ class FillMask(TextTask):
         pairs = zip(outputs, others, strict=True)
         same = torch.cat([a[:, _FIRST] == b[:, _FIRST] for a, b in pairs])
         return same.double().mean().item() if len(same) else 1.0
+
+    def remarks(self, metric: Metric, outputs: Outputs, others: Outputs, references: References) -> list[str]:
+        """The other metrics."""
+        return other_scores(self.metrics, metric, outputs, others, references) if metric.of_labels else []
 
 
 class PseudoPerplexity(SumMetric):

@@ -1,6 +1,7 @@
 """Metrics that several tasks offer, by torchmetrics where it has them."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -66,3 +67,15 @@ class Torchmetric(Metric):
 def stacked(outputs: Outputs) -> Tensor:
     """Outputs of one shape: `[examples, …]`."""
     return torch.stack(list(outputs))
+
+
+def other_scores(
+    metrics: Mapping[str, Metric], decides: Metric, outputs: Outputs, others: Outputs, references: References
+) -> list[str]:
+    """Sentences about the metrics beside the one that decides: of a float model's outputs, and of INT8's `others`."""
+    found = []
+    for metric in metrics.values():
+        before, after = (metric.score(rows, references) for rows in (outputs, others))
+        if metric.label != decides.label and math.isfinite(before + after):
+            found.append(f"{metric.label}: FP32 {before:.4f}, INT8 {after:.4f}.")
+    return found

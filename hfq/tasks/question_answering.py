@@ -19,6 +19,7 @@ from ..common.errors import DataError
 from ..common.names import REPORT_FILE
 from ..common.reading import read_json
 from .base import Batch, Columns, Encoding, Metric, Outputs, Processor, References, SumMetric, Trivial, require_column
+from .metrics import other_scores
 from .text import TextTask, texts
 
 if TYPE_CHECKING:
@@ -231,6 +232,10 @@ class QuestionAnswering(TextTask):
             none, other = (rows[:, _NONE] - rows[:, _SPAN] > (self.threshold or 0.0) for rows in (a, b))
             same = (same & ~none & ~other) | (none & other)
         return same.double().mean().item()
+
+    def remarks(self, metric: Metric, outputs: Outputs, others: Outputs, references: References) -> list[str]:
+        """The other metrics: of questions with and without an answer apart, too."""
+        return other_scores(self.metrics, metric, outputs, others, references) if metric.of_labels else []
 
     def trivial(self, metric: str, references: References) -> Trivial | None:
         """Never an answer, where that may be right."""

@@ -127,5 +127,6 @@ def test_a_checkpoint_is_quantized_and_opens_in_stock_transformers(checkpoint: P
     assert report["stock_agreement"] >= 0.95
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert 'pipeline("fill-mask"' in card and "| Pseudo-perplexity (test, held out) |" in card
+    assert "Top-1 accuracy: FP32 " in card and "Top-5 accuracy: FP32 " in card
     answers = pipeline("fill-mask", model=str(tmp_path / "out"), device="cpu")("call me [MASK]")
     assert len(answers) == 5

@@ -1,6 +1,7 @@
 """Question answering, from strangers' rows to a published model."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -237,6 +238,8 @@ def test_a_checkpoint_is_quantized_and_opens_in_stock_transformers(checkpoint: P
     out = tmp_path / "out"
     card = (out / "README.md").read_text(encoding="utf-8")
     assert "`null_threshold` is" in card and "answers on `validation` alone" in card
+    for what in ("Exact match", "F1, questions with an answer", "F1, questions without an answer"):
+        assert re.search(rf"{what}: FP32 [01]\.\d+, INT8 [01]\.\d+\.", card)
     usage = card.split("import hfq  # before the model is loaded; nothing else changes\n")[1].split("```")[0]
     exec(usage.replace("path/to/this/folder", str(out)), {})
     tokens = AutoTokenizer.from_pretrained(out)(QUESTION, "call 0800 now", return_tensors="pt")
