@@ -11,7 +11,7 @@ from typing import Any
 
 from .ptq.observers import OBSERVERS
 from .tuning.options import ALPHAS, Alpha, Limits, Objective, Options, Rule
-from .tuning.strategies import STRATEGIES
+from .tuning.search_orders import ORDERS
 
 APPROACHES = {
     "static": "static",
@@ -87,7 +87,7 @@ class TuningCriterion:
     """How the search goes about it, and when it gives up.
 
     Args:
-        strategy: a name of `hfq.tuning.strategies.STRATEGIES`: basic, mse, bayesian, tpe, random, exhaustive or
+        strategy: a name of `hfq.tuning.search_orders.ORDERS`: basic, mse, bayesian, tpe, random, exhaustive or
             conservative. bayesian and tpe need Optuna.
         strategy_kwargs: `seed`, of the random choices of random, bayesian and tpe.
         timeout: seconds of tuning after which no further trial begins; 0 is no limit.
@@ -108,7 +108,7 @@ class TuningCriterion:
     objective: str | Sequence[str] | Mapping[str, Sequence[Any]] = "performance"
 
     def __post_init__(self) -> None:
-        _one_of("strategy", self.strategy, tuple(STRATEGIES))
+        _one_of("strategy", self.strategy, tuple(ORDERS))
         _known_keys("strategy_kwargs", self.strategy_kwargs or {}, ("seed",))
         _of_type("strategy_kwargs['seed']", self.seed, int)
         _of_type("timeout", self.timeout, int, float)
@@ -237,7 +237,7 @@ class PostTrainingQuantConfig:
         rules = [*_rules("op_type_dict", self.op_type_dict), *_rules("op_name_dict", self.op_name_dict)]
         return Options(
             approach=APPROACHES[self.approach],
-            strategy="conservative" if self.quant_level == 0 else tuning.strategy,
+            order="conservative" if self.quant_level == 0 else tuning.strategy,
             alphas=_alphas(recipes, self.domain),
             rules=rules,
             reduce_range=bool(self.reduce_range),

@@ -64,7 +64,7 @@ def _sizes(config: dict[str, Any]) -> Iterator[tuple[str, int, dict[str, Any]]]:
 
 
 def _measure(name: str, axis: str, value: int, request: dict[str, Any], checkpoint: Checkpoint) -> Point:
-    with Process("hfq.bench.worker", name) as process:
+    with Process("hfq.bench.engine_process", name) as process:
         process.ask({**request, "engine": name})
         process.ask({**request, "do": "load", "path": str(checkpoint.path)})
         found = process.ask({**request, "do": "time", "repeat": REPEAT})

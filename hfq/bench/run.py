@@ -279,7 +279,7 @@ def _prepare(name: str, opening: dict[str, Any], folder: Path) -> dict[str, Any]
 
 
 def _open(name: str, opening: dict[str, Any]) -> Process:
-    process = Process("hfq.bench.worker", name)
+    process = Process("hfq.bench.engine_process", name)
     try:
         process.ask({**opening, "engine": name})
     except BaseException:

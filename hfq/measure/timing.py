@@ -90,11 +90,11 @@ def outputs_of(subject: Subject, batches: Sequence[Batch], *, threads: int | Non
 
 
 class Worker(Process):
-    """One `hfq.measure.worker` process for a checkpoint. It imports what it needs while nobody waits."""
+    """One `hfq.measure.model_process` process for a checkpoint. It imports what it needs while nobody waits."""
 
     def __init__(self, subject: Subject, *, threads: int | None) -> None:
         name = subject.checkpoint.info.id
-        super().__init__("hfq.measure.worker", name, variables=_FREED_AT_ONCE if subject.stock else None)
+        super().__init__("hfq.measure.model_process", name, variables=_FREED_AT_ONCE if subject.stock else None)
         self._subject = subject
         quantized = subject.checkpoint.is_quantized
         self.tell(

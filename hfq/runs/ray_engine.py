@@ -28,7 +28,7 @@ from ..recipe import Recipe
 from ..report.report import Report, Result, read_report
 from ..source.checkpoint import pull
 from .local import Ended, Run
-from .ray_worker import Job, Secret, run_recipe
+from .ray_job import Job, Secret, run_recipe
 
 ATTEMPTS = 4  # as many as Ray's own tasks have
 AHEAD = 16  # events that a worker may be ahead of us: 128 MiB of a file
@@ -206,7 +206,7 @@ class _Task:
 
 
 class Received:
-    """Writes files that arrive in pieces. Its methods are named as the events are (`hfq.runs.ray_worker.Event`)."""
+    """Writes files that arrive in pieces. Its methods are named as the events are (`hfq.runs.ray_job.Event`)."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

@@ -1,6 +1,6 @@
-"""Evaluating what a strategy will ask for next, where others have room to do it. It changes no result.
+"""Evaluating what an order will ask for next, where others have room to do it. It changes no result.
 
-A strategy is a function of its space and of the trials that it is sent. What it asks for after the trials there are is
+An order is a function of its space and of the trials that it is sent. What it asks for after the trials there are is
 seen by running it anew on them, with the guess that those that are not there yet miss the goal: else the search would end.
 The search itself stays as it is; what was evaluated in vain is not logged.
 """
@@ -13,7 +13,7 @@ from ..ptq.scheme import Plan
 from .candidates import Candidate
 from .log import TrialLog
 from .search import Score
-from .strategies import Search, Searchable
+from .search_orders import Search, Searchable
 from .trial import Trial
 
 
@@ -35,14 +35,14 @@ class LookAhead:
 
     def __init__(
         self,
-        strategy: Callable[[Searchable], Search],
+        order: Callable[[Searchable], Search],
         searchable: Searchable,
         *,
         helpers: Helpers,
         plan: Callable[[Candidate], Plan],
         log: TrialLog,
     ) -> None:
-        self._strategy = strategy
+        self._order = order
         self._searchable = searchable
         self._helpers = helpers
         self._plan = plan
@@ -73,7 +73,7 @@ class LookAhead:
 
     def _after(self, candidate: Candidate) -> Iterator[Candidate]:
         """What the search asks for after `candidate`, if that and all that follow miss the goal."""
-        search = self._strategy(self._searchable)
+        search = self._order(self._searchable)
         with suppress(StopIteration):
             asked = next(search)
             while True:

@@ -51,11 +51,11 @@ class Options:
     `smooth_always`: static candidates without SmoothQuant are not considered where the graph has something to fold.
 
     `objective`: weight of each cost by which trials that meet the goal are compared. With any but "performance"
-    alone, the strategy goes on after the first of them. `keep_float`: whether sensitive layers may stay float.
+    alone, the search goes on after the first of them. `keep_float`: whether sensitive layers may stay float.
     """
 
     approach: str = "auto"
-    strategy: str = "basic"
+    order: str = "basic"
     observers: Sequence[str] = tuple(OBSERVERS)
     alphas: Sequence[Alpha] = ALPHAS
     smooth_always: bool = False

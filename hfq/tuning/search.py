@@ -1,4 +1,4 @@
-"""The search: run the trials a strategy asks for, log each before the next, and choose among them."""
+"""The search: run the trials an order asks for, log each before the next, and choose among them."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +8,7 @@ from .candidates import Candidate
 from .goal import Goal
 from .log import TrialLog
 from .options import Limits, Options
-from .strategies import Search, Searchable, passed
+from .search_orders import Search, Searchable, passed
 from .trial import STABLE, Trial
 
 

@@ -24,7 +24,7 @@ from .log import TrialLog
 from .lookahead import Helpers, LookAhead
 from .options import Options
 from .search import Outcome, Score, rank, tune
-from .strategies import STRATEGIES, Searchable
+from .search_orders import ORDERS, Searchable
 from .trial import Trial
 
 TRACED = 2  # examples of the batch that the graph is traced with
@@ -67,11 +67,11 @@ def find(
     """
     space = prepare(model, batches, options=options, ui=ui, example=example)
     searchable = ranked(space, log=log, ui=ui)
-    strategy = STRATEGIES[options.strategy]
+    order = ORDERS[options.order]
     ahead: LookAhead | None = None
     if helped_by:
         unlogged = replace(searchable, output_error=searchable.peek)
-        ahead = LookAhead(strategy, unlogged, helpers=helped_by(space.folds), plan=space.plan, log=log)
+        ahead = LookAhead(order, unlogged, helpers=helped_by(space.folds), plan=space.plan, log=log)
 
     def run_trial(candidate: Candidate) -> Score:
         score = ahead.score(candidate) if ahead else None
@@ -86,7 +86,7 @@ def find(
     ui.stage(f"Trials: {goal.kind} loss of at most {goal.tolerable_loss:g}")
     with closing(ahead) if ahead else nullcontext():
         outcome = tune(
-            strategy(searchable),
+            order(searchable),
             run_trial,
             goal,
             output_error=searchable.output_error,

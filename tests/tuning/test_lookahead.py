@@ -13,7 +13,7 @@ from hfq.tuning.log import TrialLog
 from hfq.tuning.lookahead import LookAhead
 from hfq.tuning.options import Limits, Options
 from hfq.tuning.search import Outcome, Score, tune
-from hfq.tuning.strategies import STRATEGIES, Searchable
+from hfq.tuning.search_orders import ORDERS, Searchable
 
 LAYERS = tuple(f"layer.{i}" for i in range(20))
 STATIC, DYNAMIC = Candidate("static", "mse"), Candidate("dynamic")
@@ -66,13 +66,13 @@ def search(path: Path, options: Options, evaluate: Callable[[Candidate], Score],
             log.rank(candidate.name, error(candidate))
         return log.ranking[candidate.name]
 
-    strategy = STRATEGIES[options.strategy]
+    order = ORDERS[options.order]
     ahead = None
     if others:
         unlogged = Searchable(ERRORS, lambda _: LAYERS, error, options, error)
-        ahead = LookAhead(strategy, unlogged, helpers=others, plan=lambda candidate: candidate, log=log)
+        ahead = LookAhead(order, unlogged, helpers=others, plan=lambda candidate: candidate, log=log)
     outcome = tune(
-        strategy(Searchable(ERRORS, lambda _: LAYERS, logged, options, error)),
+        order(Searchable(ERRORS, lambda _: LAYERS, logged, options, error)),
         lambda candidate: (ahead and ahead.score(candidate)) or evaluate(candidate),
         Goal(baseline=0.8, tolerable_loss=0.01),
         output_error=logged,
@@ -87,18 +87,16 @@ def search(path: Path, options: Options, evaluate: Callable[[Candidate], Score],
 
 @pytest.mark.parametrize("explore", [False, True])
 @pytest.mark.parametrize("needed", [0, 3, 99])
-@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name not in ("bayesian", "tpe")])  # minutes
-def test_looking_ahead_changes_neither_choice_nor_log(
-    strategy: str, needed: int, explore: bool, tmp_path: Path
-) -> None:
-    options = Options(strategy=strategy, explore=explore, limits=Limits(max_trials=12))
+@pytest.mark.parametrize("order", [name for name in ORDERS if name not in ("bayesian", "tpe")])  # minutes
+def test_looking_ahead_changes_neither_choice_nor_log(order: str, needed: int, explore: bool, tmp_path: Path) -> None:
+    options = Options(order=order, explore=explore, limits=Limits(max_trials=12))
     others = Others(lambda candidate: score(candidate, needed))
     alone = search(tmp_path / "alone", options, others.evaluate, None)
     helped = search(tmp_path / "helped", options, others.evaluate, others)
     assert helped == alone
     assert (tmp_path / "helped").read_text() == (tmp_path / "alone").read_text()
     assert sorted(map(repr, others.begun)) == sorted(map(repr, others.taken + others.dropped)), "none is left running"
-    if needed == 99 and strategy != "conservative":  # which ends there
+    if needed == 99 and order != "conservative":  # which ends there
         assert others.taken, "each guess is right where nothing meets the goal"
 
 

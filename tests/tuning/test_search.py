@@ -16,7 +16,7 @@ from hfq.tuning.goal import Goal
 from hfq.tuning.log import TrialLog
 from hfq.tuning.options import ALPHAS, Limits, Options
 from hfq.tuning.search import Outcome, Score, rank, tune
-from hfq.tuning.strategies import FINALISTS, GAP_CLOSED, Searchable, basic
+from hfq.tuning.search_orders import FINALISTS, GAP_CLOSED, Searchable, basic
 from hfq.tuning.trial import STABLE, Trial
 
 LAYERS = tuple(f"layer.{i}" for i in range(20))  # the most sensitive first

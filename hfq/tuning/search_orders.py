@@ -1,6 +1,7 @@
-"""Strategies: in which order candidates are evaluated, and when to stop. Each is a small function over one space.
+"""Orders: which candidate is evaluated after which, and when to stop. Each is a small function over one space.
 
-A strategy yields a candidate and is sent its trial. None touches a model: what it may ask for is in `Searchable`.
+Neural Compressor calls them strategies. An order yields a candidate and is sent its trial. None touches a model: what it may
+ask for is in `Searchable`.
 """
 
 import random
@@ -17,13 +18,13 @@ from .trial import Trial
 FINALISTS = 4  # fully static candidates that get an evaluation, best output error first: float layers cost more later
 GAP_CLOSED = (0.35, 0.8)  # of the output error between all static and all dynamic, by layers made dynamic
 HOPELESS = 3.0  # a candidate with this many times the best output error is not worth one
-KEPT = (0.0, 0.125, 0.25, 0.5)  # shares of the layers that stay float, where a strategy does not bisect them
+KEPT = (0.0, 0.125, 0.25, 0.5)  # shares of the layers that stay float, where an order does not bisect them
 Search = Generator[Candidate, Trial, None]
 
 
 @dataclass(frozen=True)
 class Searchable:
-    """What a strategy chooses from.
+    """What an order chooses from.
 
     `errors`: output error of every candidate without kept layers, smallest first. `sensitive(candidate)`: layer names,
     the one with the largest int8 error first. `output_error(candidate)`: of any candidate. `peek(candidate)`: the same,
@@ -123,7 +124,7 @@ def tpe(space: Searchable) -> Search:
     yield from _optuna(space, "TPESampler")
 
 
-STRATEGIES: dict[str, Callable[[Searchable], Search]] = {
+ORDERS: dict[str, Callable[[Searchable], Search]] = {
     "basic": basic,
     "mse": mse,
     "bayesian": bayesian,

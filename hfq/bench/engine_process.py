@@ -1,4 +1,4 @@
-"""A process that prepares or runs one engine: `python -m hfq.bench.worker`, driven by `hfq.bench.run`.
+"""A process that prepares or runs one engine: `python -m hfq.bench.engine_process`, driven by `hfq.bench.run`.
 
 Requests are JSON lines on standard input, answers JSON lines on standard output.
 """

@@ -1,4 +1,4 @@
-"""A process that loads one model and times it: `python -m hfq.measure.worker`, driven by `hfq.measure.timing`."""
+"""A process that loads one model and times it: `python -m hfq.measure.model_process`, driven by `hfq.measure.timing`."""
 
 import time
 from contextlib import nullcontext
