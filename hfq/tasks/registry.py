@@ -93,8 +93,8 @@ def find_task(config: Mapping[str, Any], *, name: str | None = None, folder: Pat
             return task
     if name in tasks():
         return tasks()[name]
-    if name and len(named) == 1:
-        return named[0]
+    if name:
+        return named[-1]  # that the others derive from
     raise UnsupportedError(
         f"The architecture {', '.join(map(str, architectures))} is for none of the tasks that hfq measures: "
         f"{', '.join(tasks())}. Pass --task if it is one of them; `hfq.quantization.fit` takes any model, with a score of your own."

@@ -17,7 +17,9 @@ from transformers import AutoModelForSequenceClassification
 
 from hfq.common.errors import DataError
 from hfq.data.dataset import load_splits
-from hfq.data.examples import told_apart
+from hfq.data.examples import load_task_data, told_apart
+from hfq.recipe import Recipe
+from hfq.source.checkpoint import pull
 from hfq.tasks.base import Task
 from hfq.tasks.registry import make_task
 from hfq.tasks.reranking import Judged
@@ -96,8 +98,16 @@ def test_negatives_may_be_a_list_or_one_text(negatives: list[Any]) -> None:
     assert [judged.relevance for judged in references][:2] == [1.0, 0.0]
 
 
-def test_retrieval_data_is_ranked_by_its_candidates(tmp_path: Path) -> None:
+def test_retrieval_data_is_ranked_by_its_candidates(checkpoint: Path, tmp_path: Path) -> None:
     data = write_beir(tmp_path, documents=40, queries=3)
+    found = load_task_data(
+        pull(str(checkpoint)),
+        Recipe(checkpoint=str(checkpoint), dataset=str(data)),
+        task=make_task(CONFIG),
+        recipes=tmp_path,
+        token=None,
+    )
+    assert (found.metric, len(found.evaluation), len(found.calibration)) == ("ndcg_at_10", 60, 40)
     splits, _ = load_splits(str(data), None, token=None)
     task, references = read(splits["test"])
     assert next(iter(task.metrics)) == "ndcg_at_10"

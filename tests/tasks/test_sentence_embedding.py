@@ -1,6 +1,7 @@
 """Sentence embedding, from strangers' folders and rows to a published model."""
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,10 @@ def test_a_bare_encoder_needs_to_be_told_its_pooling(tmp_path: Path) -> None:
     folder = write_encoder(tmp_path / "encoder")
     with pytest.raises(UsageError, match="--pooling mean, cls, max or lasttoken"):
         task_of(folder)
+    assert (
+        make_task(json.loads((folder / "config.json").read_text()), name="feature-extraction").name
+        == "sentence-embedding"
+    )
     (first,) = vectors_of(folder, Dataset.from_dict({"text": TEXTS[:1]}), {"text": ["text"]}, pooling="cls")
     stock = SentenceTransformer(str(folder), device="cpu")
     stock[1].pooling_mode = "cls"
@@ -299,6 +304,8 @@ def test_pairs_are_judged_by_the_similarity_of_the_model(tmp_path: Path) -> None
     anchors = [torch.tensor([[1.0, 0], [1, 0.1], [0, 1]]), torch.tensor([[1.0, 0], [0, 1], [1, 0.1]])]
     assert task.score("triplet_accuracy", anchors, [("a", "b", "c")] * 2) == 0.5
     assert task.fidelity(outputs, outputs) == pytest.approx(1)
+    sent: Task = pickle.loads(pickle.dumps(task))  # as to the processes of a strategy
+    assert sent.score("spearman", outputs, right) == task.score("spearman", outputs, right)
 
 
 def test_a_folder_is_quantized_and_its_card_says_how_it_is_opened(model: Path, tmp_path: Path) -> None:
