@@ -6,7 +6,7 @@ Publishing is a step of its own (`hfq.publish`): what is pushed is a folder that
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from .common.ui import Reporter
 from .common.version import __version__
 from .data.session import Session, open_session
 from .export.checkpoint import export
+from .measure.certainty import claim
 from .measure.compare import compare_with_stock, evaluate_split, measure_export, timed_outputs
 from .measure.evaluate import Evaluation
 from .measure.hardware import hardware
@@ -34,6 +35,7 @@ from .recipe import SETTINGS, Recipe
 from .report import plots
 from .report.card import render_card
 from .report.report import Report, Result, layers_of, now, package_versions
+from .report.view import sure
 from .runtime.compiling.compile import compile
 from .runtime.int8.linear import unpack_all
 from .source.checkpoint import pull
@@ -43,16 +45,20 @@ from .tuning.log import TrialLog
 from .tuning.lookahead import Helpers
 from .tuning.options import Limits, Options
 from .tuning.search import Outcome, Score
-from .tuning.tuner import Found, find, layer_errors, score_plan
+from .tuning.tuner import Found, find, layer_errors, score_plan, undecided
 
 
 @dataclass(frozen=True)
 class TrialContext:
-    """What the trials of a run have in common. `depends_on`: what their results depend on."""
+    """What the trials of a run have in common. `depends_on`: what their results depend on.
+
+    `baseline`: the float model's evaluation, where a confidence is asked for.
+    """
 
     goal: Goal
     folds: Sequence[Fold]
     depends_on: Mapping[str, object]
+    baseline: Evaluation | None = None
 
 
 def quantize(
@@ -83,21 +89,23 @@ def quantize(
     with work_folder(output) as work:
         session = open_session(recipe, recipes=recipes, ui=ui, token=token)
         baseline = _baseline(session, ui)
-        goal = Goal(baseline.score, recipe.tolerable_loss, recipe.criterion, session.judge.higher_is_better)
+        higher = session.judge.higher_is_better
+        goal = Goal(baseline.score, recipe.tolerable_loss, recipe.criterion, higher, recipe.confidence)
         depends_on = _dependencies(session)
+        context = TrialContext(goal, (), depends_on, baseline if recipe.confidence else None)
         log = TrialLog(work / TRIALS_FILE, depends_on=depends_on, resume=resume, copy=copy_log)
         info = session.data.info
         ui.stage(f"Calibration on {len(session.data.calibration)} examples of {info.calibration_split!r}")
         found = find(
             session.model,
             [session.task.model_inputs(batch) for batch in session.calibration],
-            partial(_evaluate, session, goal, work),
+            partial(_evaluate, session, context, work),
             goal,
             options=search_options(recipe),
             log=log,
             ui=ui,
             metric=session.metric,
-            helped_by=helped_by and (lambda folds: helped_by(TrialContext(goal, folds, depends_on))),
+            helped_by=helped_by and (lambda folds: helped_by(replace(context, folds=folds))),
         )
         if not found.outcome.met:
             _goal_missed(session, goal, found.outcome, log, ui)
@@ -117,7 +125,7 @@ def run_trial(session: Session, plan: Plan, context: TrialContext) -> Score:
     if _dependencies(session) != context.depends_on:
         raise SourceError(f"{session.recipe.checkpoint} or its dataset is not the same here as where it is quantized.")
     with tempfile.TemporaryDirectory(prefix="hfq-") as folder:
-        evaluate = partial(_evaluate, session, context.goal, Path(folder))
+        evaluate = partial(_evaluate, session, context, Path(folder))
         return score_plan(session.model, plan, context.folds, evaluate)
 
 
@@ -178,11 +186,18 @@ def search_options(recipe: Recipe) -> Options:
     )
 
 
-def _evaluate(session: Session, goal: Goal, work: Path, model: nn.Module, plan: Plan) -> Score:
+def _evaluate(session: Session, context: TrialContext, work: Path, model: nn.Module, plan: Plan) -> Score:
     """Accuracy of a trial and, if that meets the goal, whether stock transformers gives the same answers."""
+    goal = context.goal
     found = evaluate_split(session, model, session.evaluation, session.data.evaluation)
     if not goal.met(found.score):
         return Score(found.score, found.duration_s)
+    against, needed = None, None
+    if goal.confidence and context.baseline:
+        pair, references = (context.baseline, found), session.data.evaluation.references
+        level, seed = 1 - goal.confidence, session.recipe.seed
+        claimed = claim(session.judge, pair, references, goal=goal, level=level, seed=seed)
+        against, needed = claimed.against, claimed.needed
     ours = timed_outputs(session, model)
     unpack_all(model)
     return_freed_memory()
@@ -197,6 +212,8 @@ def _evaluate(session: Session, goal: Goal, work: Path, model: nn.Module, plan: 
         stock.agreement,
         stock.output_difference,
         stable_from=session.task.stable_agreement,
+        against=against,
+        needed=needed,
     )
 
 
@@ -226,7 +243,8 @@ def _goal_missed(session: Session, goal: Goal, outcome: Outcome, log: TrialLog, 
     message = (
         f"No trial met the goal: at most {goal.tolerable_loss:g} {goal.kind} loss from FP32 {session.metric} "
         f"{goal.baseline:.4f}{', within ' + outcome.stopped if outcome.stopped else ''}. Best of {len(log.trials)}: "
-        f"{best.name}, {session.metric} {best.accuracy:.4f}, loss {best.loss:+.4f}."
+        f"{best.name}, {session.metric} {best.accuracy:.4f}, loss {best.loss:+.4f}"
+        f"{': ' + undecided(best) if best.loss is not None and best.loss <= goal.tolerable_loss else ''}."
     )
     if recipe.allow_loss:
         ui.warn(message)
@@ -277,6 +295,12 @@ def _write_checkpoint(
     ui.stage("Measure the exported folder, freshly loaded")
     measured = measure_export(session, exported, baseline, ui=ui)
     met = measured.quantized.accuracy is not None and goal.met(measured.quantized.accuracy)
+    for comparison in measured.comparisons:
+        if comparison.within is not None:
+            ui.note(
+                f"by the {comparison.examples} examples of {comparison.split!r} it is {sure(comparison.within)} sure that the "
+                "loss is within the goal's"
+            )
     if found.outcome.met and not met:  # what users load decides, not what tuning saw
         _goal_missed(session, goal, found.outcome, log, ui)
     metric, tag = session.judge, session.task.tag(session.checkpoint.card)
@@ -339,6 +363,7 @@ def _dependencies(session: Session) -> dict[str, object]:
         include={
             "tolerable_loss",
             "criterion",
+            "confidence",
             "approach",
             "seed",
             "batch_size",

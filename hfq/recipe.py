@@ -85,6 +85,13 @@ class Recipe(Evaluation):
     criterion: Literal["relative", "absolute"] = _key(
         "relative", "How the loss counts: as a share of the float model's score, or as a difference from it."
     )
+    confidence: float | None = _key(
+        None,
+        "How sure the examples must make it that the loss is tolerable, such as 0.95.",
+        absent="the score decides",
+        gt=0.5,
+        lt=1,
+    )
     max_trials: int = _key(600, "Most evaluations to spend.", ge=1)
     timeout: float = _key(0, "Most seconds of tuning; 0 is no limit.", ge=0)
     explore: bool = _key(False, "Evaluate every candidate, then choose.")

@@ -14,10 +14,12 @@ from ..export.stock import answers_otherwise, other_model
 from ..runtime.fusion.slicing import in_parts
 from ..source.checkpoint import Checkpoint
 from ..source.model import load_model
-from ..tasks.base import Batch, Metric, Outputs, References, SumMetric
+from ..tasks.base import Batch, Outputs, References
+from ..tuning.goal import Goal
+from .certainty import within
 from .evaluate import Engine, Evaluation, evaluate
 from .figures import Comparison, Measurement, StockComparison
-from .statistics import mcnemar_p, paired_interval, paired_interval_of_sets
+from .statistics import mcnemar_p, middle, resampled_differences
 from .timing import Subject, Timing, examples_in, measure, outputs_of, timed_batches
 
 STOCK_TOKENS = 512  # at a time: what stock transformers computes of them takes twice the memory that it takes in float
@@ -116,7 +118,10 @@ def compare(
     session: Session, first: Evaluation, second: Evaluation, *, references: References, split: str
 ) -> Comparison:
     """Two models' outputs for the same examples of `split`: float first, int8 second."""
-    task, seed = session.task, session.recipe.seed
+    task, recipe = session.task, session.recipe
+    goal = Goal(first.score, recipe.tolerable_loss, recipe.criterion, session.judge.higher_is_better)
+    judge, pair = session.judge, (first, second)
+    differences = resampled_differences(judge, pair, references, seed=recipe.seed)
     of_labels = session.judge.of_labels
     rights = [task.per_example(found.outputs, references) if of_labels else None for found in (first, second)]
     found = Comparison(
@@ -124,7 +129,8 @@ def compare(
         examples=len(references),
         agreement=task.fidelity(first.outputs, second.outputs),
         difference=second.score - first.score,
-        interval=_interval(session.judge, first.outputs, second.outputs, references=references, seed=seed),
+        interval=middle(differences),
+        within=within(judge, pair, references, goal=goal, differences=differences, seed=recipe.seed),
         seen_in_tuning=split == session.data.info.split,
         remarks=task.remarks(session.judge, first.outputs, second.outputs, references),
     )
@@ -139,14 +145,6 @@ def compare(
         only_int8_right=only_second,
         p_value=mcnemar_p(only_first, only_second),
     )
-
-
-def _interval(by: Metric, first: Outputs, second: Outputs, *, references: References, seed: int) -> tuple[float, float]:
-    if isinstance(by, SumMetric):
-        return paired_interval(by.of_sums, by.numbers(first, references), by.numbers(second, references), seed=seed)
-
-    before, after = by.of_some(first, references), by.of_some(second, references)
-    return paired_interval_of_sets(lambda rows: after(rows) - before(rows), len(references), seed=seed)
 
 
 def _mean_difference(first: Outputs, second: Outputs) -> float:

@@ -6,6 +6,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..tasks.base import Metric, References, SumMetric
+from .evaluate import Evaluation
+
 RESAMPLES = 2000
 RESAMPLES_OF_SETS = 500  # where the metric is computed anew for each
 _AT_ONCE = 1 << 22  # drawn indices held in memory
@@ -19,10 +22,8 @@ def mcnemar_p(only_first_right: int, only_second_right: int) -> float:
     return min(1.0, 2 * tail)
 
 
-def paired_interval(
-    metric: Callable[[Tensor], Tensor], first: Tensor, second: Tensor, *, seed: int
-) -> tuple[float, float]:
-    """95 % interval of metric(second) - metric(first): percentile bootstrap over pairs (Efron 1979).
+def resampled(metric: Callable[[Tensor], Tensor], first: Tensor, second: Tensor, *, seed: int) -> Tensor:
+    """float64 `[RESAMPLES]`: metric(second) - metric(first), by bootstrap over pairs (Efron 1979).
 
     `first`, `second`: float64 `[examples, k]`, numbers of the same examples that add up. `metric`: from sums `[..., k]`.
     """
@@ -33,19 +34,29 @@ def paired_interval(
     for done in range(0, RESAMPLES, chunk):
         drawn = torch.randint(examples, (min(chunk, RESAMPLES - done), examples), generator=generator)
         differences.append(metric(second[drawn].sum(1)) - metric(first[drawn].sum(1)))
-    return _middle(torch.cat(differences))
+    return torch.cat(differences)
 
 
-def paired_interval_of_sets(
-    difference: Callable[[list[int]], float], examples: int, *, seed: int
-) -> tuple[float, float]:
+def resampled_sets(difference: Callable[[list[int]], float], examples: int, *, seed: int) -> Tensor:
     """The same for a metric of a whole set. `difference`: second less first, on the examples of the given numbers."""
     generator = torch.Generator().manual_seed(seed)
     drawn = [torch.randint(examples, (examples,), generator=generator).tolist() for _ in range(RESAMPLES_OF_SETS)]
     found = torch.tensor([difference(rows) for rows in drawn], dtype=torch.float64)
-    return _middle(found[found.isfinite()])
+    return found[found.isfinite()]
 
 
-def _middle(values: Tensor) -> tuple[float, float]:
+def resampled_differences(
+    judge: Metric, pair: tuple[Evaluation, Evaluation], references: References, *, seed: int
+) -> Tensor:
+    """The score of the second of two models less that of the first, on resamples of the examples."""
+    first, second = (found.outputs for found in pair)
+    if isinstance(judge, SumMetric):
+        return resampled(judge.of_sums, judge.numbers(first, references), judge.numbers(second, references), seed=seed)
+    before, after = judge.of_some(first, references), judge.of_some(second, references)
+    return resampled_sets(lambda rows: after(rows) - before(rows), len(references), seed=seed)
+
+
+def middle(values: Tensor) -> tuple[float, float]:
+    """Where the middle 95 % of `values` begin and end."""
     low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
     return low, high

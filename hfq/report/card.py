@@ -44,6 +44,7 @@ from .view import (
     public,
     results,
     stock_comparison,
+    sure,
     verdict,
 )
 
@@ -233,7 +234,15 @@ def _environment() -> SandboxedEnvironment:
         keep_trailing_newline=True,
     )
     environment.filters.update(
-        code=_code, codes=_codes, block=_block, link=_link, number=number, count=count, points=points, percent=percent
+        code=_code,
+        codes=_codes,
+        block=_block,
+        link=_link,
+        number=number,
+        count=count,
+        points=points,
+        percent=percent,
+        sure=sure,
     )
     environment.globals.update(verdict=verdict, difference=difference)
     return environment

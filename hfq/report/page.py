@@ -33,6 +33,7 @@ from .view import (
     public,
     results,
     stock_comparison,
+    sure,
     verdict,
 )
 
@@ -65,7 +66,7 @@ def render_page(report: Report) -> str:
 
 def _render(report: Report) -> str:
     environment = SandboxedEnvironment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(number=number, count=count, points=points, percent=percent)
+    environment.filters.update(number=number, count=count, points=points, percent=percent, sure=sure)
     environment.globals.update(verdict=verdict)
     environment.filters["difference"] = partial(difference, report=report)
     scores = measured_scores(report)

@@ -219,6 +219,13 @@ def points(value: float) -> str:
     return f"{100 * value:+.2f}"
 
 
+def sure(probability: float) -> str:
+    """How sure, in words that never say that it is certain."""
+    if probability > 0.999:
+        return "more than 99.9 %"
+    return "less than 0.1 %" if probability < 0.001 else percent(probability)
+
+
 def percent(value: float, digits: int = 4) -> str:
     """A fraction as percent, to so many significant digits."""
     return f"{100 * value:.{digits}g} %"

@@ -36,6 +36,8 @@ class Score:
     memory_mib: float | None = None
     size_mib: float | None = None
     stable_from: float = STABLE
+    against: float | None = None
+    needed: int | None = None
 
 
 def rank(options: Options, output_error: Callable[[Candidate], float], *, can_smooth: bool) -> dict[Candidate, float]:
@@ -97,7 +99,7 @@ def tune(
                 candidate.name,
                 score.accuracy,
                 score.duration_s,
-                goal.met(score.accuracy),
+                goal.met(score.accuracy) and goal.proved(score.against, trial=len(log.trials) + 1),
                 output_error(candidate),
                 goal.loss(score.accuracy),
                 score.stock_agreement,
@@ -105,6 +107,8 @@ def tune(
                 score.memory_mib,
                 score.size_mib,
                 score.stable_from,
+                score.against,
+                score.needed,
             )
             log.add(trial)
         found[candidate] = trial

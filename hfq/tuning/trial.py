@@ -14,6 +14,8 @@ class Trial:
     int8 kernels and stock transformers, which dequantizes, answer the same examples, in [0, 1] by the task's own measure,
     and `output_difference` the mean absolute difference of their outputs; None where the goal was missed anyway. `memory_mib`: parameters
     and buffers; `size_mib`: what of them is saved. `stable_from`: the agreement from which on it is no luck of rounding.
+    `against`: p-value of the hypothesis that more is lost than may be, and
+    `needed` how many examples would decide it, where a confidence was asked for.
     """
 
     name: str
@@ -27,3 +29,5 @@ class Trial:
     memory_mib: float | None = None
     size_mib: float | None = None
     stable_from: float = STABLE
+    against: float | None = None
+    needed: int | None = None

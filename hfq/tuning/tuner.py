@@ -79,6 +79,8 @@ def find(
 
     def tell(trial: Trial) -> None:
         verdict = "meets the goal" if trial.accepted else "misses the goal"
+        if not trial.accepted and trial.loss is not None and trial.loss <= goal.tolerable_loss:
+            verdict = undecided(trial)
         if trial.stock_agreement is not None:
             verdict += f", stock transformers agrees on {trial.stock_agreement:.2%}"
         ui.note(f"{trial.name:<40} {metric} {trial.accuracy:.4f}, loss {trial.loss:+.4f}: {verdict}")
@@ -95,6 +97,12 @@ def find(
             tell=tell,
         )
     return Found(space, outcome, space.plan(outcome.candidate))
+
+
+def undecided(trial: Trial) -> str:
+    """Words for one that meets the goal, by more luck than was allowed."""
+    more = f", about {trial.needed:,} examples would decide" if trial.needed else ""
+    return f"undecided ({1 - (trial.against or 0):.1%} sure{more})"
 
 
 def score_plan(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hfq.common.errors import ExportError
-from hfq.measure.statistics import mcnemar_p, paired_interval
+from hfq.measure.statistics import mcnemar_p, middle, resampled
 from hfq.tuning.candidates import Candidate
 from hfq.tuning.goal import Goal
 from hfq.tuning.log import TrialLog
@@ -392,7 +392,7 @@ def right(count: int, *, of: int = 408) -> torch.Tensor:
 def interval(first: torch.Tensor, second: torch.Tensor, *, seed: int) -> tuple[float, float]:
     """Of the accuracy, from which answers are right."""
     numbers = [torch.stack([rights, torch.ones_like(rights)], 1).double() for rights in (first, second)]
-    return paired_interval(lambda sums: sums[..., 0] / sums[..., 1], *numbers, seed=seed)
+    return middle(resampled(lambda sums: sums[..., 0] / sums[..., 1], *numbers, seed=seed))
 
 
 def test_interval_of_equal_models_is_zero() -> None:
