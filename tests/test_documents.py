@@ -36,7 +36,10 @@ from hfq.tasks.registry import tasks
 FOLDERS = ("hfq", "model_cards", "pipelines", "tests", ".github")
 DOCUMENTS = [ROOT / "README.md", *sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.md"))]
 CARDS = [path for path in DOCUMENTS if path.with_suffix(".json").is_file()]  # their models are not here
-RUN_ELSEWHERE = ("HfqQuantizer",)  # quantizes and measures, for half a minute: test_optimum.py
+RUN_ELSEWHERE = (
+    "HfqQuantizer",  # quantizes and measures, for half a minute: test_optimum.py
+    "import SentenceTransformer",  # of a model that nobody published: test_sentence_transformers.py
+)
 RUNTIME = ROOT / "hfq" / "runtime" / "README.md"
 TEXTS = [f"{word} you have won a prize, call now" for word in ("URGENT!", "Hi", "Tomorrow", "WINNER!!", "ok", "Sorry")]
 

@@ -27,8 +27,10 @@ from hfq.config import PostTrainingQuantConfig
 from hfq.export.checkpoint import export
 from hfq.quantization import fit
 from hfq.runtime.int8.linear import Int8Linear
+from hfq.runtime.loading.stock import stock_transformers
 from hfq.source.checkpoint import pull
 
+MINILM = Path(__file__).parents[2] / "shared" / "checkpoints" / "minilm-l6-embedding"
 TEXTS = messages("validation", 40)
 PAIRS = list(zip(TEXTS[:20], TEXTS[20:], strict=True))
 CONFIG = PostTrainingQuantConfig(approach="static", recipes={"smooth_quant": False})
@@ -240,3 +242,26 @@ def test_tuning_judges_the_whole_model(made: Made) -> None:
     int8 = fit(made.floats["SentenceTransformer"], CONFIG, calib_func=lambda m: m.encode(TEXTS[:16]), eval_func=score)
     assert seen == [SentenceTransformer, SentenceTransformer]  # in float, and one trial
     assert int8.trials[0].accuracy > 0.98
+
+
+@pytest.mark.skipif(not MINILM.exists(), reason="the checkpoint of all-MiniLM-L6-v2 is not on this machine")
+def test_all_minilm_is_near_its_float_vectors_with_and_without_hfq(tmp_path: Path) -> None:
+    source = SentenceTransformer(str(MINILM), device="cpu")  # float16
+    with pytest.warns(UserWarning, match="without tuning"):
+        config = PostTrainingQuantConfig(approach="dynamic", recipes={"smooth_quant": False})
+        fit(source, config).save(tmp_path / "int8")
+    opened = hfq.load(tmp_path / "int8")
+    with stock_transformers():
+        stock = SentenceTransformer(str(tmp_path / "int8"), device="cpu")
+    found = answer(opened, TEXTS[:16])
+    assert alike(found, answer(source.float(), TEXTS[:16])) > 0.99
+    assert alike(found, answer(stock, TEXTS[:16])) > 0.99
+
+
+def test_compile_is_of_the_transformer_inside(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")  # without a compiler it says whom it would have compiled
+    monkeypatch.delenv("CXX", raising=False)
+    opened = SentenceTransformer(made.folders["SentenceTransformer"], device="cpu")
+    with pytest.warns(UserWarning, match="needs a C\\+\\+ compiler"):
+        assert hfq.compile(opened) is opened
+    assert np.allclose(opened.encode(TEXTS), made.int8["SentenceTransformer"].encode(TEXTS), atol=1e-5)
