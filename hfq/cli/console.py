@@ -46,7 +46,7 @@ def show_tasks(tasks: Sequence[Mapping[str, Any]]) -> None:
                 ("--metric", f"{', '.join(task['metrics'])} (the first is the default); without labels: {FIDELITY}")
             )
         width = max(len(name) for name, _ in rows)
-        head = f"{task['name']} (on the Hub: {task['pipeline_tag']})"
+        head = f"{task['name']} (on the Hub: {', '.join([task['pipeline_tag'], *task['other_tags']])})"
         blocks.append("\n".join([head, *(f"  {name:{width}}  {what}" for name, what in rows)]))
     write("\n\n".join(blocks))
 

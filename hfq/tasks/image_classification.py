@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from .base import Columns, Metric
 from .classification import Classification, in_top_five
@@ -17,6 +17,7 @@ class ImageClassification(Classification, ImageTask):
     name = "image-classification"
     auto_class = "AutoModelForImageClassification"
     pipeline_tag = "image-classification"
+    example: ClassVar[Mapping[str, Any]] = {"num_labels": 1000}
 
     def columns(self, features: Mapping[str, Any], requested: Columns) -> Columns:
         labels = find_label_column(features, requested.get("label", ()), names=self.label_columns, task=self.name)

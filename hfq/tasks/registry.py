@@ -36,6 +36,7 @@ def describe_tasks() -> list[dict[str, Any]]:
         {
             "name": name,
             "pipeline_tag": task.pipeline_tag,
+            "other_tags": list(task.other_tags),
             "columns": dict(task.roles),
             "metrics": _metrics(task),
         }

@@ -34,6 +34,8 @@ EVERY_KEY = [
     "--calibration-split",
     "--column",
     "--text-column",
+    "--pooling",
+    "--prompt",
     "--label-column",
     "--metric",
     "--approach",
@@ -189,7 +191,8 @@ def test_tasks_are_shown_with_columns_and_metrics(tmp_path: Path) -> None:
     shown = forkserver().hfq("tasks", cwd=tmp_path)
     assert (shown.code, shown.err) == (0, "")
     for task, block in zip(found, shown.out.split("\n\n"), strict=True):
-        assert block.startswith(f"{task['name']} (on the Hub: {task['pipeline_tag']})\n")
+        tags = ", ".join([task["pipeline_tag"], *task["other_tags"]])
+        assert block.startswith(f"{task['name']} (on the Hub: {tags})\n")
         for role, what in task["columns"].items():
             assert re.search(rf"^  --column {role}=… +{re.escape(what)}$", block, re.MULTILINE)
         assert f"  {', '.join(task['metrics'])} (the first is the default)" in block

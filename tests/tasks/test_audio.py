@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from command import forkserver
 from datasets import Dataset, Features, Value
+from support.command import forkserver
 from support.tones import LETTERS, RATE, spoken, train_classifier, train_recognizer, write_recordings
 from transformers import AutoModelForCTC, AutoProcessor
 
