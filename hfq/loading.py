@@ -6,17 +6,19 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from .common.copies import deep_copy
-from .common.errors import SourceError, UnsupportedError, UsageError
+from .common.errors import DataError, SourceError, UnsupportedError, UsageError
 from .common.memory import checkpoint_files, return_freed_memory
 from .common.names import INPUT_RANGES
+from .runtime.compiling.compile import use_kept
 from .runtime.fusion.fuse import finish_fusing, fuse
-from .runtime.inside import transformers_part
+from .runtime.inside import sentence_transformer, transformers_part
 from .runtime.int8.conv import Int8Conv
 from .runtime.int8.linear import Int8Linear, note_files, pack_all
 from .runtime.loading.input_ranges import take_ranges
 from .runtime.loading.swap import is_int8, swap_modules
 from .source.bounds import bounded
 from .source.checkpoint import Checkpoint, pull
+from .source.model import load_tokenizer
 from .source.sentence_model import sentence_class
 from .tasks.registry import find_architecture, find_task
 
@@ -42,7 +44,8 @@ def load(
     the first forward. A folder of sentence-transformers, where that is installed, is opened as what it is: a
     SentenceTransformer, CrossEncoder or SparseEncoder; with `task`, as the transformers model inside.
     With `HFQ_SHARE=1` in the environment, processes of one user on one host share packed weights,
-    by files in the cache folder of the Hub's client, whichever of the two loads them.
+    by files in the cache folder of the Hub's client, whichever of the two loads them. What `hfq.compile` or `hfq warm`
+    compiled for such a model before is used at once, unless `HFQ_COMPILE=off` is in the environment.
 
     Args:
         model: for a module that is not transformers': one of the class that was quantized, in float and with any
@@ -86,11 +89,27 @@ def _checked(model: nn.Module, checkpoint: str | Path) -> nn.Module:
     return _ready(model)
 
 
+def load_with_inputs(checkpoint: str, *, revision: str | None, token: str | None) -> "tuple[nn.Module, list[str]]":
+    """As `load`, of sentence-transformers' the model inside; and the names of what its tokenizer makes, if it has one.
+
+    Raises:
+        As `load` does.
+    """
+    model = load(checkpoint, revision=revision, token=token)
+    found = pull(checkpoint, revision=revision, token=token, hashed=False)
+    model = sentence_transformer(model) or model
+    try:
+        return model, list(load_tokenizer(found, trust_remote_code=False).model_input_names)
+    except DataError:  # a model of images has none
+        return model, ["input_ids", "attention_mask"]
+
+
 def _ready(model: nn.Module) -> nn.Module:
     """Fused and packed now, so that the first request is answered as fast as the second."""
     finish_fusing(model)
     pack_all(model)
     return_freed_memory()
+    use_kept(model)
     return model
 
 

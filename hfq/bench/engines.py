@@ -5,6 +5,7 @@ A peer is quantized as its own guide says, from the float checkpoint, with the s
 
 import importlib.metadata
 import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -261,6 +262,7 @@ def _model(path: Path, job: Job) -> Any:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+    os.environ["HFQ_COMPILE"] = "off"  # what is compiled has a row of its own
     size = {} if job.layers is None else {"num_hidden_layers": job.layers}
     model = getattr(transformers, job.auto_class).from_pretrained(path, dtype=torch.float32, **size)
     return model.eval().requires_grad_(False)

@@ -264,6 +264,57 @@ def bench_command(
 
 
 @app.command(
+    name="warm",
+    epilog=examples(
+        "hfq warm me/bert-mrpc-int8",
+        "hfq warm ./out --shapes 1x16,8x128 --threads 2",
+        "hfq warm ./out --export ./graphs",
+    ),
+)
+@with_options("checkpoint", "revision", "threads")
+def warm_command(
+    flags: dict[str, Any],
+    shapes: Annotated[str, typer.Option(help="Batch x length, with commas.")] = "1x16,8x128",
+    export_to: Annotated[
+        Path | None,
+        typer.Option(
+            "--export",
+            help="Also copy what is compiled to this folder, for machines without a compiler: HFQ_GRAPHS=FOLDER there.",
+            show_default=False,
+            callback=expanded,
+        ),
+    ] = None,
+    token: Token = None,
+) -> None:
+    """Compile an INT8 checkpoint before it is served: whoever loads it on this machine has its graphs at once.
+
+    One graph is for single inputs of any length, one for batches of any size and length.
+    """
+    import torch
+
+    from ..bench.run import read_shapes
+    from ..common.ui import Reporter
+    from ..loading import load_with_inputs
+    from ..runtime.compiling.folders import export
+    from ..runtime.compiling.graphs import made_with
+    from ..runtime.compiling.warming import warm
+
+    if threads := flags.get("threads"):
+        torch.set_num_threads(threads)
+    wanted = read_shapes(shapes)
+    ui = Reporter()
+    model, names = load_with_inputs(flags["checkpoint"], revision=flags.get("revision"), token=token)
+    kept: set[Path] = set()
+    for batch, length in wanted:
+        started = time.monotonic()
+        kept.update(warm(model, (batch, length), names=names))
+        ui.stage(f"{batch}x{length}: compiled, or found, in {time.monotonic() - started:.1f} s")
+    if export_to is not None:
+        export(sorted(kept), export_to, made_with=made_with())
+        ui.stage(f"Wrote {export_to}: set HFQ_GRAPHS to where it will be")
+
+
+@app.command(
     name="eval",
     epilog=examples("hfq eval ./out --dataset ./data --split test", "hfq eval ./out --dataset ./data --compile"),
 )

@@ -1,5 +1,6 @@
 """A process that loads one model and times it: `python -m hfq.measure.model_process`, driven by `hfq.measure.timing`."""
 
+import os
 import time
 from contextlib import nullcontext
 from importlib import import_module
@@ -49,6 +50,7 @@ class _Session:
 
         self.batches = _batches(load_file(request["batches"]))
         imported_mib = peak_mib()
+        os.environ["HFQ_COMPILE"] = "off"  # what is measured does not depend on what this machine compiled before
         start = time.perf_counter()
         with stock_transformers() if self.stock else nullcontext():
             self.model = self.auto_class.from_pretrained(

@@ -29,7 +29,8 @@ from ..int8.known_forward import FusedForward, enter
 from ..int8.linear import PACKING, pack_all
 from .blocked import lay_out, lay_out_for_kernels
 from .difference import differs
-from .graphs import CompilerError, Graphs, WrongAnswerError, dynamic_axes, said
+from .folders import are_all_empty, cache_folder, folders, say_what_differs, uses_kept_graphs
+from .graphs import CompilerError, Graphs, WrongAnswerError, dynamic_axes, made_with, said
 
 Model = TypeVar("Model", bound=nn.Module)
 _NO_COMPILER = "hfq.compile needs a C++ compiler (g++ or clang++, or its path in CXX) and found none"
@@ -67,7 +68,7 @@ def compile(model: Model) -> Model:
     known = known_of(model)
     for part in worth:
         forward = enter(part, known)
-        if forward.compiled is not None and forward.compiled.prepare():
+        if isinstance(forward.compiled, _Compiled) and forward.compiled.is_asked and forward.compiled.prepare():
             continue
         inside = [enter(inner, known) for inner in list(part.modules())[1:] if isinstance(inner, PreTrainedModel)]
         forward.settle()
@@ -81,6 +82,32 @@ def compile(model: Model) -> Model:
             inner.look_again()
             inner.compiled = _Compiled(inner)
     return model
+
+
+def use_kept(model: nn.Module) -> None:
+    """Have `model`, which is fused, run what was compiled for it before, if anything was: nothing is compiled for it.
+
+    Raises:
+        UsageError: `HFQ_COMPILE` says what it cannot.
+    """
+    if not uses_kept_graphs() or are_all_empty():
+        return
+    for part in _parts(model):
+        for module in (part, *list(part.modules())[1:]):
+            forward = module.__dict__.get("forward")
+            if isinstance(forward, FusedForward) and forward.compiled is None and _without_gain(module) is None:
+                forward.compiled = _Compiled(forward, is_asked=False)
+        entered = part.__dict__.get("forward")
+        if isinstance(entered, FusedForward) and entered.compiled is not None and not entered.compiled.prepare():
+            entered.compiled = None
+
+
+def kept_for(model: nn.Module) -> list[Path]:
+    """Folders of what is compiled for `model`, and for transformers' models in it."""
+    forwards = (module.__dict__.get("forward") for module in model.modules())
+    compiled = (forward.compiled for forward in forwards if isinstance(forward, FusedForward))
+    folders = (one.folder for one in compiled if isinstance(one, _Compiled))
+    return [folder for folder in folders if folder is not None and folder.exists()]
 
 
 def _parts(model: nn.Module) -> list[nn.Module]:
@@ -122,10 +149,12 @@ _comparison = _Comparison()
 class _Compiled:
     """A model's `forward` that runs compiled graphs on token batches and gives everything else to the original.
 
-    `entry`: that of the model. Copies and pickles of it find their own graphs when they are called first.
+    `entry`: that of the model. Copies and pickles of it find their own graphs when they are called first. `is_asked`:
+    by the user, who is told what does not run compiled; else nothing is compiled, and there is nothing to tell.
     """
 
-    def __init__(self, entry: FusedForward) -> None:
+    def __init__(self, entry: FusedForward, is_asked: bool = True) -> None:
+        self.is_asked = is_asked
         self._entry = entry
         self._model = model = entry.model
         self._graphs: Graphs | None = None
@@ -138,7 +167,12 @@ class _Compiled:
         self._main_input = getattr(model, "main_input_name", TOKENS[0])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Compiled, (self._entry,)
+        return _Compiled, (self._entry, self.is_asked)
+
+    @property
+    def folder(self) -> Path | None:
+        """Where what is compiled is kept; None if nothing can be."""
+        return None if self._graphs is None else self._graphs.folder
 
     def prepare(self) -> bool:
         """Find what was compiled for the model as it is now, and whether more can be. Returns: whether anything can."""
@@ -153,9 +187,12 @@ class _Compiled:
         pack_all(model)  # what is packed while it is traced would be packed again each time
         fusions = wanted_fusions()
         lay_out(model, panels="compiled-matmul" in fusions)
-        graphs = Graphs.of(model, cache_folder(), fusions=fusions)
-        self._compiler = has_compiler()
-        if self._compiler or (graphs and graphs.folder.exists()):
+        graphs = Graphs.of(model, folders(), fusions=fusions)
+        self._compiler = self.is_asked and has_compiler()
+        are_kept = graphs is not None and graphs.are_kept
+        if not (are_kept or self._compiler or self._entry.inner):
+            say_what_differs(type(model).__name__, made_with())
+        if self._compiler or are_kept:
             self._graphs = graphs
             return_freed_memory()  # what packing left: activations of compiled code mostly do not fit into it
         else:
@@ -188,7 +225,7 @@ class _Compiled:
 
     def say_why(self, reason: str) -> None:
         """Tell the user, once, why a call of the model runs uncompiled."""
-        if not self._is_said and not _comparison.under_way:
+        if self.is_asked and not self._is_said and not _comparison.under_way:
             self._is_said = True
             warnings.warn(
                 f"A call of the compiled {type(self._model).__name__} runs uncompiled, as slowly as before hfq.compile: "
@@ -275,7 +312,8 @@ class _Compiled:
             self._graphs = None
             lay_out_for_kernels(self._model)
         name = type(self._model).__name__
-        warnings.warn(f"hfq.compile failed: {name} runs uncompiled, with its own answers. {error}", stacklevel=4)
+        if self.is_asked:
+            warnings.warn(f"hfq.compile failed: {name} runs uncompiled, with its own answers. {error}", stacklevel=4)
 
 
 def _are_consecutive(positions: Tensor) -> bool:
@@ -335,18 +373,6 @@ def _settings() -> Iterator[None]:
 
     with torch._inductor.config.patch(freezing=True):
         yield
-
-
-def cache_folder() -> Path:
-    """Where compiled code is kept: the folder that the user named for inductor's, or one in the Hub client's cache."""
-    from huggingface_hub import constants
-
-    named = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    if named and "torch._inductor" in sys.modules:  # which writes its own default, a temporary folder, there
-        from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
-        named = None if named == default_cache_dir() else named
-    return Path(named or Path(constants.HF_HOME) / "hfq" / "compiled")
 
 
 def _keep_on_disk() -> None:

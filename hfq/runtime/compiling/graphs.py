@@ -16,6 +16,7 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from ..fusion.attention import compiles_to_bfloat16, is_compiled
 from ..int8.linear import packed_linears
 from ..kernels.native import machine, take_tensors
 from .difference import Forward, differs
+from .folders import trusted
 from .skeleton import stand_in, take_apart
 
 LIBRARY = "graph.so"
@@ -52,8 +54,11 @@ class WrongAnswerError(Exception):
 class Graphs:
     """The graphs of one model, which are loaded, or compiled and kept, when an input first asks for them."""
 
-    def __init__(self, folder: Path, *, skeleton: bytes, tensors: list[Tensor], fusions: Sequence[str]) -> None:
-        self.folder = folder
+    def __init__(
+        self, folders: Sequence[Path], *, skeleton: bytes, tensors: list[Tensor], fusions: Sequence[str]
+    ) -> None:
+        self.folders = folders
+        self.folder = folders[0]  # where new ones are put
         self._fusions = fusions
         self._skeleton = skeleton
         self._tensors = tensors
@@ -61,7 +66,7 @@ class Graphs:
         self._refused: set[tuple[Any, ...]] = set()
 
     @classmethod
-    def of(cls, model: nn.Module, root: Path, *, fusions: Sequence[str]) -> "Graphs | None":
+    def of(cls, model: nn.Module, roots: Sequence[Path], *, fusions: Sequence[str]) -> "Graphs | None":
         """None where the model cannot be compiled by another process. `fusions`: those that are wanted."""
         parts = take_apart(model, blocks="compiled-matmul" in fusions)
         if parts is None or any(tensor.device.type != "cpu" for tensor in parts[1]):
@@ -74,9 +79,14 @@ class Graphs:
             "compiled-residual": narrow and "compiled-residual" in fusions,
         }
         wanted = [name for name, is_wanted in here.items() if is_wanted]
-        facts = json.dumps([_code(), machine(), wanted, *map(stand_in, tensors)])
-        key = hashlib.sha256(facts.encode() + skeleton)
-        return cls(root / key.hexdigest()[:32], skeleton=skeleton, tensors=tensors, fusions=wanted)
+        facts = json.dumps([made_with(), wanted, *map(stand_in, tensors)])
+        key = hashlib.sha256(facts.encode() + skeleton).hexdigest()[:32]
+        return cls([root / key for root in roots], skeleton=skeleton, tensors=tensors, fusions=wanted)
+
+    @property
+    def are_kept(self) -> bool:
+        """Whether anything was compiled for the model before."""
+        return any(folder.exists() for folder in self.folders)
 
     def find(self, names: Sequence[str], inputs: Tensor) -> "Graph | None":
         """A loaded graph for `inputs`, int64 `[names, batch, length]` or float32 `[1, batch, channels, height, width]`."""
@@ -109,31 +119,40 @@ class Graphs:
             graph = self.find(names, inputs)
             while graph is None and kind not in self._refused:
                 loaded = self._loaded.setdefault(kind, [])
-                folder = self.folder / "-".join(map(str, (*kind, len(loaded))))
-                found = self._load(folder)
-                if found is None and eager and len(loaded) < MOST and not folder.exists():
+                name = "-".join(map(str, (*kind, len(loaded))))
+                places = [folder / name for folder in self.folders]
+                found = self._first_of(places)
+                if found is None and eager and len(loaded) < MOST and not any(place.exists() for place in places):
                     eager(inputs.clone())
-                    self._compile(names, inputs, folder, eager=eager)
-                    found = self._load(folder)
+                    self._compile(names, inputs, places[0], eager=eager)
+                    found = self._first_of(places[:1])
                 if found is None:
                     self._refused.add(kind)
-                    if (folder / WRONG).exists():
-                        raise WrongAnswerError((folder / WRONG).read_text(encoding="utf-8"))
+                    if (places[0] / WRONG).exists():
+                        raise WrongAnswerError((places[0] / WRONG).read_text(encoding="utf-8"))
                 else:
                     loaded.append(found)
                     graph = self.find(names, inputs)
             return graph
 
+    def _first_of(self, places: Sequence[Path]) -> "Graph | None":
+        return next((found for place in places if (found := self._load(place)) is not None), None)
+
     def _load(self, folder: Path) -> "Graph | None":
-        """The graph in `folder`; None if there is none."""
+        """The graph in `folder`; None if there is none that is this user's."""
         if (folder / REFUSED).exists():
             _log.info("Not compiled ahead: %s", (folder / REFUSED).read_text(encoding="utf-8"))
         elif folder.exists() and not (folder / WRONG).exists():
             try:
-                return Graph(folder, self._tensors)
+                with trusted(
+                    folder.parent, folder.name, f"{folder.name}/{FACTS}", f"{folder.name}/{LIBRARY}"
+                ) as parent:
+                    return Graph(parent / folder.name, self._tensors)
             except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-                _log.warning("%s is damaged and is deleted: %s", folder, error)
-                shutil.rmtree(folder, ignore_errors=True)
+                is_ours = folder.parent == self.folder
+                _log.warning("%s is damaged and is %s: %s", folder, "deleted" if is_ours else "not used", error)
+                if is_ours:
+                    shutil.rmtree(folder, ignore_errors=True)
             except (OSError, RuntimeError) as error:  # others, who may read it or have the memory, go on with it
                 _log.warning("%s is not used: %s", folder, error)
         return None
@@ -152,10 +171,10 @@ class Graphs:
             "tensors": [stand_in(tensor) for tensor in self._tensors],
         }
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".", dir=self.folder) as unfinished:
                 made = Path(unfinished) / "graph"
-                made.mkdir()
+                made.mkdir(mode=0o700)
                 self._run_compiler({**request, "folder": str(made)})
                 self._check_answers(made, inputs, eager)
                 try:
@@ -287,14 +306,25 @@ def _kind(names: Sequence[str], inputs: Tensor) -> tuple[Any, ...]:
     return which, "single" if inputs.shape[1] == 1 else "batch", torch.get_num_threads()
 
 
-def _code() -> list[str]:
-    """Whose code a graph was compiled from and by. hfq's own by content, as it changes between versions here."""
+@lru_cache(maxsize=1)
+def _own_code() -> str:
+    """hfq's own by content, as it changes between versions here."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(path.read_bytes())
-    settings = [f"{name}={value}" for name, value in sorted(os.environ.items()) if _is_setting(name)]
-    torch_version = f"{torch.__version__} {torch.version.git_version}"
-    return [torch_version, transformers.__version__, __version__, digest.hexdigest(), *settings]
+    return digest.hexdigest()
+
+
+def made_with() -> dict[str, Any]:
+    """What graphs are compiled from, by and for, beside their model: they run nowhere else."""
+    return {
+        "torch": f"{torch.__version__} {torch.version.git_version}",
+        "transformers": transformers.__version__,
+        "hfq": __version__,
+        "code of hfq": _own_code(),
+        "setting": [f"{name}={value}" for name, value in sorted(os.environ.items()) if _is_setting(name)],
+        "CPU": machine(),
+    }
 
 
 def _is_setting(name: str) -> bool:

@@ -25,14 +25,17 @@ from .flow import Flow, ignores_padding, last_readers, read_for_first_token, tra
 from .residual import fuse_residual
 from .slicing import SlicedForward, slice_batches
 
+Then = Callable[[nn.Module], None]
 
-def fuse(model: nn.Module, *, at_first_forward: bool = False) -> None:
+
+def fuse(model: nn.Module, *, at_first_forward: bool = False, then: Then | None = None) -> None:
     """Fuse in place wherever it is proved equal and `HFQ_FUSIONS` allows it.
 
     What needs a forward is tried on the `dummy_inputs` of the model, or of the models it is built around.
 
     Args:
         at_first_forward: leave to the first forward, or to `finish_fusing`, what may be left to it.
+        then: what that forward is to do after it.
 
     Raises:
         UsageError: `HFQ_FUSIONS` names a fusion that does not exist.
@@ -46,7 +49,7 @@ def fuse(model: nn.Module, *, at_first_forward: bool = False) -> None:
         slice_batches(model, known)
     if at_first_forward or Structure(model).is_watched():  # no hook is to see examples
         _enter(model, known)
-        enter(model, known).at_first = _AtFirstForward(wanted)
+        enter(model, known).at_first = _AtFirstForward(wanted, then)
     else:
         _fuse_calls(model, wanted)
 
@@ -120,13 +123,16 @@ class _AtFirstForward:
     they call meanwhile waits, as for packing.
     """
 
-    def __init__(self, wanted: tuple[str, ...]) -> None:
+    def __init__(self, wanted: tuple[str, ...], then: Then | None) -> None:
         self.wanted = wanted
+        self.then = then
 
     def __call__(self, model: nn.Module) -> None:
         if self.fuse(model):
             pack_all(model)  # at once, so that what this leaves is given back before there are activations
             return_freed_memory()
+            if self.then is not None:
+                self.then(model)
 
     def fuse(self, model: nn.Module) -> bool:
         """Do it. Returns: whether it was done by this call."""

@@ -15,6 +15,7 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 from ...common.errors import UnsupportedError
 from ...common.memory import checkpoint_files
 from ...common.names import INPUT_RANGES
+from ..compiling.compile import use_kept
 from ..fusion.fuse import fuse
 from ..int8.linear import Int8Embedding, PackedModule, note_files
 from .filling import fill_modules
@@ -78,7 +79,7 @@ class Int8HfQuantizer(CompressedTensorsHfQuantizer):
                 # to_dict() leaves it out, and stock could not open the copy
                 settings = {"dequantize": True, INPUT_RANGES: ranges}
                 model.config.quantization_config = {**settings, **self.quantization_config.to_dict()}
-            fuse(model, at_first_forward=True)
+            fuse(model, at_first_forward=True, then=use_kept)
         return super()._process_model_after_weight_loading(model, **kwargs)
 
     def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:

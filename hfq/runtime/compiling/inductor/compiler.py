@@ -26,6 +26,7 @@ from ..skeleton import put_together
 
 def main() -> None:
     """Compile what standard input asks for, or write why it cannot be compiled."""
+    os.umask(0o077)  # what others could have written is not loaded
     request = json.loads(sys.stdin.buffer.readline())
     skeleton = sys.stdin.buffer.read()
     folder = Path(request["folder"])
