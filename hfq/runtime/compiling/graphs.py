@@ -235,6 +235,8 @@ class Graph:
         if facts["sha256"] != digest(folder, facts["conditions"], facts["outputs"]):
             raise ValueError("its files are not those that were compiled")
         self._tensors = tensors
+        if "Cache" in facts["outputs"]:
+            register_caches()
         self._outputs = pytree.treespec_loads(facts["outputs"])
         condition = " and ".join(f"({guard})" for guard in facts["conditions"]) or "True"
         # Arithmetic on the shape that the compiler wrote down; the library beside it is machine code of the same origin.
@@ -272,6 +274,13 @@ class Graph:
             message = ctypes.c_char_p()
             self._library.AOTInductorGetLastError(ctypes.byref(message))
             raise RuntimeError(f"A compiled graph failed: {(message.value or b'').decode(errors='replace')}")
+
+
+def register_caches() -> None:
+    """Have torch see the tensors in a decoder's cache, which such a model returns beside its other outputs."""
+    from transformers.integrations.executorch import register_dynamic_cache_export_support
+
+    register_dynamic_cache_export_support()
 
 
 def said(difference: float) -> str:

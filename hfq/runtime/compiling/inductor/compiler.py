@@ -20,7 +20,7 @@ from ...fusion import attention
 from ...int8.known_forward import KnownForward
 from ...int8.linear import Int8Linear, compiling_ahead
 from .. import operations  # noqa: F401 - operations are registered
-from ..graphs import FACTS, LIBRARY, REFUSED, digest, dynamic_axes
+from ..graphs import FACTS, LIBRARY, REFUSED, digest, dynamic_axes, register_caches
 from ..skeleton import put_together
 
 
@@ -36,6 +36,10 @@ def main() -> None:
     _ask_compiler()
     try:
         tensors = [_empty(**found) for found in request["tensors"]]
+        put_together(
+            skeleton, tensors
+        )  # imports its classes: transformers registers no output that it meets in tracing
+        register_caches()
         inputs = torch.ones_like(_empty(**request["inputs"]))
         compile_graph(model, folder, inputs=inputs, tensors=tensors, fusions=request["fusions"])
     except Exception as error:  # what cannot be traced as one graph ends in any error of torch's
