@@ -16,7 +16,7 @@ from ..ptq.inputs import Batch, head
 from ..ptq.layers import find_quantizable, linear
 from ..ptq.scheme import Plan
 from ..runtime.fusion.fuse import fuse
-from ..runtime.fusion.snapshot import trial
+from ..runtime.fusion.snapshot import unchanged
 from ..runtime.int8.linear import memory_mib, state_mib
 from .candidates import Candidate, Space
 from .goal import Goal
@@ -124,7 +124,7 @@ def prepare(
     `example`: what the graph is traced with; the first batch when absent.
     """
     first = example or (batches[0] if batches else None)
-    with trial(model):  # examples may be made up, and some models change themselves for good by what they are given
+    with unchanged(model):  # examples may be made up, and some models change themselves for good by what they are given
         layers = find_quantizable(
             model, first, first=options.quantize_first, last=options.quantize_last, asked_for=options.wants_int8
         )
@@ -186,7 +186,7 @@ def _output_error(space: Space) -> Callable[[Candidate], float]:
     Not the logits: a fine-tuned classifier is saturated on its own training data, so they hide most of the error.
     """
     return_freed_memory()
-    with trial(space.model):
+    with unchanged(space.model):
         reference = encoder_output(space.model, space.batches)
 
     def output_error(candidate: Candidate) -> float:

@@ -29,8 +29,8 @@ from ..int8.known_forward import FusedForward, enter
 from ..int8.linear import PACKING, pack_all
 from .blocked import lay_out, lay_out_for_kernels
 from .difference import differs
-from .folders import are_all_empty, cache_folder, folders, say_what_differs, uses_kept_graphs
-from .graphs import CompilerError, Graphs, WrongAnswerError, dynamic_axes, made_with, said
+from .folders import are_all_empty, cache_folder, compile_setting, folders, say_what_differs
+from .graphs import CompilerError, Graph, Graphs, WrongAnswerError, dynamic_axes, made_with, said
 
 Model = TypeVar("Model", bound=nn.Module)
 _NO_COMPILER = "hfq.compile needs a C++ compiler (g++ or clang++, or its path in CXX) and found none"
@@ -85,12 +85,15 @@ def compile(model: Model) -> Model:
 
 
 def use_kept(model: nn.Module) -> None:
-    """Have `model`, which is fused, run what was compiled for it before, if anything was: nothing is compiled for it.
+    """Have `model`, which is fused, run what was compiled for it before, if anything was.
+
+    Nothing is compiled for it, or, if the user wants that, in the background.
 
     Raises:
         UsageError: `HFQ_COMPILE` says what it cannot.
     """
-    if not uses_kept_graphs() or are_all_empty():
+    setting = compile_setting()
+    if setting == "off" or (setting == "kept" and are_all_empty()):
         return
     for part in _parts(model):
         for module in (part, *list(part.modules())[1:]):
@@ -150,7 +153,8 @@ class _Compiled:
     """A model's `forward` that runs compiled graphs on token batches and gives everything else to the original.
 
     `entry`: that of the model. Copies and pickles of it find their own graphs when they are called first. `is_asked`:
-    by the user, who is told what does not run compiled; else nothing is compiled, and there is nothing to tell.
+    by the user, who is told what does not run compiled; else nothing is compiled, and there is nothing to tell. With
+    `HFQ_COMPILE=background`, either way, a thread waits for what is compiled while the original computes.
     """
 
     def __init__(self, entry: FusedForward, is_asked: bool = True) -> None:
@@ -160,6 +164,8 @@ class _Compiled:
         self._graphs: Graphs | None = None
         self._compiler = False
         self._is_prepared = False
+        self._in_background = False
+        self._maker: threading.Thread | None = None
         self._is_said = False
         self._in_process: _InProcess | None = None
         self._largest = LargestInput()
@@ -188,14 +194,15 @@ class _Compiled:
         fusions = wanted_fusions()
         lay_out(model, panels="compiled-matmul" in fusions)
         graphs = Graphs.of(model, folders(), fusions=fusions)
-        self._compiler = self.is_asked and has_compiler()
+        self._in_background = compile_setting() == "background"
+        self._compiler = (self.is_asked or self._in_background) and has_compiler()
         are_kept = graphs is not None and graphs.are_kept
         if not (are_kept or self._compiler or self._entry.inner):
             say_what_differs(type(model).__name__, made_with())
         if self._compiler or are_kept:
             self._graphs = graphs
             return_freed_memory()  # what packing left: activations of compiled code mostly do not fit into it
-        else:
+        elif not self._entry.inner:  # else what it is inside may need it
             lay_out_for_kernels(model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -267,14 +274,13 @@ class _Compiled:
         graphs = self._graphs
         graph = graphs.find(names, stacked) if graphs else None
         if graph is None and graphs and graphs.may_make(names, stacked):
-            eager = functools.partial(self._eager_of, names) if self._compiler else None
-            try:
-                graph = graphs.make(names, stacked, eager=eager)
-            except (CompilerError, WrongAnswerError) as error:
-                self._give_up(error)
+            if self._in_background:
+                self._make_meanwhile(graphs, names, stacked)
+            else:
+                graph = self._make(graphs, names, stacked)
         if graph is not None:
             return graph(stacked)
-        if not self._compiler:
+        if not self._compiler or self._in_background:
             return self._entry.forward(**inputs)
         if self._in_process is None:
             warnings.warn(
@@ -289,6 +295,28 @@ class _Compiled:
             outputs = self._entry.forward(**inputs)  # which says what is wrong with the inputs, if that is it
             self._give_up(error)
             return outputs
+
+    def _make(self, graphs: Graphs, names: tuple[str, ...], stacked: Tensor) -> Graph | None:
+        eager = functools.partial(self._eager_of, names) if self._compiler else None
+        try:
+            return graphs.make(names, stacked, eager=eager)
+        except (CompilerError, WrongAnswerError) as error:
+            self._give_up(error)
+            return None
+
+    def _make_meanwhile(self, graphs: Graphs, names: tuple[str, ...], stacked: Tensor) -> None:
+        """Have a thread make it, one at a time: a forward to come finds it."""
+        known = self._entry.known
+        level, copy = known.level, stacked.clone()
+
+        def make() -> None:
+            with torch.inference_mode(), known.running(level):
+                self._make(graphs, names, copy)
+
+        with PACKING:
+            if self._maker is None or not self._maker.is_alive():
+                self._maker = threading.Thread(target=make, daemon=True)  # the process may end before it does
+                self._maker.start()
 
     def _eager_of(self, names: tuple[str, ...], stacked: Tensor) -> Any:
         _comparison.under_way = True
@@ -310,9 +338,10 @@ class _Compiled:
                 forward.compiled = None
         if self._graphs is None or not self._graphs.has_loaded():
             self._graphs = None
-            lay_out_for_kernels(self._model)
+            if not self._entry.inner:
+                lay_out_for_kernels(self._model)
         name = type(self._model).__name__
-        if self.is_asked:
+        if self.is_asked or self._in_background:
             warnings.warn(f"hfq.compile failed: {name} runs uncompiled, with its own answers. {error}", stacklevel=4)
 
 

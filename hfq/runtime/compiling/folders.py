@@ -10,25 +10,26 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from ...common.errors import UsageError
 from ...common.files import write_text
 
 MADE_WITH = "made-with.json"
-_SETTINGS = ("", "kept", "off")
+Setting = Literal["kept", "off", "background"]
 
 
-def uses_kept_graphs() -> bool:
-    """Whether models run what was compiled for them before, without being asked to: `HFQ_COMPILE`.
+def compile_setting() -> Setting:
+    """`HFQ_COMPILE`: whether models run what was compiled for them before, and have compiled what was not, unasked.
 
     Raises:
         UsageError: it says something else.
     """
-    setting = os.environ.get("HFQ_COMPILE", "")
-    if setting not in _SETTINGS:
-        raise UsageError(f"HFQ_COMPILE is {setting!r}; expected {' or '.join(_SETTINGS[1:])}.")
-    return setting != "off"
+    setting: Any = os.environ.get("HFQ_COMPILE") or "kept"
+    if setting not in get_args(Setting):
+        raise UsageError(f"HFQ_COMPILE is {setting!r}; expected {', '.join(get_args(Setting))}.")
+    found: Setting = setting
+    return found
 
 
 def cache_folder() -> Path:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..int8.linear import Int8Linear, SharedMatmul
-from .snapshot import trial
+from .snapshot import unchanged
 
 _ADD = torch.ops.aten.add.Tensor
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
@@ -129,14 +129,19 @@ def trace(model: nn.Module, example: Mapping[str, Any]) -> Flow | None:
         return y
 
     try:
-        with trial(model) as tried, torch.inference_mode(), standing_in(model.modules(), answer), _Operations(flow):
+        with (
+            unchanged(model) as snapshot,
+            torch.inference_mode(),
+            standing_in(model.modules(), answer),
+            _Operations(flow),
+        ):
             leaves = tree_leaves(model(**example))
             flow.outputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             flow.opaque = any(not isinstance(leaf, Tensor | int | float | str | None) for leaf in leaves)
     except Exception:  # the model's own code: an example that does not fit only means that nothing is fused
         return None
     flow.read_by_others += flow.outputs
-    return None if tried.changed else flow
+    return None if snapshot.changed else flow
 
 
 def last_readers(model: nn.Module, example: Mapping[str, Tensor], flow: Flow) -> set[Int8Linear]:
@@ -265,9 +270,9 @@ def _waves(number: int, in_features: int, out_features: int) -> tuple[Tensor, Te
 
 
 def _outputs(model: nn.Module, inputs: Mapping[str, Tensor], answer: Answer) -> list[Tensor]:
-    with trial(model) as tried, standing_in(model.modules(), answer):
+    with unchanged(model) as snapshot, standing_in(model.modules(), answer):
         outputs = [leaf for leaf in tree_leaves(model(**inputs)) if isinstance(leaf, Tensor)]
-    if tried.changed:
+    if snapshot.changed:
         raise ValueError("The model changes itself for these")
     return outputs
 

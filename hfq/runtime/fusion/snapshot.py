@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Trial:
+class Snapshot:
     """What `model` is, to be put back. `changed`: whether it may have been one of other steps in between."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -41,9 +41,9 @@ class Trial:
 
 
 @contextmanager
-def trial(model: nn.Module) -> Iterator[Trial]:
-    """For the length of the block, `model` may be given examples. What it changes in itself, and random numbers, are put back."""
-    found = Trial(model)
+def unchanged(model: nn.Module) -> Iterator[Snapshot]:
+    """For the length of the block, `model` may be given examples: what it changes in itself, and random numbers, are put back."""
+    found = Snapshot(model)
     try:
         with torch.random.fork_rng(devices=[]):
             yield found

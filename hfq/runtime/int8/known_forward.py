@@ -49,6 +49,11 @@ class KnownForward:
         return self._thread.may > NONE
 
     @property
+    def level(self) -> int:
+        """How much may be done in the forward of this thread, for another that is to do the same."""
+        return self._thread.may
+
+    @property
     def is_unwatched(self) -> bool:
         """Whether it is one of the model as it was."""
         # torch.compile has forwards of its own, which start below what calls `running`.

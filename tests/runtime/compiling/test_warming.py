@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,8 +85,21 @@ def test_what_is_kept_is_used_by_whoever_loads_the_checkpoint(warmed: Warmed, mo
     monkeypatch.setenv("HFQ_COMPILE", "off")
     assert torch.equal(logits(loaded(warmed.checkpoint), BATCHES), warmed.uncompiled)
     monkeypatch.setenv("HFQ_COMPILE", "perhaps")
-    with pytest.raises(UsageError, match="HFQ_COMPILE is 'perhaps'; expected kept or off"):
+    with pytest.raises(UsageError, match="HFQ_COMPILE is 'perhaps'; expected kept, off, background"):
         hfq.load(warmed.checkpoint)
+
+
+def test_in_the_background_a_model_computes_until_its_graph_is_there(
+    warmed: Warmed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(warmed.cache))
+    monkeypatch.setenv("HFQ_COMPILE", "background")
+    model = loaded(warmed.checkpoint)
+    assert torch.equal(logits(model, BATCHES[:1]), warmed.uncompiled[:16])
+    until = time.monotonic() + 60
+    while torch.equal(logits(model, BATCHES), warmed.uncompiled) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert_compiled(model, warmed)
 
 
 def test_what_is_exported_is_used_where_it_is_brought(
