@@ -95,7 +95,7 @@ class SentenceEmbedding(TextTask):
         self.head: Sequence[nn.Module] = ()
         self.judgement: str | None = None
         self.similarity = self.default_similarity
-        if config.get("is_encoder_decoder"):
+        if _is_half(config):
             self.auto_class = "AutoModelForTextEncoding"  # type: ignore[misc]
 
     @classmethod
@@ -359,6 +359,15 @@ class SentenceEmbedding(TextTask):
             {**{name: encoded[name][row] for name in encoded}, "prompt": tokens[prompt]}
             for row, prompt in enumerate(prompts)
         ]
+
+
+def _is_half(config: Mapping[str, Any]) -> bool:
+    """Whether `AutoModel` makes an encoder and a decoder of it, of which sentence-transformers reads the first (T5)."""
+    if "model_type" not in config:
+        return False
+    from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES as NAMES
+
+    return str(NAMES.get(config["model_type"], "")).endswith("EncoderModel")
 
 
 def all_vectors(outputs: Outputs) -> Tensor:

@@ -21,6 +21,7 @@ from torchmetrics.functional.retrieval import (
     retrieval_recall,
     retrieval_reciprocal_rank,
 )
+from transformers import T5Config, T5EncoderModel
 
 from hfq.common.errors import DataError, SourceError, UnsupportedError, UsageError
 from hfq.data.dataset import load_splits
@@ -109,6 +110,15 @@ def test_a_pooler_that_nothing_reads_may_be_missing(model: Path, tmp_path: Path)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     rows, columns = Dataset.from_dict({"text": TEXTS}), {"text": ["text"]}
     torch.testing.assert_close(vectors_of(folder, rows, columns), vectors_of(model, rows, columns))
+
+
+def test_of_an_encoder_and_a_decoder_the_encoder_is_read(model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model, tmp_path / "t5")
+    config = T5Config(vocab_size=8000, d_model=DIM, d_kv=16, d_ff=64, num_layers=1, num_heads=2, pad_token_id=0)
+    T5EncoderModel(config).save_pretrained(folder)
+    stock = SentenceTransformer(str(folder), device="cpu").encode(TEXTS, convert_to_tensor=True)
+    found = torch.stack(vectors_of(folder, Dataset.from_dict({"text": TEXTS}), {"text": ["text"]}))
+    torch.testing.assert_close(found, stock, rtol=1e-4, atol=1e-5)
 
 
 def test_settings_that_do_not_fit_are_refused(model: Path) -> None:
