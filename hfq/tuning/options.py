@@ -81,6 +81,11 @@ class Options:
         return self.rule(name, layer).precisions == ("int8",)
 
     @property
+    def smooths(self) -> bool:
+        """Whether SmoothQuant is tried: it is for static candidates."""
+        return bool(self.alphas) and self.approach != "dynamic"
+
+    @property
     def is_fastest(self) -> bool:
         """Whether speed alone decides between trials that meet the goal."""
         return set(self.objective) == {"performance"}

@@ -128,13 +128,11 @@ def prepare(
         layers = find_quantizable(
             model, first, first=options.quantize_first, last=options.quantize_last, asked_for=options.wants_int8
         )
-        folds = find_folds(model, head(first, TRACED), layers.layers) if first and options.alphas else []
+        folds = find_folds(model, head(first, TRACED), layers.layers) if first and options.smooths else []
         return_freed_memory()
         statistics = calibrate(model, layers.layers, batches, track=lambda b: ui.track(b, text="calibrating"))
-    ui.note(
-        f"{len(layers.layers)} matmuls and {len(layers.embeddings)} embeddings can run in int8; "
-        f"{len(folds)} SmoothQuant folds"
-    )
+    smoothing = f"; {len(folds)} SmoothQuant folds" if options.smooths else ""
+    ui.note(f"{len(layers.layers)} matmuls and {len(layers.embeddings)} embeddings can run in int8{smoothing}")
     return Space(model, layers, statistics, folds, batches=batches, options=options)
 
 
