@@ -11,7 +11,7 @@ from transformers import BigBirdConfig, BigBirdForSequenceClassification
 from hfq.config import PostTrainingQuantConfig
 from hfq.quantization import fit
 from hfq.runtime.fusion.fuse import fuse
-from hfq.runtime.fusion.snapshot import trial
+from hfq.runtime.fusion.snapshot import unchanged
 from hfq.tuning.candidates import Candidate
 
 
@@ -65,12 +65,12 @@ class Counting(nn.Module):
 def test_whatever_a_forward_changes_in_a_model_is_put_back() -> None:
     model = Counting()
     dense, numbers = model.dense, torch.get_rng_state()
-    with trial(model) as found:
+    with unchanged(model) as found:
         model(torch.ones(1, 4))
     assert found.changed
     assert (model.calls, model.seen, model.table, hasattr(model, "new")) == (0, [], {"a": 1}, False)
     assert model.dense is dense and isinstance(model.parts[0], nn.ReLU) and not model.sum.any()
     assert torch.equal(torch.get_rng_state(), numbers)
-    with trial(model.dense) as found:
+    with unchanged(model.dense) as found:
         model.dense(torch.ones(1, 4))
     assert not found.changed
