@@ -30,7 +30,7 @@ from ..int8.linear import PACKING, pack_all
 from .blocked import lay_out, lay_out_for_kernels
 from .difference import differs
 from .folders import are_all_empty, cache_folder, compile_setting, folders, say_what_differs
-from .graphs import CompilerError, Graph, Graphs, WrongAnswerError, dynamic_axes, made_with, said
+from .graphs import CompilerError, Graph, Graphs, WrongOutputError, dynamic_axes, made_with, said
 
 Model = TypeVar("Model", bound=nn.Module)
 _NO_COMPILER = "hfq.compile needs a C++ compiler (g++ or clang++, or its path in CXX) and found none"
@@ -300,7 +300,7 @@ class _Compiled:
         eager = functools.partial(self._eager_of, names) if self._compiler else None
         try:
             return graphs.make(names, stacked, eager=eager)
-        except (CompilerError, WrongAnswerError) as error:
+        except (CompilerError, WrongOutputError) as error:
             self._give_up(error)
             return None
 
@@ -342,7 +342,7 @@ class _Compiled:
                 lay_out_for_kernels(self._model)
         name = type(self._model).__name__
         if self.is_asked or self._in_background:
-            warnings.warn(f"hfq.compile failed: {name} runs uncompiled, with its own answers. {error}", stacklevel=4)
+            warnings.warn(f"hfq.compile failed: {name} runs uncompiled, with its own outputs. {error}", stacklevel=4)
 
 
 def _are_consecutive(positions: Tensor) -> bool:
@@ -350,7 +350,7 @@ def _are_consecutive(positions: Tensor) -> bool:
 
 
 class _InProcess:
-    """torch.compile of a forward, with what it sees as constants (freezing). `eager` is what it is to answer as."""
+    """torch.compile of a forward, with what it sees as constants (freezing). `eager`: whose outputs it is to have."""
 
     def __init__(self, forward: Any, eager: Callable[[tuple[str, ...], Tensor], Any]) -> None:
         _keep_on_disk()
@@ -364,10 +364,10 @@ class _InProcess:
         # Frozen weights are ordinary tensors, and inference mode would hand the compiler something else.
         with torch.inference_mode(False), torch.no_grad(), _settings():
             frames = _compiled_frames()
-            answer = self._run(names, stacked)
+            output = self._run(names, stacked)
             if _compiled_frames() != frames:
                 self._check(names, stacked)
-            return answer
+            return output
 
     def _run(self, names: tuple[str, ...], stacked: Tensor) -> Any:
         for dimension in dynamic_axes(stacked):
@@ -378,12 +378,12 @@ class _InProcess:
         """See that what was just compiled is right.
 
         Raises:
-            WrongAnswerError: it is not.
+            WrongOutputError: it is not.
         """
         compiled, eager = functools.partial(self._run, names), functools.partial(self._eager, names)
         difference = differs(compiled, eager, stacked)
         if difference is not None:
-            raise WrongAnswerError(said(difference))
+            raise WrongOutputError(said(difference))
 
     def _unstacked(self, names: tuple[str, ...], inputs: Tensor) -> Any:
         return self._own(**dict(zip(names, inputs.unbind(), strict=True)))

@@ -1,4 +1,4 @@
-"""How far what was compiled answers from the model itself. Compilers have faults, and those of a graph show in its first answers."""
+"""How far the outputs of what was compiled are from the model's own. Compilers have faults, and those of a graph show in its first outputs."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,39 +9,39 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-BOUND = 0.15  # of an answer's size. Codes that round another way, and bfloat16, mostly make less than 0.05 of it
+BOUND = 0.15  # of an output's size. Codes that round another way, and bfloat16, mostly make less than 0.05 of it
 OTHERS = 8  # inputs made of the first one, of which the mean difference counts if that of the first is too large
 
 Forward = Callable[[Tensor], Any]
 
 
 def differs(compiled: Forward, eager: Forward, inputs: Tensor) -> float | None:
-    """By how much of their size the answers to `inputs` differ, at the tensor with the most, if that is too much.
+    """By how much of their size the outputs to `inputs` differ, at the tensor with the most, if that is too much.
 
-    A single answer may be close to zero, or have a code at an edge, by chance. So other inputs decide then.
+    A single output may be close to zero, or have a code at an edge, by chance. So other inputs decide then.
     """
-    first = _answers(compiled, eager, inputs)
+    first = _outputs(compiled, eager, inputs)
     if _difference([first]) <= BOUND:
         return None
     others = (inputs.roll(by, -1).contiguous() for by in range(1, OTHERS))
-    found = _difference([first, *(_answers(compiled, eager, other) for other in others)])
+    found = _difference([first, *(_outputs(compiled, eager, other) for other in others)])
     return None if found <= BOUND else found
 
 
-def _answers(compiled: Forward, eager: Forward, inputs: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def _outputs(compiled: Forward, eager: Forward, inputs: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     # Copies of the inputs, as a model may write into them.
     return _tensors(compiled(inputs.clone())), _tensors(eager(inputs.clone()))
 
 
-def _tensors(answer: Any) -> list[Tensor]:
-    return [leaf.detach().clone() for leaf in tree_leaves(answer) if isinstance(leaf, Tensor)]
+def _tensors(output: Any) -> list[Tensor]:
+    return [leaf.detach().clone() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
-def _difference(answers: Sequence[tuple[list[Tensor], list[Tensor]]]) -> float:
+def _difference(outputs: Sequence[tuple[list[Tensor], list[Tensor]]]) -> float:
     """Of the tensor that differs most; infinite where they are not of the same number and shape."""
-    if any([x.shape for x in found] != [x.shape for x in expected] for found, expected in answers):
+    if any([x.shape for x in found] != [x.shape for x in expected] for found, expected in outputs):
         return math.inf
-    pairs = (zip(found, expected, strict=True) for found, expected in answers)
+    pairs = (zip(found, expected, strict=True) for found, expected in outputs)
     return max(chain((0.0,), map(_of_one_tensor, zip(*pairs, strict=True))))
 
 

@@ -47,8 +47,8 @@ class CompilerError(Exception):
     """What compiles has failed, which says nothing about the model: a broken compiler, a full disk."""
 
 
-class WrongAnswerError(Exception):
-    """What was compiled, here or in a process before, does not answer as the model does."""
+class WrongOutputError(Exception):
+    """What was compiled, here or in a process before, does not compute what the model does."""
 
 
 class Graphs:
@@ -107,12 +107,12 @@ class Graphs:
         """Load or compile a graph for `inputs`. None if it cannot be.
 
         Args:
-            eager: the model itself, whose answers a new graph has to have; raises if `inputs` are not worth one.
+            eager: the model itself, whose outputs a new graph has to have; raises if `inputs` are not worth one.
                 None: nothing can be compiled.
 
         Raises:
             CompilerError: it may be another time.
-            WrongAnswerError: it may not, and is only said once.
+            WrongOutputError: it may not, and is only said once.
         """
         kind = _kind(names, inputs)
         with _COMPILING:
@@ -129,7 +129,7 @@ class Graphs:
                 if found is None:
                     self._refused.add(kind)
                     if (places[0] / WRONG).exists():
-                        raise WrongAnswerError((places[0] / WRONG).read_text(encoding="utf-8"))
+                        raise WrongOutputError((places[0] / WRONG).read_text(encoding="utf-8"))
                 else:
                     loaded.append(found)
                     graph = self.find(names, inputs)
@@ -176,7 +176,7 @@ class Graphs:
                 made = Path(unfinished) / "graph"
                 made.mkdir(mode=0o700)
                 self._run_compiler({**request, "folder": str(made)})
-                self._check_answers(made, inputs, eager)
+                self._check_outputs(made, inputs, eager)
                 try:
                     made.rename(folder)
                 except OSError:
@@ -185,11 +185,11 @@ class Graphs:
         except OSError as error:
             raise CompilerError(str(error)) from error
 
-    def _check_answers(self, folder: Path, inputs: Tensor, eager: Forward) -> None:
-        """Leave a sentence in place of a graph that answers other things than the model.
+    def _check_outputs(self, folder: Path, inputs: Tensor, eager: Forward) -> None:
+        """Leave a sentence in place of a graph whose outputs are not the model's.
 
         Raises:
-            CompilerError: it does not answer.
+            CompilerError: it does not run.
         """
         if not (folder / FACTS).exists():  # it is refused
             return
@@ -257,17 +257,17 @@ class Graph:
         return bool(eval(self._condition, {"__builtins__": {}}, {"shape": inputs.shape}))  # noqa: S307  # nosec B307
 
     def __call__(self, inputs: Tensor) -> Any:
-        """What the model answers to `inputs`, as they were found."""
+        """The model's outputs for `inputs`, as they were found."""
         capsules = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors([inputs, *self._tensors])
         given = (_Pointer * len(capsules))(*map(_capsule_pointer, capsules, repeat(None)))  # it frees them
         count = self._outputs.num_leaves
-        answers = (_Pointer * count)()
+        outputs = (_Pointer * count)()
         self._check(
             self._library.AOTInductorModelContainerRun(
-                self._container, given, _Size(len(given)), answers, _Size(count), None, None
+                self._container, given, _Size(len(given)), outputs, _Size(count), None, None
             )
         )
-        return pytree.tree_unflatten(take_tensors(list(answers)), self._outputs)
+        return pytree.tree_unflatten(take_tensors(list(outputs)), self._outputs)
 
     def _check(self, status: int) -> None:
         if status:
@@ -286,7 +286,7 @@ def register_caches() -> None:
 def said(difference: float) -> str:
     """Why what was compiled is not used."""
     return (
-        f"Compiled, it answers differently, by {difference:.2g} of its answers' size: "
+        f"Compiled, its outputs differ, by {difference:.2g} of their size: "
         "the compiler is wrong, or a program changed the model's code while it runs."
     )
 

@@ -42,7 +42,7 @@ def attention(
 
     Query, key and value: float32, or bfloat16 where products are of that, or else float16. `mask`: bool, true where a
     key is seen, or float32, to be added; broadcast to `[batch, heads, length, keys]`. `bias`: float32, as that. `codes`:
-    as `quantize` takes them; then the answer is uint8.
+    as `quantize` takes them; then the output is uint8.
     """
     raise NotImplementedError("It is compiled, never run")
 
@@ -100,6 +100,6 @@ def _(x: Tensor, matrix: Tensor, scale: Tensor, offset: Tensor, residual: Tensor
 
 
 def _normed(rows: Tensor, both: bool, narrow: bool) -> list[Tensor]:
-    """What a norm of `rows` answers: numbers, if `both`, and codes."""
+    """What a norm of `rows` returns: numbers, if `both`, and codes."""
     numbers = [torch.empty_like(rows, dtype=torch.bfloat16 if narrow else torch.float32)] if both else []
     return [*numbers, torch.empty_like(rows, dtype=torch.uint8)]

@@ -71,7 +71,7 @@ class _Pickler(pickle.Pickler):
         self.tensors: list[Tensor] = []
         self.strings: dict[str, int] = {}  # each once: which of them are the same object, another process cannot know
         self._position: dict[int, int] = {}
-        # Of an inner model, whose outer one's answers need no other token, all tokens are answers.
+        # Of an inner model, whose outer one's outputs need no other token, all tokens are outputs.
         self._most = FUSED if getattr(model.__dict__.get("forward"), "inner", False) else KNOWN
 
     def persistent_id(self, value: Any) -> Any:

@@ -1,6 +1,6 @@
 """An activation function as part of the matmul before it: a post-op, in oneDNN's words.
 
-Which function a module computes, and that its parent gives it what a layer answers and nothing else, is found by asking
+Which function a module computes, and that its parent gives it what a layer returns and nothing else, is found by asking
 them: no list of classes. Only siblings are looked at.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..int8.known_forward import KnownForward, is_as_made
 from ..int8.linear import Int8Linear
 from ..kernels.kernel import PostOp, apply_post_op
-from .probe import answer_of, noise
+from .probe import noise, output_of
 
 _EXAMPLES = (*(i / 8 for i in range(-48, 49)), -1e4, -100, -12, -8, 8, 12, 100, 1e4)  # some functions clip
 
@@ -92,15 +92,15 @@ def _may_be_activation(module: nn.Module) -> bool:
 
 
 def _is_behind(parent: nn.Module, linear: Int8Linear, name: str) -> bool:
-    """Whether the function `name` is applied to what `linear` answers and to nothing else."""
+    """Whether the function `name` is applied to what `linear` returns and to nothing else."""
     activation = getattr(parent, name)
     for dtype in (torch.float64, torch.float32):  # without oneDNN if that will do, as below
         x, y = noise(linear.in_features, dtype=dtype), noise(linear.out_features, dtype=dtype)
-        before = answer_of(parent, x, answers={linear: y})
+        before = output_of(parent, x, outputs={linear: y})
         if before is None:
             continue
         setattr(parent, name, nn.Identity())
-        after = answer_of(parent, x, answers={linear: activation(y.clone())})
+        after = output_of(parent, x, outputs={linear: activation(y.clone())})
         setattr(parent, name, activation)
         return after is not None and torch.equal(before, after)
     return False
@@ -112,12 +112,12 @@ def _post_op(module: nn.Module) -> PostOp | None:
     In float64, which is torch's own loop: oneDNN's of float32 takes milliseconds to get ready.
     """
     x = torch.tensor(_EXAMPLES, dtype=torch.float64)
-    y = answer_of(module, x)
+    y = output_of(module, x)
     if y is None or y.shape != x.shape or not y.is_floating_point():
         return None
-    answers = y.tolist()  # and plain numbers: a first `allclose` takes as long again
+    outputs = y.tolist()  # and plain numbers: a first `allclose` takes as long again
     for name in get_args(PostOp):
-        pairs = zip(apply_post_op(x.clone(), name).tolist(), answers, strict=True)
-        if all(math.isclose(expected, answer, rel_tol=1e-5, abs_tol=1e-6) for expected, answer in pairs):
+        pairs = zip(apply_post_op(x.clone(), name).tolist(), outputs, strict=True)
+        if all(math.isclose(expected, output, rel_tol=1e-5, abs_tol=1e-6) for expected, output in pairs):
             return cast(PostOp, name)
     return None

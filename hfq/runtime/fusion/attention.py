@@ -96,7 +96,7 @@ def bfloat16_attention(
 
     `attention_mask`: bool, true where a key may be seen, broadcast to `[batch, heads, length, keys]`. Products are
     bfloat16 with float32 sums. What an encoder does not do (causal masks, shared key heads, dropout, additive masks) goes
-    to torch's attention; small inputs do not, though they gain nothing, or their answers would be others. `tiles`: the
+    to torch's attention; small inputs do not, though they gain nothing, or their outputs would be others. `tiles`: the
     CPU has AMX. A float32 model may hand over bfloat16 (`hfq.runtime.int8.narrowing`).
     """
     batch, heads, length, size = query.shape

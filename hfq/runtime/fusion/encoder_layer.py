@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..int8.known_forward import KnownForward, runs_known_code
 from ..int8.linear import Int8Linear, SharedMatmul
 from .attention import NAME
-from .flow import example_answer, standing_in
+from .flow import example_output, standing_in
 from .probe import noise
 from .residual import NormalizedSum
 
@@ -89,7 +89,7 @@ class EncoderLayer:
 
 
 def run_directly(model: nn.Module, known: KnownForward) -> None:
-    """Let layers of `model` run their steps so in forwards that are `known`, if they answer the same."""
+    """Let layers of `model` run their steps so in forwards that are `known`, if their outputs are the same."""
     for layer in list(model.modules()):
         if _has_steps(layer):
             with suppress(Exception):  # a forward of the model's own, which wants something else
@@ -103,7 +103,7 @@ def _has_steps(layer: nn.Module) -> bool:
     if "forward" in layer.__dict__ or len(_linears(layer)) != 6 or len(_norms(layer)) != 2:
         return False
     named = list(inspect.signature(layer.forward).parameters)[1:2] == [_MASK]
-    return named and all(map(_runs_plainly, layer.modules()))  # other code may do more than answer
+    return named and all(map(_runs_plainly, layer.modules()))  # other code may do more than compute an output
 
 
 def _runs_plainly(module: nn.Module) -> bool:
@@ -117,12 +117,12 @@ def _read(layer: nn.Module, known: KnownForward) -> EncoderLayer:
     Raises:
         Exception: they are others.
     """
-    answers, seen = _Answers(_linears(layer)), _Operations()
-    with torch.inference_mode(), standing_in(answers.layers, answers), seen:
-        hidden = _hidden(answers.layers[0])
+    outputs, seen = _Outputs(_linears(layer)), _Operations()
+    with torch.inference_mode(), standing_in(outputs.layers, outputs), seen:
+        hidden = _hidden(outputs.layers[0])
         layer.forward(hidden, None)
     query, scale, causal = seen.only
-    *projected, first, inner, last = answers.order
+    *projected, first, inner, last = outputs.order
     projection = projected[0].shared_matmul
     plain = first.is_plain and last.is_plain
     if projection is None or list(projection.modules) != projected or causal or not plain:
@@ -131,8 +131,8 @@ def _read(layer: nn.Module, known: KnownForward) -> EncoderLayer:
     (weight, normed), (last_weight, _) = seen.norms
     then, at_end = norms[weight], norms[last_weight]
     added = {id(x): y for x, y in seen.added}
-    _, _, _, answer, _, last_answer = answers.answers
-    if added[id(answer)].data_ptr() != hidden.data_ptr() or added[id(last_answer)].data_ptr() != normed.data_ptr():
+    _, _, _, output, _, last_output = outputs.outputs
+    if added[id(output)].data_ptr() != hidden.data_ptr() or added[id(last_output)].data_ptr() != normed.data_ptr():
         raise NotImplementedError  # it adds a copy, which may be written over, while what was copied is to stay
     attention = next(module for module in layer.modules() if projected[0] in module._modules.values())
     return EncoderLayer(
@@ -142,39 +142,39 @@ def _read(layer: nn.Module, known: KnownForward) -> EncoderLayer:
 
 
 def _is_equal(found: EncoderLayer, mask: Tensor | None) -> bool:
-    """Whether the steps answer an example as the layer does, other numbers in place of matmuls."""
+    """Whether the outputs of the steps for an example are the layer's, other numbers in place of matmuls."""
     layers = found.projection.modules
     hidden = _hidden(layers[0])
 
     def products(x: Tensor) -> Tensor:
         return torch.cat([layer.forward(x) for layer in layers], -1)
 
-    answers = _Answers(_linears(found.layer))
-    with torch.inference_mode(), standing_in(answers.layers, answers):
+    outputs = _Outputs(_linears(found.layer))
+    with torch.inference_mode(), standing_in(outputs.layers, outputs):
         expected = found.layer.forward(hidden, mask)
-        answer = found.steps(hidden, mask, products)
-    return isinstance(expected, Tensor) and torch.allclose(answer, expected, rtol=1e-4, atol=1e-4)
+        output = found.steps(hidden, mask, products)
+    return isinstance(expected, Tensor) and torch.allclose(output, expected, rtol=1e-4, atol=1e-4)
 
 
-class _Answers:
+class _Outputs:
     """What stands in for matmuls: of each layer another function of what it is given.
 
-    `order`: the layers that were called, with `answers`.
+    `order`: the layers that were called, with `outputs`.
     """
 
     def __init__(self, layers: Sequence[Int8Linear]) -> None:
         self.layers = layers
         self.order: list[Int8Linear] = []
-        self.answers: list[Tensor] = []
+        self.outputs: list[Tensor] = []
 
     def __call__(self, layer: Int8Linear, x: Tensor) -> Tensor:
         self.order.append(layer)
-        self.answers.append(example_answer(layer, x, self.layers.index(layer) + 1))
-        return self.answers[-1]
+        self.outputs.append(example_output(layer, x, self.layers.index(layer) + 1))
+        return self.outputs[-1]
 
 
 class _Operations(TorchDispatchMode):
-    """Notes calls of torch's attention, the address of each norm's weight with its answer, and what is added to what."""
+    """Notes calls of torch's attention, the address of each norm's weight with its output, and what is added to what."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -194,10 +194,10 @@ class _Operations(TorchDispatchMode):
             self.calls.append((named["query"], named.get("scale"), named.get("is_causal", False)))
         elif func is _ADD:
             self.added.append((args[0], args[1]))
-        answer = func(*args, **(kwargs or {}))
+        output = func(*args, **(kwargs or {}))
         if func is _LAYER_NORM:
-            self.norms.append((args[2].data_ptr(), answer))
-        return answer
+            self.norms.append((args[2].data_ptr(), output))
+        return output
 
 
 def _linears(layer: nn.Module) -> list[Int8Linear]:

@@ -23,19 +23,19 @@ from .snapshot import unchanged
 
 _ADD = torch.ops.aten.add.Tensor
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
-Answer = Callable[[Int8Linear, Tensor], Tensor]
+StandIn = Callable[[Int8Linear, Tensor], Tensor]
 
 
 @dataclass
 class Flow:
     """The calls of int8 layers, in order, and every other use of a tensor. Tensors are told apart by identity.
 
-    `calls`: layer, what it was given, what it answered. `read_by_others`: tensors that an operation outside the int8
+    `calls`: layer, what it was given, what it returned. `read_by_others`: tensors that an operation outside the int8
     layers read, or that the model returned. `changes`: memory that was written to, with the number of calls before.
     `outputs`: every tensor that the model returned. `attended`: the memory that each call of torch's attention read as
     query, key and value, if it is not causal. `computed_from`: what any other operation read that does more than to look at it in another shape.
-    `reads`: the memory that operations and layers read, in order. `made`: what operations answered with in new memory.
-    `sums`: layer, the memory of what was added to its answer, and the number of reads until then. `opaque`: it returned
+    `reads`: the memory that operations and layers read, in order. `made`: what operations returned in new memory.
+    `sums`: layer, the memory of what was added to its output, and the number of reads until then. `opaque`: it returned
     what may hold further tensors.
     """
 
@@ -63,9 +63,9 @@ class Flow:
         for layer, given, _ in self.calls:
             readers.setdefault(id(given), []).append(layer)
         pairs = []
-        for producer, _, answer in self.calls:
-            read_by = readers.get(id(answer), [])
-            if producer in once and len(read_by) == 1 and read_by[0] in once and id(answer) not in foreign:
+        for producer, _, output in self.calls:
+            read_by = readers.get(id(output), [])
+            if producer in once and len(read_by) == 1 and read_by[0] in once and id(output) not in foreign:
                 pairs.append((producer, read_by[0]))
         return pairs
 
@@ -83,16 +83,16 @@ class Flow:
         ]
 
     def read_by_attention(self) -> list[Int8Linear]:
-        """Layers whose answers nobody reads but one call of torch's attention, which is not causal and reads nothing else."""
+        """Layers whose outputs nobody reads but one call of torch's attention, which is not causal and reads nothing else."""
         once = self.called_once()
-        layers = {_memory(answer): layer for layer, _, answer in self.calls if layer in once}
+        layers = {_memory(output): layer for layer, _, output in self.calls if layer in once}
         calls = Counter(address for call in self.attended for address in call)
         others = self.computed_from | {_memory(given) for _, given, _ in self.calls} | set(map(_memory, self.outputs))
         alone = {address for address in layers if calls[address] == 1 and address not in others}
         return [layers[address] for call in self.attended if alone.issuperset(call) for address in call]
 
     def last_readers(self) -> set[Int8Linear]:
-        """Layers whose answer is added to what the forward made and nobody reads again."""
+        """Layers whose output is added to what the forward made and nobody reads again."""
         if self.opaque:
             return set()
         returned = set(map(_memory, self.outputs))
@@ -117,12 +117,12 @@ class Flow:
 def trace(model: nn.Module, example: Mapping[str, Any]) -> Flow | None:
     """The flow of one forward on `example`; None where that is no input of the model's, or one that it changes itself for.
 
-    Layers answer zeros in the form they will have: codes where they emit codes, columns where they share a matmul. So
+    Layers return zeros in the form they will have: codes where they emit codes, columns where they share a matmul. So
     a model that cannot run with them shows it here.
     """
     flow = Flow()
 
-    def answer(layer: Int8Linear, x: Tensor) -> Tensor:
+    def stand_in(layer: Int8Linear, x: Tensor) -> Tensor:
         y = _blank(layer, x)
         flow.calls.append((layer, x, y))
         flow.reads.append(_memory(x))
@@ -132,7 +132,7 @@ def trace(model: nn.Module, example: Mapping[str, Any]) -> Flow | None:
         with (
             unchanged(model) as snapshot,
             torch.inference_mode(),
-            standing_in(model.modules(), answer),
+            standing_in(model.modules(), stand_in),
             _Operations(flow),
         ):
             leaves = tree_leaves(model(**example))
@@ -145,7 +145,7 @@ def trace(model: nn.Module, example: Mapping[str, Any]) -> Flow | None:
 
 
 def last_readers(model: nn.Module, example: Mapping[str, Tensor], flow: Flow) -> set[Int8Linear]:
-    """Layers whose answer is added to what nobody reads again: in `flow`, of `example`, and on more tokens, some padding."""
+    """Layers whose output is added to what nobody reads again: in `flow`, of `example`, and on more tokens, some padding."""
     found = flow.last_readers()
     if not found or not all(isinstance(x, Tensor) for x in example.values()):
         return set()
@@ -154,7 +154,7 @@ def last_readers(model: nn.Module, example: Mapping[str, Tensor], flow: Flow) ->
 
 
 def read_for_first_token(model: nn.Module, example: Mapping[str, Tensor], flow: Flow) -> list[Int8Linear]:
-    """Layers of whose answers `model` reads each row's first token alone, whatever its inputs.
+    """Layers of whose outputs `model` reads each row's first token alone, whatever its inputs.
 
     Not a query beside key and value: it would need a matmul of its own. `flow`: of `example`, before layers emit codes
     or share matmuls. Inputs: those of `example`, and others made of them.
@@ -182,16 +182,16 @@ def ignores_padding(model: nn.Module, example: Mapping[str, Tensor]) -> bool:
     mask = torch.ones_like(ids)
     seen: list[Tensor] = []
 
-    def answer(layer: Int8Linear, x: Tensor) -> Tensor:
+    def stand_in(layer: Int8Linear, x: Tensor) -> Tensor:
         seen.append(x[:, : ids.shape[1]] if x.dim() == 3 else x)
-        return example_answer(layer, x)
+        return example_output(layer, x)
 
     try:
         with torch.inference_mode():
-            seen += _outputs(model, {"input_ids": ids, "attention_mask": mask}, answer)
+            seen += _outputs(model, {"input_ids": ids, "attention_mask": mask}, stand_in)
             expected, seen = seen, []
             padded = {"input_ids": functional.pad(ids, (0, 6)), "attention_mask": functional.pad(mask, (0, 6))}
-            seen += _outputs(model, padded, answer)
+            seen += _outputs(model, padded, stand_in)
         return len(expected) == len(seen) and all(map(_are_close, expected, seen))
     except Exception:  # the model's own code, which wants other inputs
         return False
@@ -200,34 +200,34 @@ def ignores_padding(model: nn.Module, example: Mapping[str, Tensor]) -> bool:
 def _first_token_alone(
     model: nn.Module, example: Mapping[str, Tensor], layers: Sequence[Int8Linear]
 ) -> list[Int8Linear]:
-    """Those of `layers` whose answers for further tokens have no gradient, as none of the model's depends on them."""
-    answers: dict[Int8Linear, Tensor] = {}
+    """Those of `layers` whose outputs for further tokens have no gradient, as none of the model's depends on them."""
+    by_layer: dict[Int8Linear, Tensor] = {}
 
-    def answer(layer: Int8Linear, x: Tensor) -> Tensor:
-        answers[layer] = example_answer(layer, x).requires_grad_()
-        return answers[layer]
+    def stand_in(layer: Int8Linear, x: Tensor) -> Tensor:
+        by_layer[layer] = example_output(layer, x).requires_grad_()
+        return by_layer[layer]
 
     with torch.inference_mode(False), torch.enable_grad():
-        outputs = [y for y in _outputs(model, example, answer) if y.requires_grad]
+        outputs = [y for y in _outputs(model, example, stand_in) if y.requires_grad]
         weights = [torch.linspace(1, 2, y.numel()).view_as(y) for y in outputs]  # a sum may be the same for all inputs
-        found = torch.autograd.grad(outputs, [answers[layer] for layer in layers], weights, allow_unused=True)
+        found = torch.autograd.grad(outputs, [by_layer[layer] for layer in layers], weights, allow_unused=True)
     gradients = zip(layers, found, strict=True)
     return [layer for layer, gradient in gradients if gradient is not None and not gradient[:, 1:].any()]
 
 
 def _is_enough(model: nn.Module, example: Mapping[str, Tensor], layers: Sequence[Int8Linear]) -> bool:
-    """Whether `model` answers as before if all of `layers` answer with the first token's numbers for every token.
+    """Whether `model` has the outputs it had if all of `layers` return the first token's numbers for every token.
 
     No gradient shows what a number decides, such as which token is read.
     """
 
-    def answer(layer: Int8Linear, x: Tensor) -> Tensor:
-        y = example_answer(layer, x)
+    def stand_in(layer: Int8Linear, x: Tensor) -> Tensor:
+        y = example_output(layer, x)
         return y[:, :1].expand(y.shape) if layer in layers else y
 
     inputs = _varied(example)
     with torch.inference_mode():
-        return all(map(_are_close, _outputs(model, inputs, example_answer), _outputs(model, inputs, answer)))
+        return all(map(_are_close, _outputs(model, inputs, example_output), _outputs(model, inputs, stand_in)))
 
 
 def _longer(example: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -252,7 +252,7 @@ def _varied(example: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def example_answer(layer: Int8Linear, x: Tensor, number: int = 1) -> Tensor:
+def example_output(layer: Int8Linear, x: Tensor, number: int = 1) -> Tensor:
     """Numbers that depend on each token's own, all of them, and differ. A norm leaves what they depend on, too.
 
     `number`: of a function, where layers are to be told apart.
@@ -269,8 +269,8 @@ def _waves(number: int, in_features: int, out_features: int) -> tuple[Tensor, Te
         return read, (9 * channels + number).sin(), channels
 
 
-def _outputs(model: nn.Module, inputs: Mapping[str, Tensor], answer: Answer) -> list[Tensor]:
-    with unchanged(model) as snapshot, standing_in(model.modules(), answer):
+def _outputs(model: nn.Module, inputs: Mapping[str, Tensor], stand_in: StandIn) -> list[Tensor]:
+    with unchanged(model) as snapshot, standing_in(model.modules(), stand_in):
         outputs = [leaf for leaf in tree_leaves(model(**inputs)) if isinstance(leaf, Tensor)]
     if snapshot.changed:
         raise ValueError("The model changes itself for these")
@@ -278,11 +278,11 @@ def _outputs(model: nn.Module, inputs: Mapping[str, Tensor], answer: Answer) -> 
 
 
 @contextmanager
-def standing_in(modules: Iterable[nn.Module], answer: Answer) -> Iterator[None]:
-    """Have `answer` called instead of each int8 layer among `modules`, for the length of the block."""
+def standing_in(modules: Iterable[nn.Module], stand_in: StandIn) -> Iterator[None]:
+    """Have `stand_in` called instead of each int8 layer among `modules`, for the length of the block."""
     layers = [module for module in modules if isinstance(module, Int8Linear)]
     for layer in layers:
-        layer.forward = _StandIn(layer, answer)  # type: ignore[method-assign]
+        layer.forward = _StandIn(layer, stand_in)  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -293,13 +293,13 @@ def standing_in(modules: Iterable[nn.Module], answer: Answer) -> Iterator[None]:
 @dataclass
 class _StandIn:
     layer: Int8Linear
-    answer: Answer
+    stand_in: StandIn
     thread: int = field(default_factory=threading.get_ident)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, *, in_place: bool = False) -> Tensor:
-        if threading.get_ident() != self.thread:  # somebody who wants an answer
+        if threading.get_ident() != self.thread:  # somebody who wants an output
             return type(self.layer).forward(self.layer, x, residual, in_place=in_place)
-        y = self.answer(self.layer, x)
+        y = self.stand_in(self.layer, x)
         return y if residual is None else y + residual
 
 
@@ -320,19 +320,19 @@ class _Operations(TorchDispatchMode):
             for argument, value in written
             if argument.is_write and isinstance(value, Tensor)
         ]
-        answer = func(*args, **kwargs)
+        output = func(*args, **kwargs)
         memory = set(map(_memory, read))
         self.flow.reads += memory
-        self.flow.made |= {_memory(leaf) for leaf in tree_leaves(answer) if isinstance(leaf, Tensor)} - memory
+        self.flow.made |= {_memory(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)} - memory
         if func is _ADD and self.flow.calls and read and read[0] is self.flow.calls[-1][2] and len(read) == 2:
             self.flow.sums.append((self.flow.calls[-1][0], _memory(read[1]), len(self.flow.reads)))
         if func is _ATTENTION and not _is_causal(args, kwargs):
             self.flow.attended.append(tuple(map(_memory, args[:3])))
             memory = set(map(_memory, read[3:]))
-        elif func.is_view and {_memory(leaf) for leaf in tree_leaves(answer) if isinstance(leaf, Tensor)} <= memory:
+        elif func.is_view and {_memory(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)} <= memory:
             memory = set()
         self.flow.computed_from |= memory
-        return answer
+        return output
 
 
 def _blank(layer: Int8Linear, x: Tensor) -> Tensor:

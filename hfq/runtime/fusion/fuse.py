@@ -86,12 +86,12 @@ def wanted_fusions() -> tuple[str, ...]:
     """Names from `HFQ_FUSIONS`: comma-separated, or one of the sets "exact", "all" and "none".
 
     The default is "exact", and attention with products of bfloat16 where that keeps scores in float32: compiled on CPUs
-    that multiply bfloat16, uncompiled too on those with AMX. It moves the answers of a float model a fortieth as far as
+    that multiply bfloat16, uncompiled too on those with AMX. It moves the outputs of a float model a fortieth as far as
     int8 does (MiniLM, logits). Uncompiled and without AMX it rounds scores to 8 bits for its speed: who wants that asks
     for it, and measures with it. Where the CPU has bfloat16, compiled code also keeps normed numbers so from one residual
     sum to the next; the codes that matmuls read are made before they are rounded.
 
-    Behind bfloat16, codes round another way than in stock transformers, which then agrees on fewer answers: 98.1 % of
+    Behind bfloat16, codes round another way than in stock transformers, which then agrees on fewer outputs: 98.1 % of
     MRPC's test split with AMX (MiniLM). With "exact" it is 99.0 % of 408 pairs that chose nothing (AVX2).
 
     Raises:

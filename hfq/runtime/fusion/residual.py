@@ -1,6 +1,6 @@
 """A residual sum as part of the matmul before it, and the norm behind it.
 
-Where nobody reads again what is added, it takes the sum, and then the norm's answer: activations that move through
+Where nobody reads again what is added, it takes the sum, and then the norm's output: activations that move through
 memory as they come fill caches with what is not wanted any more.
 """
 
@@ -13,7 +13,7 @@ from torch.nn import functional
 from ..int8.known_forward import is_as_made
 from ..int8.linear import Int8Linear
 from .first_token import of_first_token
-from .probe import answer_of, noise
+from .probe import noise, output_of
 
 MANY = 1 << 20  # numbers, of which another copy would fill caches with what is wanted no more
 PART = 1 << 18  # of them that are normalized at a time where they lie, in caches meanwhile
@@ -71,6 +71,6 @@ def fuse_residual(parent: nn.Module) -> None:
     if norm.normalized_shape != (linear.out_features,):
         return
     x, y, residual = noise(linear.in_features), noise(linear.out_features), noise(linear.out_features, seed=1)
-    found = answer_of(parent, x, residual, answers={linear: y})
+    found = output_of(parent, x, residual, outputs={linear: y})
     if found is not None and torch.equal(found, norm(y + residual)):
         parent.forward = NormalizedSum(linear, norm, *(parameter.name for parameter in parameters), block=parent)

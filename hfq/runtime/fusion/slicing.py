@@ -1,6 +1,6 @@
 """Ragged and large batches in slices: rows of like length run together, and nobody computes another row's padding.
 
-A row's answer does not depend on the rows beside it, so a classifier may take its batch in parts. A slice's
+A row's output does not depend on the rows beside it, so a classifier may take its batch in parts. A slice's
 activations stay in cache, and the peak of memory is a slice's and not the batch's. Nor does it depend on its padding in
 most models; which, `hfq.runtime.fusion.flow` finds out, and others keep it.
 """
@@ -23,7 +23,7 @@ TOKENS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
 
 def slice_batches(model: nn.Module, known: KnownForward | None = None) -> None:
-    """Let `model` take its batches in slices where it answers with one row of logits for each of them."""
+    """Let `model` take its batches in slices where it returns one row of logits for each of them."""
     if "forward" not in model.__dict__:
         model.forward = SlicedForward(model, known or KnownForward())
         model.forward.look_again()
@@ -108,7 +108,7 @@ class SlicedForward(FusedForward):
     def __init__(self, model: nn.Module, known: KnownForward) -> None:
         super().__init__(model, known)
         self._largest = LargestInput()
-        self.whole = False  # the model answers in a form that cannot be put together
+        self.whole = False  # the model returns a form that cannot be put together
         self.cuts_padding = False
 
     def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -52,7 +52,7 @@ def unchanged(model: nn.Module) -> Iterator[Snapshot]:
 
 
 def _is_simple(module: nn.Module) -> bool:
-    """Whether it is a layer of a library that changes none while it answers."""
+    """Whether it is a layer of a library that changes none while it computes."""
     return type(module).__module__.startswith(("torch.nn.modules.", "hfq."))
 
 

@@ -99,7 +99,7 @@ class Int8Conv(PackedModule):
     def forward(self, x: Tensor) -> Tensor:
         """float `[batch, in, *size]`, or `[in, *size]`, to the same dtype, `[batch, out, *size]`.
 
-        oneDNN answers with the channels last in memory, as `nn.Conv2d` does in that format: what flattens the answer
+        oneDNN returns the channels last in memory, as `nn.Conv2d` does in that format: what flattens the output
         into tokens is faster so, and turning it back would take longer than the convolution.
         """
         if x.dim() == len(self.kernel_size) + 1:
@@ -107,16 +107,16 @@ class Int8Conv(PackedModule):
         if any(self._extra):
             x = F.pad(x, self._extra)
         if is_wanted(x):
-            return straight_through(x, self, self._answer)
+            return straight_through(x, self, self._compute)
         with torch.no_grad():
-            return self._answer(x)
+            return self._compute(x)
 
     def input_gradient(self, gradient: Tensor, shape: torch.Size) -> Tensor:
         """float32 of `shape`."""
         of_input = conv1d_input if len(self.kernel_size) == 1 else conv2d_input
         return of_input(shape, self.weight.float(), gradient, *self._geometry)
 
-    def _answer(self, x: Tensor) -> Tensor:
+    def _compute(self, x: Tensor) -> Tensor:
         return self._static(x) if self.activation == "static" else self._weight_only(x)
 
     def _weight_only(self, x: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ class Int8Conv(PackedModule):
                 zero_point=zero_point,
                 geometry=self._geometry,
             )
-            if y.numel():  # else the other path: here an empty answer's shape is wrong, and too small an input gets one
+            if y.numel():  # else the other path: here an empty output's shape is wrong, and too small an input gets one
                 return y.to(x.dtype)
         # Sums of codes are exact up to 2^24, which 518 of the largest products reach. Beyond it they are rounded as
         # float32 sums are: a convolution in float32 is no closer. Padding adds zeros, which code the zero point here.

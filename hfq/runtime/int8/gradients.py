@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 
 class Layer(Protocol):
-    """One that knows what the gradient of its input, of `shape`, is, given that of its answer."""
+    """One that knows what the gradient of its input, of `shape`, is, given that of its output."""
 
     def input_gradient(self, gradient: Tensor, shape: torch.Size) -> Tensor: ...
 
@@ -22,17 +22,17 @@ def is_wanted(x: Tensor) -> bool:
     return torch.is_grad_enabled() and x.requires_grad
 
 
-def straight_through(x: Tensor, layer: Layer, answer: Callable[[Tensor], Tensor]) -> Tensor:
-    """What `answer` makes of `x`, with the gradient that `layer` says."""
-    y: Tensor = _StraightThrough.apply(x, layer, answer)
+def straight_through(x: Tensor, layer: Layer, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """What `function` makes of `x`, with the gradient that `layer` says."""
+    y: Tensor = _StraightThrough.apply(x, layer, function)
     return y
 
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Layer, answer: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: Layer, function: Callable[[Tensor], Tensor]) -> Tensor:
         ctx.layer, ctx.shape, ctx.dtype = layer, x.shape, x.dtype
-        return answer(x)
+        return function(x)
 
     @staticmethod
     @once_differentiable

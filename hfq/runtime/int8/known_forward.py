@@ -203,7 +203,7 @@ class Structure:
     def __init__(self, model: nn.Module) -> None:
         self.config = getattr(model, "config", None)
         self.modules = list(model.modules())
-        self.inner = self.modules[1:]  # a hook of the model's own sees what it is given and answers
+        self.inner = self.modules[1:]  # a hook of the model's own sees what it is given and returns
         self.kinds: list[type[nn.Module]] = list(map(type, self.modules))
         self.functions = [kind.forward for kind in self.kinds]
         self.children = [module._modules for module in self.modules if module._modules]
@@ -211,7 +211,7 @@ class Structure:
         self.forwards = {i: vars(module)[_FORWARD] for i, module in enumerate(self.inner) if _FORWARD in vars(module)}
         hooks = [hook for module in self.inner for found in _HOOKS(module.__dict__) for hook in found.values()]
         self.own_hooks = [hook for hook in hooks if getattr(hook, "__module__", "").startswith("torch.nn.utils.")]
-        self.answers = self._what_is_answered()
+        self.returned = self._what_is_returned()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
@@ -228,7 +228,7 @@ class Structure:
         return self.__dict__[name]
 
     def is_as_it_was(self) -> bool:
-        """Whether modules have the same children, classes, forwards and mode, nobody sees what they answer, and no more is answered."""
+        """Whether modules have the same children, classes, forwards and mode, nobody sees what they return, and no more is returned."""
         return (
             list(map(_STATE, self._own)) == self._states
             and not self.is_watched()
@@ -237,11 +237,11 @@ class Structure:
             and list(map(operator.contains, self._own, repeat(_FORWARD))) == self._have_forwards
             and all(self._own[i].get(_FORWARD) is forward for i, forward in self.forwards.items())
             and all(kind.forward is function for kind, function in self._classes)
-            and self.answers == self._what_is_answered()
+            and self.returned == self._what_is_returned()
         )
 
     def is_watched(self) -> bool:
-        """Whether a hook of the user's own may see what modules answer, or change what they compute with."""
+        """Whether a hook of the user's own may see what modules return, or change what they compute with."""
         if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
             return True
         return any(self._hooks) and any(
@@ -254,13 +254,13 @@ class Structure:
         parameters = chain.from_iterable(module._parameters.values() for module in self.modules)
         return any(parameter is not None and parameter.requires_grad for parameter in parameters)
 
-    def _what_is_answered(self) -> tuple[Any, ...]:
+    def _what_is_returned(self) -> tuple[Any, ...]:
         names = ("output_hidden_states", "output_attentions")
         return tuple(bool(getattr(self.config, name, False)) for name in names)
 
 
 def runs_known_code(module: nn.Module) -> bool:
-    """Whether its `forward` is of a library that is known to keep nothing of what it sees, and do nothing but answer."""
+    """Whether its `forward` is of a library that is known to keep nothing of what it sees, and do nothing but compute an output."""
     found = (type(module).forward, module.__dict__.get("forward"))
     return all(getattr(forward, "__module__", "").partition(".")[0] in _KNOWN for forward in found if forward)
 
@@ -285,4 +285,4 @@ _KNOWN = ("torch", "transformers", "hfq")
 _FORWARD = "forward"
 _HOOKS = operator.itemgetter("_forward_hooks", "_forward_pre_hooks")
 _STATE = operator.itemgetter("_forward_hooks", "_forward_pre_hooks", "training")
-CAPTURING = "transformers.utils.output_capturing"  # its hooks stay, and collect only what an answer is to hold
+CAPTURING = "transformers.utils.output_capturing"  # its hooks stay, and collect only what an output is to hold

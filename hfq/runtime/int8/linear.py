@@ -149,10 +149,10 @@ class Int8Linear(PackedModule):
     State: `weight` int8 `[out, in]`, `weight_scale` float32 `[out, 1]`, `bias` float `[out]` or absent;
     with static activations also `input_scale` float32 `[1]` and `input_zero_point` int8 `[1]`.
     `post_op`: an activation function computed with the matmul (`hfq.runtime.fusion`); not part of the state.
-    `first_token`: the forwards in which its answers are read for no further token (`hfq.runtime.fusion.first_token`).
-    `in_place`: the forwards in which what is added to its answers is read by nobody afterwards (`hfq.runtime.fusion.residual`).
+    `first_token`: the forwards in which its outputs are read for no further token (`hfq.runtime.fusion.first_token`).
+    `in_place`: the forwards in which what is added to its outputs is read by nobody afterwards (`hfq.runtime.fusion.residual`).
     `narrowing`: says whether they are bfloat16 whatever the input is (`hfq.runtime.int8.narrowing`).
-    `fused_in`: the forwards in which it does the work of others at all; in any other it answers as a Linear does.
+    `fused_in`: the forwards in which it does the work of others at all; in any other it computes what a Linear does.
     A gradient flows through it (`hfq.runtime.int8.gradients`), and none to its tensors.
     """
 
@@ -193,23 +193,23 @@ class Int8Linear(PackedModule):
         it any more, so the sum may take its memory.
         """
         if not torch.is_grad_enabled():
-            return self._answer(x, residual, in_place)
+            return self._compute(x, residual, in_place)
         if x.requires_grad or (residual is not None and residual.requires_grad):
             if residual is not None or (self.fused_in or KnownForward()).fuses:
                 raise RuntimeError(
                     "A gradient is wanted of an input that hfq did not see, in a forward whose layers are fused. "
                     "Load the model with HFQ_FUSIONS=none in the environment."
                 )
-            return straight_through(x, self, lambda x: self._answer(x, None, False))
+            return straight_through(x, self, lambda x: self._compute(x, None, False))
         with torch.no_grad():
-            return self._answer(x, residual, False)
+            return self._compute(x, residual, False)
 
     def input_gradient(self, gradient: Tensor, shape: torch.Size) -> Tensor:
         """float32 `[.., in]` of `[.., out]`."""
         codes, scale = self.weight_rows()
         return (gradient * scale) @ codes.float()
 
-    def _answer(self, x: Tensor, residual: Tensor | None, in_place: bool) -> Tensor:
+    def _compute(self, x: Tensor, residual: Tensor | None, in_place: bool) -> Tensor:
         alone = self.fused_in is not None and not self.fused_in.fuses
         if is_recorded() and (alone or self.is_plain):
             return self._recorded(x)
@@ -223,7 +223,7 @@ class Int8Linear(PackedModule):
         return y
 
     def _recorded(self, x: Tensor) -> Tensor:
-        """What it answers, from its tensors alone and in operations that run anywhere. Sums are float32's."""
+        """Its output, from its tensors alone and in operations that run anywhere. Sums are float32's."""
         with unrecorded() if self._packed is not None else nullcontext():
             weight = self.weight_rows()[0].float()
         scale = self.weight_scale.reshape(-1)
@@ -242,7 +242,7 @@ class Int8Linear(PackedModule):
         self.unpack()  # the consumer's scale is read when this layer is packed
 
     def narrow(self, narrowing: Narrowing | None) -> None:
-        """Have `narrowing` say whether to answer with bfloat16; None: never."""
+        """Have `narrowing` say whether to return bfloat16; None: never."""
         self.narrowing = narrowing
         self.unpack()
 
@@ -342,7 +342,7 @@ class PackedLinear:
         if isinstance(self.kernel, CheckedKernel) and not self.weight.is_mkldnn:
             self.kernel = PortableKernel()
         self.as_stored = first.as_stored  # a function, not a method: what a module owns is not to own the module
-        self.dtype = first.weight_scale.dtype  # of answers to codes, which have no float dtype to keep
+        self.dtype = first.weight_scale.dtype  # of outputs for codes, which have no float dtype to keep
         if self.activation == "static":
             self.input_scale, self.zero_point = input_codes(first)
         self.output = input_codes(first._reader[0]) if first._reader else None
@@ -441,7 +441,7 @@ class SharedMatmul:
                 module.hand_over(_Slice(self, start, start + module.out_features))
 
     def products(self, x: Tensor) -> Tensor:
-        """float `[.., in]` to `[.., sum of out]`: what all layers answer, side by side."""
+        """float `[.., in]` to `[.., sum of out]`: what all layers return, side by side."""
         packed = self._packed
         if packed is None or any(module._packed is None for module in self.modules):  # one has a new weight
             with PACKING:

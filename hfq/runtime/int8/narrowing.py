@@ -1,6 +1,6 @@
 """Query, key and value as bfloat16 where attention multiplies that: the matmul writes half as much, and nobody converts.
 
-Which layers' answers attention alone reads, `hfq.runtime.fusion.flow` finds out.
+Which layers' outputs attention alone reads, `hfq.runtime.fusion.flow` finds out.
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 
 
 class Narrowing:
-    """Says to such layers of a model whether to answer with bfloat16.
+    """Says to such layers of a model whether to return bfloat16.
 
     They do as long as the model's config names `attention`, which would round them itself, and not while a compiler
     traces, which narrows by itself.

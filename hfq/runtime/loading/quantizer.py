@@ -32,7 +32,7 @@ class Int8HfQuantizer(CompressedTensorsHfQuantizer):
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """transformers asks once with the user's `device_map`, and if that is "auto" again with what it became.
 
-        By then modules are what they are, so the first answer stands.
+        By then modules are what they are, so the first decision stands.
 
         Raises:
             UnsupportedError: a part of an int8 model is to lie on disk.

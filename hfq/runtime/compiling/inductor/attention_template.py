@@ -1,6 +1,6 @@
 """How inductor compiles an encoder's attention, in the process that compiles.
 
-torch's fused attention wants query, key and value in other layouts than the matmul leaves them in, and its answers are
+torch's fused attention wants query, key and value in other layouts than the matmul leaves them in, and its outputs are
 put in rows and quantized afterwards. This one reads them where they are and writes what the next matmul reads. Where
 the CPU multiplies bfloat16, products are of those; elsewhere it reads float16 and multiplies float32, as writing and
 reading query, key and value takes longer than converting them. Scores, softmax and sums are float32.

@@ -28,7 +28,7 @@ def _layer_norm(
 
 
 def norm_layouts(x: Any, both: bool, narrow: bool) -> dict[str, ir.FixedLayout]:
-    """Of the answers for rows like those of `x`: numbers, if `both`, and codes."""
+    """Of the outputs for rows like those of `x`: numbers, if `both`, and codes."""
     layouts = {"y": plain_layout(x, torch.bfloat16 if narrow else torch.float32, x.get_size())} if both else {}
     return layouts | {"out": plain_layout(x, torch.uint8, x.get_size())}
 

@@ -137,7 +137,7 @@ def _writes(node: Node) -> bool:
 
 
 def _origin(node: Node) -> Node:
-    """Where the memory of `node`'s answer comes from."""
+    """Where the memory of `node`'s output comes from."""
     while node.target is operator.getitem or (
         isinstance(node.target, OpOverload) and any(y.alias_info for y in node.target._schema.returns)
     ):
@@ -146,7 +146,7 @@ def _origin(node: Node) -> Node:
 
 
 def _replace_norm(graph: fx.Graph, node: Node, changed: Mapping[Node, Node]) -> None:
-    """Have the norm `node` answer with the codes that its readers quantize its answers to.
+    """Have the norm `node` return the codes that its readers quantize its outputs to.
 
     `changed`: what is written to after it was computed.
     """
@@ -350,7 +350,7 @@ def _only_attention_reads(x: Node) -> bool:
 
 
 def _until_quantized(node: Node) -> list[Node]:
-    """What only puts the answers `[batch, heads, length, size]` of `node` in rows of `heads * size`, and quantizes them.
+    """What only puts the outputs `[batch, heads, length, size]` of `node` in rows of `heads * size`, and quantizes them.
 
     Or those of the first token of each row alone.
     """
