@@ -13,7 +13,8 @@ from .runtime.compiling.compile import use_kept
 from .runtime.fusion.fuse import finish_fusing, fuse
 from .runtime.inside import sentence_transformer, transformers_part
 from .runtime.int8.conv import Int8Conv
-from .runtime.int8.linear import Int8Linear, note_files, pack_all
+from .runtime.int8.linear import Int8Linear
+from .runtime.int8.packed import note_files, pack_all
 from .runtime.loading.input_ranges import take_ranges
 from .runtime.loading.swap import is_int8, swap_modules
 from .source.bounds import bounded

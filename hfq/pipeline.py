@@ -37,7 +37,7 @@ from .report.card import render_card
 from .report.report import Report, Result, layers_of, now, package_versions
 from .report.view import sure
 from .runtime.compiling.compile import compile
-from .runtime.int8.linear import unpack_all
+from .runtime.int8.packed import unpack_all
 from .source.checkpoint import pull
 from .tasks.base import Trivial
 from .tuning.goal import Goal

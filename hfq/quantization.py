@@ -31,7 +31,7 @@ from .quantized import quantized_like
 from .report.report import Report, layers_of, now, package_versions
 from .runtime.fusion.fuse import fuse
 from .runtime.inside import sentence_transformer
-from .runtime.int8.linear import memory_mib, state_mib
+from .runtime.int8.packed import memory_mib, state_mib
 from .runtime.loading.ownership import own_tensors
 from .source.checkpoint import CheckpointInfo
 from .tuning.goal import Goal

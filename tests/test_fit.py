@@ -25,7 +25,8 @@ from hfq.config import AccuracyCriterion, PostTrainingQuantConfig, TuningCriteri
 from hfq.hub.local import LocalHub
 from hfq.quantization import fit
 from hfq.runtime.int8.conv import Int8Conv
-from hfq.runtime.int8.linear import Int8Embedding, Int8Linear
+from hfq.runtime.int8.embedding import Int8Embedding
+from hfq.runtime.int8.linear import Int8Linear
 
 ANY_LOSS = AccuracyCriterion(tolerable_loss=1.0)
 pytestmark = pytest.mark.filterwarnings("ignore:Neither eval_func:UserWarning")

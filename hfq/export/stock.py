@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from ..common.errors import ExportError
 from ..ptq.inputs import Batch
-from ..runtime.int8.linear import Int8Embedding, Int8Linear
+from ..runtime.int8.embedding import Int8Embedding
+from ..runtime.int8.linear import Int8Linear
 from ..runtime.loading.stock import stock_transformers
 
 FAR = 0.5  # relative to the answer: more than a code here and there that rounds the other way

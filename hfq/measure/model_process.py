@@ -45,7 +45,7 @@ class _Session:
         from safetensors.torch import load_file
 
         from ..common.memory import drop_checkpoint_pages
-        from ..runtime.int8.linear import memory_mib
+        from ..runtime.int8.packed import memory_mib
         from ..runtime.loading.stock import stock_transformers
 
         self.batches = _batches(load_file(request["batches"]))

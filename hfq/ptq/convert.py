@@ -9,7 +9,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..common.errors import UnsupportedError
 from ..runtime.int8.conv import Int8Conv, Int8Conv1D
-from ..runtime.int8.linear import Int8Embedding, Int8Linear
+from ..runtime.int8.embedding import Int8Embedding
+from ..runtime.int8.linear import Int8Linear
 from ..runtime.loading.swap import replacer
 from .graph import Fold, fold_into
 from .layers import CONVOLUTIONS, linear, twin, why_not

@@ -17,7 +17,7 @@ from ..ptq.layers import find_quantizable, linear
 from ..ptq.scheme import Plan
 from ..runtime.fusion.fuse import fuse
 from ..runtime.fusion.snapshot import unchanged
-from ..runtime.int8.linear import memory_mib, state_mib
+from ..runtime.int8.packed import memory_mib, state_mib
 from .candidates import Candidate, Space
 from .goal import Goal
 from .log import TrialLog

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from hfq.runtime.compiling.blocked import gelu
 from hfq.runtime.compiling.inductor.compiler import compile_graph
-from hfq.runtime.fusion.attention import compiles_to_bfloat16
+from hfq.runtime.kernels.cpu import compiles_to_bfloat16
 from hfq.runtime.kernels.layouts import VNNI
 
 HEADS, SIZE, FEATURES, PRODUCTS = 3, 32, 96, 192

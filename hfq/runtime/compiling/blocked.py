@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from ..int8.linear import PackedLinear, packed_linears
 from ..kernels.checked import CheckedKernel
-from ..kernels.kernel import OneDnnKernel, PortableKernel, PostOp, apply_post_op, token_scale
+from ..kernels.kernel import PostOp, apply_post_op, token_scale
 from ..kernels.layouts import PANELS, VNNI
 from ..kernels.native import bytes_of
+from ..kernels.onednn import OneDnnKernel
 from ..kernels.packing import descriptor_of, packing
+from ..kernels.portable import PortableKernel
 from ..kernels.selection import select_kernel
 
 

@@ -26,7 +26,7 @@ from ..fusion.fuse import finish_fusing, known_of, wanted_fusions
 from ..fusion.slicing import TOKENS, is_token_batch
 from ..inside import sentence_transformer
 from ..int8.known_forward import FusedForward, enter
-from ..int8.linear import PACKING, pack_all
+from ..int8.packed import PACKING, pack_all
 from .blocked import lay_out, lay_out_for_kernels
 from .difference import differs
 from .folders import are_all_empty, cache_folder, compile_setting, folders, say_what_differs

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ...common.version import __version__
-from ..fusion.attention import compiles_to_bfloat16, is_compiled
 from ..int8.linear import packed_linears
+from ..kernels.cpu import compiles_to_bfloat16, is_compiled
 from ..kernels.native import machine, take_tensors
 from .difference import Forward, differs
 from .folders import trusted

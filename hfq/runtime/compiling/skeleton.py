@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from ..int8.known_forward import CAPTURING, FUSED, KNOWN, FusedForward, KnownForward
-from ..int8.linear import Int8Linear, PackedLinear, SharedMatmul
+from ..int8.linear import Int8Linear, PackedLinear
+from ..int8.shared_matmul import SharedMatmul
 from .blocked import BlockedMatmul, in_blocks
 
 # The versions of these are known, so the name of a class stands for its code.
@@ -49,7 +50,7 @@ def take_apart(model: nn.Module, *, blocks: bool = False) -> tuple[bytes, list[T
         _log.info("Not compiled ahead: %s", error)
         return None
     skeleton = pickle.dumps(list(pickler.strings), protocol=5) + file.getvalue()
-    # Not a packed weight: where processes share it, this very object keeps the file mapped (`hfq.runtime.kernels.kernel.sharing`).
+    # Not a packed weight: where processes share it, this very object keeps the file mapped (`hfq.runtime.kernels.sharing`).
     return skeleton, [tensor if tensor.is_mkldnn else tensor.detach() for tensor in pickler.tensors]
 
 

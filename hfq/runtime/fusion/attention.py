@@ -8,8 +8,6 @@ float32. With AVX-512 BF16 alone, two batched matmuls through oneDNN take two th
 
 import functools
 import itertools
-import os
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,38 +17,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ..kernels.cpu import multiplies_bfloat16, multiplies_in_tiles
+
 NAME = "hfq"
-
-
-def multiplies_bfloat16() -> bool:
-    """Whether this CPU has instructions for bfloat16 products (AVX-512 BF16, AMX): without them it is emulated."""
-    found = torch.cpu.get_capabilities()
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
-
-
-def multiplies_in_tiles() -> bool:
-    """Whether this CPU has AMX for bfloat16."""
-    return bool(torch.cpu.get_capabilities().get("amx_bf16")) and not onednn_is_limited()
-
-
-def can_compile() -> bool:
-    """Whether `hfq.runtime.compiling.inductor.attention_template` runs here: its products are oneDNN's, which may be told of another CPU."""
-    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") and not onednn_is_limited()
-
-
-def onednn_is_limited() -> bool:
-    """Whether oneDNN is told of a lesser CPU."""
-    return any(os.environ.get(name) for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"))
-
-
-def compiles_to_bfloat16() -> bool:
-    """Whether attention that is compiled multiplies bfloat16 numbers; else float32."""
-    return multiplies_bfloat16() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-
-
-def is_compiled(fusions: Sequence[str]) -> bool:
-    """Whether `hfq.compile` compiles attention here, too, given the fusions that are wanted."""
-    return "compiled-attention" in fusions and can_compile()
 
 
 def register(*, compiled: bool = False) -> None:

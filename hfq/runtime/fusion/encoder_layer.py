@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..int8.known_forward import KnownForward, runs_known_code
-from ..int8.linear import Int8Linear, SharedMatmul
+from ..int8.linear import Int8Linear
+from ..int8.shared_matmul import SharedMatmul
 from .attention import NAME
 from .flow import example_output, standing_in
 from .probe import noise

@@ -18,7 +18,8 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..int8.linear import Int8Linear, SharedMatmul
+from ..int8.linear import Int8Linear
+from ..int8.shared_matmul import SharedMatmul
 from .snapshot import unchanged
 
 _ADD = torch.ops.aten.add.Tensor

@@ -16,8 +16,11 @@ from transformers import PreTrainedModel
 from ...common.errors import UsageError
 from ...common.memory import return_freed_memory
 from ..int8.known_forward import FUSED, FusedForward, KnownForward, Structure, enter, runs_known_code
-from ..int8.linear import PACKING, Int8Linear, SharedMatmul, input_codes, pack_all
+from ..int8.linear import Int8Linear
 from ..int8.narrowing import Narrowing
+from ..int8.packed import PACKING, input_codes, pack_all
+from ..int8.shared_matmul import SharedMatmul
+from ..kernels import cpu
 from . import attention
 from .activation import fuse_activations
 from .encoder_layer import run_directly
@@ -100,9 +103,9 @@ def wanted_fusions() -> tuple[str, ...]:
     setting = os.environ.get("HFQ_FUSIONS")
     if not setting:
         close = {
-            "compiled-attention": attention.can_compile(),
-            "compiled-residual": attention.compiles_to_bfloat16(),
-            "attention": attention.multiplies_in_tiles(),
+            "compiled-attention": cpu.can_compile(),
+            "compiled-residual": cpu.compiles_to_bfloat16(),
+            "attention": cpu.multiplies_in_tiles(),
         }
         return (*EXACT, *(name for name, here in close.items() if here))
     if setting in FUSION_SETS:
@@ -270,7 +273,7 @@ def _fuse_attention(model: nn.Module, example: Mapping[str, Tensor], flow: Flow 
         return
     model.hfq_attention = attention.Registration()  # type: ignore[assignment]
     model.set_attn_implementation(attention.NAME)
-    layers = flow.read_by_attention() if flow is not None and attention.multiplies_in_tiles() else []
+    layers = flow.read_by_attention() if flow is not None and cpu.multiplies_in_tiles() else []
     layers = [layer for layer in layers if layer.activation == "static" and type(layer) is Int8Linear]
     narrowing = Narrowing(model.config, attention=attention.NAME)
     for layer in layers:

@@ -15,7 +15,9 @@ from torch.nn.grad import conv1d_input, conv2d_input
 from ..kernels.kernel import quantize_uint8
 from ..kernels.selection import select_kernel
 from .gradients import is_wanted, straight_through
-from .linear import Int8Linear, PackedModule, frozen, input_codes, is_recorded, recorded_codes, unrecorded
+from .linear import Int8Linear
+from .packed import PackedModule, frozen, input_codes
+from .recording import is_recorded, recorded_codes, unrecorded
 
 ConvActivation = Literal["static", "weight-only"]
 Sizes = tuple[int, ...]

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .kernel import PLAIN, Codes, Epilogue, OneDnnKernel, PortableKernel
+from .kernel import PLAIN, Codes, Epilogue
 from .native import bytes_of
+from .onednn import OneDnnKernel
+from .portable import PortableKernel
 
 GROUP = 4  # input channels; where there are some left over, oneDNN may start its pairs anywhere
 MOST = 2**15 - 1  # that two products may add up to

@@ -11,7 +11,9 @@ import torch
 
 from ...common.errors import UsageError
 from .checked import CheckedKernel, saturates_in_pairs
-from .kernel import Kernel, OneDnnKernel, PortableKernel, quantize_uint8
+from .kernel import Kernel, quantize_uint8
+from .onednn import OneDnnKernel
+from .portable import PortableKernel
 
 
 @lru_cache(maxsize=1)

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from ...common.version import __version__
-from .kernel import Kernel, OneDnnKernel
+from .kernel import Kernel
 from .native import machine, packed_tensor
+from .onednn import OneDnnKernel
 from .packing import descriptor_of
 
 _NUMBER = 4  # bytes of the checksum of what follows it, then of the length of the facts that come next

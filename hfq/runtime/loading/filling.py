@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ...common.errors import SourceError
 from ...common.safetensors_header import read_header
-from ..int8.linear import Int8Embedding, PackedModule, frozen
+from ..int8.embedding import Int8Embedding
+from ..int8.packed import PackedModule, frozen
 
 Place = tuple[nn.Module, str]
 _TYPES = {"I8": torch.int8, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

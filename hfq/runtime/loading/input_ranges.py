@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ...common.errors import SourceError
 from ...common.names import INPUT_RANGES
-from ..int8.linear import PackedModule, frozen
+from ..int8.packed import PackedModule, frozen
 
 TENSORS = ("input_scale", "input_zero_point")
 

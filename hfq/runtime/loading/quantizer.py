@@ -17,7 +17,8 @@ from ...common.memory import checkpoint_files
 from ...common.names import INPUT_RANGES
 from ..compiling.compile import use_kept
 from ..fusion.fuse import fuse
-from ..int8.linear import Int8Embedding, PackedModule, note_files
+from ..int8.embedding import Int8Embedding
+from ..int8.packed import PackedModule, note_files
 from .filling import fill_modules
 from .input_ranges import take_ranges
 from .stock import is_stock

@@ -14,7 +14,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..int8.conv import Int8Conv, Int8Conv1D
-from ..int8.linear import Activation, Int8Embedding, Int8Linear
+from ..int8.embedding import Int8Embedding
+from ..int8.linear import Activation, Int8Linear
 
 
 def swap_modules(model: nn.Module, config: QuantizationConfig) -> None:

@@ -25,9 +25,9 @@ import hfq
 from hfq.quantized import quantized_like
 from hfq.runtime.compiling import compile as compiling
 from hfq.runtime.compiling.blocked import in_blocks
-from hfq.runtime.fusion.attention import can_compile, compiles_to_bfloat16, multiplies_in_tiles
 from hfq.runtime.fusion.fuse import fuse
 from hfq.runtime.int8.linear import Int8Linear
+from hfq.runtime.kernels.cpu import can_compile, compiles_to_bfloat16, multiplies_in_tiles
 from hfq.runtime.kernels.selection import select_kernel
 from hfq.tuning.candidates import Candidate
 

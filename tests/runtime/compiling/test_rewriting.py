@@ -14,9 +14,9 @@ from hfq.runtime.compiling import compile as compiling
 from hfq.runtime.compiling.blocked import gelu, lay_out
 from hfq.runtime.compiling.graphs import Graph
 from hfq.runtime.compiling.skeleton import take_apart
-from hfq.runtime.fusion.attention import can_compile, compiles_to_bfloat16
 from hfq.runtime.fusion.fuse import fuse
-from hfq.runtime.int8.linear import pack_all
+from hfq.runtime.int8.packed import pack_all
+from hfq.runtime.kernels.cpu import can_compile, compiles_to_bfloat16
 from hfq.runtime.kernels.selection import select_kernel
 from hfq.tuning.candidates import Candidate
 

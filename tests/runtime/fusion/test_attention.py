@@ -19,8 +19,9 @@ from hfq.runtime.fusion import attention
 from hfq.runtime.fusion.attention import bfloat16_attention
 from hfq.runtime.fusion.flow import trace
 from hfq.runtime.fusion.fuse import fuse, wanted_fusions
-from hfq.runtime.int8.linear import SharedMatmul
 from hfq.runtime.int8.narrowing import Narrowing
+from hfq.runtime.int8.shared_matmul import SharedMatmul
+from hfq.runtime.kernels import cpu
 from hfq.tuning.candidates import Candidate
 
 LONG = token_batches(2, rows=32, length=40)
@@ -122,7 +123,7 @@ def test_models_take_it_when_asked(family: str, monkeypatch: pytest.MonkeyPatch)
     model = quantized(tiny(family), Candidate("dynamic"), LONG)
     before = logits(model, LONG)
     fuse(model)
-    native = attention.multiplies_bfloat16()
+    native = cpu.multiplies_bfloat16()
     assert model.config._attn_implementation == (attention.NAME if native else "sdpa")
     assert relative_error(logits(model, LONG), before) < 0.1
 
@@ -141,9 +142,7 @@ def layers_that_return_bfloat16(model: nn.Module) -> list[str]:
     return seen
 
 
-needs_tiles = pytest.mark.skipif(
-    not attention.multiplies_in_tiles(), reason="no AMX on this CPU, so nothing is narrowed"
-)
+needs_tiles = pytest.mark.skipif(not cpu.multiplies_in_tiles(), reason="no AMX on this CPU, so nothing is narrowed")
 
 
 @needs_tiles
@@ -183,7 +182,7 @@ def test_a_fused_model_may_still_be_turned_into_bfloat16(family: str) -> None:
     assert relative_error(answer.float(), before) < 0.1
 
 
-@pytest.mark.skipif(not attention.multiplies_bfloat16(), reason="this CPU does not multiply bfloat16")
+@pytest.mark.skipif(not cpu.multiplies_bfloat16(), reason="this CPU does not multiply bfloat16")
 def test_a_pickled_model_runs_in_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HFQ_FUSIONS", "all")
     model: Any = quantized(tiny(), Candidate("static"), LONG)

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from hfq.ptq.convert import int8_conv, int8_linear
 from hfq.ptq.scheme import LayerScheme
 from hfq.runtime.fusion.fuse import finish_fusing, fuse
-from hfq.runtime.int8.linear import pack_all
+from hfq.runtime.int8.packed import pack_all
 from hfq.tuning.candidates import Candidate
 
 BATCHES = token_batches(1)

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from hfq.common.errors import UsageError
 from hfq.ptq.convert import int8_embedding, int8_linear
 from hfq.ptq.scheme import LayerScheme, quantize_rows
-from hfq.runtime.int8.linear import Int8Embedding, Int8Linear, memory_mib, pack_all
+from hfq.runtime.int8.embedding import Int8Embedding
+from hfq.runtime.int8.linear import Int8Linear
+from hfq.runtime.int8.packed import memory_mib, pack_all
 from hfq.runtime.kernels.kernel import PostOp
 from hfq.runtime.kernels.selection import select_kernel
 

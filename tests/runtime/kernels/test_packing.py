@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hfq.runtime.kernels.kernel import OneDnnKernel
 from hfq.runtime.kernels.native import bytes_of
+from hfq.runtime.kernels.onednn import OneDnnKernel
 from hfq.runtime.kernels.packing import WORTHWHILE, descriptor_of, pack
 from hfq.runtime.kernels.selection import select_kernel
 from hfq.runtime.kernels.weight_memory import WeightMemory

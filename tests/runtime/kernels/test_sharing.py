@@ -24,7 +24,7 @@ import hfq
 from hfq.export.checkpoint import export
 from hfq.ptq.convert import quantize_model
 from hfq.runtime.compiling.skeleton import take_apart
-from hfq.runtime.int8.linear import pack_all, unpack_all
+from hfq.runtime.int8.packed import pack_all, unpack_all
 from hfq.runtime.kernels.selection import select_kernel
 from hfq.source.checkpoint import pull
 from hfq.tuning.candidates import Candidate

@@ -30,7 +30,8 @@ from hfq.common.errors import ExportError, SourceError, UnsupportedError, UsageE
 from hfq.export.checkpoint import export
 from hfq.ptq.convert import quantize_model
 from hfq.ptq.scheme import Plan
-from hfq.runtime.int8.linear import Int8Embedding, memory_mib
+from hfq.runtime.int8.embedding import Int8Embedding
+from hfq.runtime.int8.packed import memory_mib
 from hfq.source.checkpoint import Checkpoint, pull
 from hfq.tuning.candidates import Candidate
 

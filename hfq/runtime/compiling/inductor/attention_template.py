@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch._inductor import ir, lowering
 
-from ...fusion.attention import compiles_to_bfloat16
+from ...kernels.cpu import compiles_to_bfloat16
 from .lowerings import replace_lowering
 from .templates import Template, in_rows, plain_layout
 

@@ -18,7 +18,8 @@ from torch.utils import _pytree as pytree
 
 from ...fusion import attention
 from ...int8.known_forward import KnownForward
-from ...int8.linear import Int8Linear, compiling_ahead
+from ...int8.linear import Int8Linear
+from ...int8.recording import compiling_ahead
 from .. import operations  # noqa: F401 - operations are registered
 from ..graphs import FACTS, LIBRARY, REFUSED, digest, dynamic_axes, register_caches
 from ..skeleton import put_together

@@ -8,7 +8,7 @@ from torch._inductor.codegen.common import KernelTemplate
 from torch._inductor.codegen.cpp_utils import GemmBlocking
 from torch._inductor.cpu_vec_isa import VecAMX, VecAVX512VNNI, pick_vec_isa
 
-from ...fusion.attention import onednn_is_limited
+from ...kernels.cpu import onednn_is_limited
 from ...kernels.layouts import VNNI, Layout
 
 
@@ -29,7 +29,7 @@ def register(layout: Layout) -> GemmBlocking:
 class VnniMicroKernel(cpp_micro_gemm.CppMicroGemmAVX512VNNI):
     """oneDNN's kernel, which uses AMX, and one for a few rows: with AMX our own, else inductor's.
 
-    Weights are in `hfq.runtime.kernels.kernel.layouts.VNNI`.
+    Weights are in `hfq.runtime.kernels.layouts.VNNI`.
     """
 
     ROWS = 64  # that a thread takes at least
@@ -142,7 +142,7 @@ class WideningMicroKernel(cpp_micro_gemm.CppMicroGemm):
     """Products of 16-bit integers, which AVX2 adds in pairs to 32 bits and never saturates.
 
     Without VNNI, the instruction for pairs of 8-bit integers saturates at 16 bits, and with what makes it exact it is no
-    faster. Weights are in `hfq.runtime.kernels.kernel.layouts.PANELS`.
+    faster. Weights are in `hfq.runtime.kernels.layouts.PANELS`.
     """
 
     ROWS = 24

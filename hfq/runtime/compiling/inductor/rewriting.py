@@ -13,7 +13,7 @@ from torch import fx
 from torch._ops import OpOverload
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ...fusion.attention import compiles_to_bfloat16
+from ...kernels.cpu import compiles_to_bfloat16
 from ...kernels.layouts import VNNI
 from .own_attention import before_it_is_repeated, read_attention
 
