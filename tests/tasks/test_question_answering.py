@@ -27,7 +27,7 @@ SQUAD = {"question": ["When?"], "context": [CONTEXT], "answers": [{"text": ["184
 
 def row(text: str) -> dict[str, Any]:
     """The first word with digits of the start of a message, if there is one."""
-    context = text[:90]
+    context = text[:64]
     numbers = [word for word in context.split() if has_digits(word)][:1]
     starts = [context.index(word) for word in numbers]
     return {"id": "x", "question": QUESTION, "context": context, "answers": {"text": numbers, "answer_start": starts}}
@@ -47,7 +47,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def batch(tokenizer: Any, texts: Any) -> dict[str, Any]:
         rows = [row(text) for text in texts]
         tokens = tokenizer(
-            [QUESTION] * len(rows), [each["context"] for each in rows], padding=True, truncation=True, max_length=48,
+            [QUESTION] * len(rows), [each["context"] for each in rows], padding=True, truncation=True, max_length=32,
             return_tensors="pt",
         )  # fmt: skip
         places = torch.zeros(2, len(rows), dtype=torch.long)
