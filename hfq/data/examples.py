@@ -11,7 +11,7 @@ from ..recipe import Recipe, flag
 from ..source.checkpoint import Checkpoint
 from ..tasks.base import FIDELITY, Alignment, Batch, Columns, Encoding, Processor, References, Task
 from ..tasks.stream import Stream
-from ..tasks.text import is_text
+from ..tasks.text.tokens import is_text
 from .dataset import load_splits
 from .reference import find_dataset
 from .splits import calibration_split, evaluation_split, holdout_split

@@ -15,6 +15,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..common.errors import ExportError
@@ -22,7 +23,7 @@ from ..common.files import write_text
 from ..common.memory import drop_file_pages
 from ..common.names import INPUT_RANGES
 from ..ptq.scheme import Plan
-from ..runtime.int8.conv import Int8Conv1D
+from ..runtime.int8.conv import Int8Conv, Int8Conv1D
 from ..runtime.loading.input_ranges import TENSORS, input_ranges
 from ..runtime.loading.swap import tied_scales
 from ..source.checkpoint import Checkpoint
@@ -92,7 +93,8 @@ def quantization_config(model: nn.Module, plan: Plan, *, widened: bool = False) 
     quantized in its weights only, the groups say so, and what hfq needs of inputs stands beside them.
     """
     # Stock transformers opens an int8 Conv1D only so.
-    widened = widened or any(isinstance(module, Int8Conv1D) for module in model.modules())
+    unknown_in_stock = (Int8Conv1D, Int8Conv) if isinstance(model, PreTrainedModel) else Int8Conv1D
+    widened = widened or any(isinstance(module, unknown_in_stock) for module in model.modules())
     ranges = input_ranges(model) if widened else {}
     approaches: dict[str, str] = dict.fromkeys(plan.embeddings, "weight-only")
     approaches |= {name: "weight-only" if name in ranges else s.approach for name, s in plan.layers.items()}

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ..common.errors import ExportError
 from ..ptq.inputs import Batch
+from ..runtime.int8.conv import Int8Conv
 from ..runtime.int8.embedding import Int8Embedding
 from ..runtime.int8.linear import Int8Linear
 from ..runtime.loading.stock import stock_transformers
@@ -56,10 +57,12 @@ def other_model(reason: str) -> str:
 
 def _differences(model: nn.Module, stock: nn.Module, *, widened: bool) -> Iterator[str]:
     """What of `model` is otherwise in `stock`, which holds its weights in float; if `widened`, it quantizes no inputs."""
-    int8 = {name: module for name, module in model.named_modules() if isinstance(module, Int8Linear | Int8Embedding)}
+    kinds = Int8Linear | Int8Embedding | Int8Conv
+    int8 = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     for name, module in int8.items():
         found: Any = stock.get_submodule(name)
-        if not _alike(found.weight, module.weight.detach() * module.weight_scale.detach()):
+        codes = module.codes if isinstance(module, Int8Conv) else module.weight.detach()
+        if not _alike(found.weight, codes * module.weight_scale.detach()):
             yield f"{name} has another weight"
         if not widened and _activation(found) != getattr(module, "activation", "weight-only"):
             yield f"{name} runs with {_activation(found)} activations"

@@ -1,6 +1,6 @@
 """Which tasks there are, and which one a checkpoint is for.
 
-A task is found by being a module of this folder: nothing lists them.
+A task is found by being a module of this folder, or of one in it: nothing lists them.
 """
 
 import importlib
@@ -20,9 +20,8 @@ from .base import Task
 def tasks() -> dict[str, type[Task]]:
     """Every task by name, those that are made of another one before it."""
     package = importlib.import_module(__package__)
-    modules = [
-        importlib.import_module(f"{__package__}.{found.name}") for found in pkgutil.iter_modules(package.__path__)
-    ]
+    found = pkgutil.walk_packages(package.__path__, f"{__package__}.")
+    modules = [importlib.import_module(module.name) for module in found if not module.ispkg]
     classes = [value for module in modules for value in vars(module).values() if _is_task(value, module.__name__)]
     return {task.name: task for task in sorted(classes, key=lambda task: (-len(task.__mro__), task.name))}
 

@@ -12,7 +12,7 @@ from hfq.data.examples import load_task_data
 from hfq.hub.local import LocalHub
 from hfq.recipe import Recipe
 from hfq.source.checkpoint import pull
-from hfq.tasks.text_classification import TextClassification
+from hfq.tasks.text.text_classification import TextClassification
 
 Rows = list[tuple[str | None, ...]]
 

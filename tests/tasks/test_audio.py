@@ -17,9 +17,9 @@ from transformers import AutoModelForCTC, AutoProcessor
 from hfq.common.errors import DataError, UsageError
 from hfq.data.dataset import load_splits
 from hfq.source.checkpoint import pull
-from hfq.tasks.audio import waveform
+from hfq.tasks.audio.recordings import waveform
+from hfq.tasks.audio.speech_recognition import Spelling
 from hfq.tasks.registry import make_task
-from hfq.tasks.speech_recognition import Spelling
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from hfq.common.errors import DataError
 from hfq.data.dataset import load_splits
 from hfq.tasks.base import FIDELITY
 from hfq.tasks.registry import make_task
-from hfq.tasks.token_classification import TokenClassification
+from hfq.tasks.text.token_classification import TokenClassification
 
 TAGGER = {"architectures": ["BertForTokenClassification"], "id2label": {"0": "O", "1": "B-X"}}
 CLASSIFIER = {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "ham", "1": "spam"}}

@@ -15,7 +15,7 @@ from transformers import AutoModelForMaskedLM, pipeline
 from hfq.common.errors import DataError, UsageError
 from hfq.source.checkpoint import pull
 from hfq.tasks.base import Processor
-from hfq.tasks.fill_mask import IGNORED, FillMask
+from hfq.tasks.text.fill_mask import IGNORED, FillMask
 
 CONFIG = {"architectures": ["BertForMaskedLM"]}
 

@@ -11,13 +11,23 @@ from datasets import Dataset, Features, Image, Value, load_dataset
 from PIL import Image as Pillow
 from PIL.Image import Image as Picture
 from support.command import forkserver
-from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+from transformers import (
+    AutoModelForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+)
 
 from hfq.common.errors import DataError, UsageError
+from hfq.config import PostTrainingQuantConfig
 from hfq.data.examples import Examples
+from hfq.quantization import fit
 from hfq.recipe import Recipe
+from hfq.runtime.int8.conv import Int8Conv
 from hfq.source.checkpoint import pull
-from hfq.tasks.image_classification import ImageClassification
+from hfq.tasks.image.image_classification import ImageClassification
 from hfq.tasks.registry import make_task
 
 SIDE = 16
@@ -179,3 +189,21 @@ def test_texts_and_lengths_are_nothing_that_it_reads(checkpoint: Path) -> None:
         task.processor(
             pull(str(checkpoint)), max_length=Recipe(checkpoint="x", max_length=8).max_length, trust_remote_code=False
         )
+
+
+def test_convolutions_are_int8_where_they_are_the_model_and_stock_opens_them(tmp_path: Path) -> None:
+    """`save` has stock transformers open the folder and compares it."""
+    torch.manual_seed(0)
+    sizes = {"embedding_size": 16, "hidden_sizes": [32, 64], "depths": [1, 1], "layer_type": "bottleneck"}
+    model = ResNetForImageClassification(ResNetConfig(**sizes, num_labels=3)).eval()
+    pixels = torch.randn(4, 3, SIDE, SIDE)
+    with pytest.warns(UserWarning, match="without tuning"):
+        int8 = fit(model, PostTrainingQuantConfig(approach="static"), calib_dataloader=[{"pixel_values": pixels}])
+    int8.save(tmp_path / "out")
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    kept = [module.activation for module in loaded.modules() if isinstance(module, Int8Conv)]
+    assert kept == ["static"] * 9
+    with torch.inference_mode():
+        expected, found, kept_float = (part(pixels).logits for part in (int8, loaded, model))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+    assert (found - kept_float).norm() < 0.05 * kept_float.norm()

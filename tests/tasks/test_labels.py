@@ -14,7 +14,7 @@ from hfq.recipe import Recipe
 from hfq.source.checkpoint import Checkpoint, CheckpointInfo
 from hfq.tasks.labels import LabelMap
 from hfq.tasks.registry import make_task
-from hfq.tasks.text_classification import TextClassification
+from hfq.tasks.text.text_classification import TextClassification
 
 TEXT = Value("string")
 SPAM = {0: "ham", 1: "spam"}

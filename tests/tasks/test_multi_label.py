@@ -12,8 +12,8 @@ from support.training import has_digits, train, write_rows
 from transformers import AutoModelForSequenceClassification
 
 from hfq.common.errors import DataError
-from hfq.tasks.multi_label_classification import MultiLabelClassification
 from hfq.tasks.registry import make_task
+from hfq.tasks.text.multi_label_classification import MultiLabelClassification
 
 NAMES = ("number", "question", "long")
 CONFIG = {

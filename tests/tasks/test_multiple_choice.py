@@ -13,7 +13,7 @@ from transformers import AutoModelForMultipleChoice, AutoTokenizer
 
 from hfq.common.errors import DataError
 from hfq.source.checkpoint import pull
-from hfq.tasks.multiple_choice import MultipleChoice
+from hfq.tasks.text.multiple_choice import MultipleChoice
 
 CONFIG = {"architectures": ["BertForMultipleChoice"]}
 RIGHT = [1, 0]

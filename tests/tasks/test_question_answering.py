@@ -17,7 +17,7 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 from hfq.common.errors import DataError
 from hfq.source.checkpoint import pull
 from hfq.tasks.base import Processor
-from hfq.tasks.question_answering import Answers, Asked, QuestionAnswering, best_threshold, given
+from hfq.tasks.text.question_answering import Answers, Asked, QuestionAnswering, best_threshold, given
 
 CONFIG = {"architectures": ["BertForQuestionAnswering"]}
 QUESTION = "Which number?"

@@ -13,7 +13,7 @@ from support.training import train, write_rows
 
 from hfq.common.errors import DataError, UnsupportedError
 from hfq.tasks.registry import make_task
-from hfq.tasks.regression import Regression
+from hfq.tasks.text.regression import Regression
 
 CONFIG = {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
 

@@ -22,7 +22,7 @@ from hfq.recipe import Recipe
 from hfq.source.checkpoint import pull
 from hfq.tasks.base import Task
 from hfq.tasks.registry import make_task
-from hfq.tasks.reranking import Judged
+from hfq.tasks.text.reranking import Judged
 
 CONFIG = {
     "architectures": ["BertForSequenceClassification"],

@@ -30,7 +30,7 @@ from hfq.source.checkpoint import pull
 from hfq.source.model import load_model
 from hfq.tasks.base import Task
 from hfq.tasks.registry import make_task
-from hfq.tasks.sentence_embedding import Document, Query
+from hfq.tasks.text.sentence_embedding import Document, Query
 
 TEXTS = [
     "It is warm today.",

@@ -15,7 +15,7 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer
 from hfq.common.errors import DataError
 from hfq.source.checkpoint import pull
 from hfq.tasks.registry import make_task
-from hfq.tasks.token_classification import TokenClassification, span_names
+from hfq.tasks.text.token_classification import TokenClassification, span_names
 
 NAMES = ("O", "B-NUM", "I-NUM")
 SCHEMES = {

@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from ..common.errors import DataError, UsageError
-from ..source.sentence_model import SentenceModel, import_sentence_transformers, load_head, read_sentence_model
-from .base import Batch, Columns, Encoding, Metric, Outputs, Processor, References, Trivial, require_column
-from .metrics import MeanOf, Torchmetric, stacked
+from ...common.errors import DataError, UsageError
+from ...source.sentence_model import SentenceModel, import_sentence_transformers, load_head, read_sentence_model
+from ..base import Batch, Columns, Encoding, Metric, Outputs, Processor, References, Trivial, require_column
+from ..metrics import MeanOf, Torchmetric, stacked
 from .ranking import DEPTH, Ranking, gains_in_order, ranking_metrics
 from .regression import UNLABELLED, as_number
-from .text import TextTask, is_text, texts
+from .tokens import TextTask, is_text, texts
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch import nn
 
-    from ..source.checkpoint import Checkpoint
+    from ...source.checkpoint import Checkpoint
 
 RELEVANT = "relevant"  # columns of retrieval data, as `hfq.data.beir` reads it
 TRIPLETS = (("anchor", "positive", "negative"), ("query", "positive", "negative"))

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..common.errors import DataError
-from .base import Batch, Columns, Encoding, Metric, Outputs, Processor, References, Trivial, require_column
-from .classification import right
-from .labels import find_label_column
-from .metrics import MeanOf, stacked
-from .text import TextTask, is_text, texts
+from ...common.errors import DataError
+from ..base import Batch, Columns, Encoding, Metric, Outputs, Processor, References, Trivial, require_column
+from ..classification import right
+from ..labels import find_label_column
+from ..metrics import MeanOf, stacked
+from .tokens import TextTask, is_text, texts
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -7,9 +7,9 @@ a zero-shot classifier, which is what they are mostly used for, so does the card
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .base import Columns
-from .classification import Classification
-from .labels import LabelMap, LabelNames, distinct, plain
+from ..base import Columns
+from ..classification import Classification
+from ..labels import LabelMap, LabelNames, distinct, plain
 from .sequence import SequenceTask
 
 if TYPE_CHECKING:

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, ClassVar
 
-from .base import Columns, Metric
-from .classification import Classification, in_top_five
-from .image import ImageTask
-from .labels import find_label_column
-from .metrics import MeanOf
+from ..base import Columns, Metric
+from ..classification import Classification, in_top_five
+from ..labels import find_label_column
+from ..metrics import MeanOf
+from .pixels import ImageTask
 
 
 class ImageClassification(Classification, ImageTask):

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .audio import AudioTask
-from .base import Batch, Columns
-from .classification import Classification
-from .labels import find_label_column
+from ..base import Batch, Columns
+from ..classification import Classification
+from ..labels import find_label_column
+from .recordings import AudioTask
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

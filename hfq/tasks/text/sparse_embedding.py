@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..common.errors import UsageError
-from ..source.sentence_model import load_head, read_sentence_model
-from .base import Outputs
+from ...common.errors import UsageError
+from ...source.sentence_model import load_head, read_sentence_model
+from ..base import Outputs
 from .sentence_embedding import SentenceEmbedding, all_vectors
 
 if TYPE_CHECKING:

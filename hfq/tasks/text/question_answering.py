@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..common.errors import DataError
-from ..common.names import REPORT_FILE
-from ..common.reading import read_json
-from .base import Batch, Columns, Encoding, Metric, Outputs, Processor, References, SumMetric, Trivial, require_column
-from .metrics import other_scores
-from .text import TextTask, texts
+from ...common.errors import DataError
+from ...common.names import REPORT_FILE
+from ...common.reading import read_json
+from ..base import Batch, Columns, Encoding, Metric, Outputs, Processor, References, SumMetric, Trivial, require_column
+from ..metrics import other_scores
+from .tokens import TextTask, texts
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from torch import nn
 
-    from ..source.checkpoint import Checkpoint
+    from ...source.checkpoint import Checkpoint
 
 LENGTH = 384  # tokens of a window, and tokens that it shares with the next, as in transformers' example
 STRIDE = 128

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..common.errors import DataError, UsageError
-from .base import Batch, Encoding, Processor, Task
+from ...common.errors import DataError, UsageError
+from ..base import Batch, Encoding, Processor, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from ..source.checkpoint import Checkpoint
+    from ...source.checkpoint import Checkpoint
 
 
 LONGEST = 512  # tokens, where neither the tokenizer nor the model sets a limit
@@ -20,8 +20,8 @@ class TextTask(Task):
 
     def processor(self, checkpoint: "Checkpoint", *, max_length: int | None, trust_remote_code: bool) -> Processor:
         """Raises `DataError` also where the model cannot answer texts of different lengths."""
-        from ..source.model import load_tokenizer  # imports torch
-        from ..source.positions import lacks_padding, make_skeleton, most_tokens
+        from ...source.model import load_tokenizer  # imports torch
+        from ...source.positions import lacks_padding, make_skeleton, most_tokens
 
         tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
         padding = tokenizer.pad_token_id

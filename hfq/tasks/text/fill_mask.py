@@ -12,16 +12,27 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..common.errors import DataError
-from .base import Alignment, Batch, Columns, Encoding, Metric, Outputs, Processor, References, SumMetric, require_column
-from .metrics import other_scores
-from .text import TextTask, is_text, texts
+from ...common.errors import DataError
+from ..base import (
+    Alignment,
+    Batch,
+    Columns,
+    Encoding,
+    Metric,
+    Outputs,
+    Processor,
+    References,
+    SumMetric,
+    require_column,
+)
+from ..metrics import other_scores
+from .tokens import TextTask, is_text, texts
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch import nn
 
-    from ..source.checkpoint import Checkpoint
+    from ...source.checkpoint import Checkpoint
 
 HIDDEN = 0.15  # of the tokens, as in training
 LENGTH = 128  # tokens, if nobody asks for more: logits are as wide as the vocabulary

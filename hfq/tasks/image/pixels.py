@@ -4,15 +4,15 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..common.errors import DataError, UsageError
-from .base import Batch, Columns, Encoding, Processor, Task, require_column
-from .stream import Stream
+from ...common.errors import DataError, UsageError
+from ..base import Batch, Columns, Encoding, Processor, Task, require_column
+from ..stream import Stream
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch import Tensor, nn
 
-    from ..source.checkpoint import Checkpoint
+    from ...source.checkpoint import Checkpoint
 
 
 class ImageTask(Task):
@@ -23,7 +23,7 @@ class ImageTask(Task):
     label_columns: ClassVar[tuple[str, ...]] = ("label", "labels")
 
     def processor(self, checkpoint: "Checkpoint", *, max_length: int | None, trust_remote_code: bool) -> Processor:
-        from ..source.model import load_image_processor  # imports torch
+        from ...source.model import load_image_processor  # imports torch
 
         if max_length is not None:
             raise UsageError(f"--max-length is in tokens, and {self.name} reads images. Leave it out.")

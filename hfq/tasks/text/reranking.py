@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..common.errors import DataError
-from ..source.metadata import read_card
-from ..source.sentence_model import read_sentence_model
-from .base import Columns, Metric, Outputs, References, Trivial, require_column
-from .metrics import Torchmetric
+from ...common.errors import DataError
+from ...source.metadata import read_card
+from ...source.sentence_model import read_sentence_model
+from ..base import Columns, Metric, Outputs, References, Trivial, require_column
+from ..metrics import Torchmetric
 from .ranking import Ranking, gains_in_order, ranking_metrics
 from .regression import Regression, as_number, values_of
 from .sentence_embedding import PAIRS, POSITIVES, RELEVANT, SCORES, check_scores, score_column
-from .text import is_text, texts
+from .tokens import is_text, texts
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..common.errors import DataError
-from .base import Batch, Columns, Encoding, Processor, require_column
-from .labels import find_label_column
-from .text import TextTask, is_mixed, is_text, texts
+from ...common.errors import DataError
+from ..base import Batch, Columns, Encoding, Processor, require_column
+from ..labels import find_label_column
+from .tokens import TextTask, is_mixed, is_text, texts
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..common.errors import DataError
-from .base import Batch, Columns, Encoding, Metric, Outputs, Processor, References, SumMetric, Trivial, require_column
-from .labels import WITHOUT_LABELS, LabelMap, LabelNames
-from .text import TextTask, is_text, texts
+from ...common.errors import DataError
+from ..base import Batch, Columns, Encoding, Metric, Outputs, Processor, References, SumMetric, Trivial, require_column
+from ..labels import WITHOUT_LABELS, LabelMap, LabelNames
+from .tokens import TextTask, is_text, texts
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch import nn
 
-    from ..source.checkpoint import Checkpoint
+    from ...source.checkpoint import Checkpoint
 
 IGNORED = -100  # of tokens that no tag is read from, as transformers has it
 WORDS = ("tokens", "words", "text", "sentence")

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..common.errors import DataError, UnsupportedError
-from .base import Alignment, Columns, Metric, Outputs, References, Trivial
-from .metrics import MeanOf, Torchmetric, stacked
+from ...common.errors import DataError, UnsupportedError
+from ..base import Alignment, Columns, Metric, Outputs, References, Trivial
+from ..metrics import MeanOf, Torchmetric, stacked
 from .sequence import SequenceTask
 
 if TYPE_CHECKING:

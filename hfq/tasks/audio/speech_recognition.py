@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..common.errors import DataError
-from .audio import AudioTask
-from .base import Batch, Columns, Metric, Outputs, References, SumMetric, Task, Trivial, require_column
-from .text import is_text
+from ...common.errors import DataError
+from ..base import Batch, Columns, Metric, Outputs, References, SumMetric, Task, Trivial, require_column
+from ..text.tokens import is_text
+from .recordings import AudioTask
 
 if TYPE_CHECKING:
     from datasets import Dataset

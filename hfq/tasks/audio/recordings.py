@@ -9,15 +9,15 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..common.errors import DataError, UnsupportedError, UsageError
-from .base import Batch, Columns, Encoding, Processor, Task, require_column
-from .stream import Stream
+from ...common.errors import DataError, UnsupportedError, UsageError
+from ..base import Batch, Columns, Encoding, Processor, Task, require_column
+from ..stream import Stream
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from numpy.typing import NDArray
 
-    from ..source.checkpoint import Checkpoint
+    from ...source.checkpoint import Checkpoint
 
 SAMPLES = "samples"  # of a recording, at the model's rate: an encoding says it beside what the model takes
 
@@ -29,7 +29,7 @@ class AudioTask(Task):
     text_role = "audio"
 
     def processor(self, checkpoint: "Checkpoint", *, max_length: int | None, trust_remote_code: bool) -> Processor:
-        from ..source.model import load_feature_extractor  # imports torch
+        from ...source.model import load_feature_extractor  # imports torch
 
         if max_length is not None:
             raise UsageError(f"--max-length is in tokens, and {self.name} reads recordings. Leave it out.")

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..common.errors import DataError
-from .base import Columns, Metric, Outputs, References, Trivial
-from .labels import UNLABELLED, LabelMap, LabelNames, plain
-from .metrics import Torchmetric, stacked
+from ...common.errors import DataError
+from ..base import Columns, Metric, Outputs, References, Trivial
+from ..labels import UNLABELLED, LabelMap, LabelNames, plain
+from ..metrics import Torchmetric, stacked
 from .sequence import SequenceTask
 
 if TYPE_CHECKING:

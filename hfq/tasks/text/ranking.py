@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Metric, Outputs, References, SumMetric
+from ..base import Metric, Outputs, References, SumMetric
 
 DEPTH = 100  # documents of a ranking that are looked at
 _DISCOUNTS = 1 / torch.arange(2, DEPTH + 2, dtype=torch.float64).log2()
