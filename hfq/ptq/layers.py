@@ -15,7 +15,7 @@ from ..common.errors import UnsupportedError
 from ..common.memory import weights_left_in_file
 from .inputs import Batch
 
-WORTH_WIDENING = 0.03  # of a model's numbers, in convolutions
+WORTH_WIDENING = 0.05  # of a model's numbers, in convolutions
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 MATMULS = (nn.Linear, Conv1D)  # transformers' Conv1D is a Linear whose weight is stored transposed
 

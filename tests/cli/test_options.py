@@ -42,6 +42,7 @@ EVERY_KEY = [
     "--calibration-samples",
     "--tolerable-loss",
     "--criterion",
+    "--confidence",
     "--max-trials",
     "--timeout",
     "--explore",

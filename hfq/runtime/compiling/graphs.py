@@ -242,7 +242,7 @@ class Graph:
         # Arithmetic on the shape that the compiler wrote down; the library beside it is machine code of the same origin.
         self._condition = compile(condition, str(folder / FACTS), "eval")
         # Not torch's own runner: that one holds the interpreter's lock while it computes.
-        self._library = ctypes.CDLL(str(folder / LIBRARY))
+        self._library = load_library(folder / LIBRARY)
         self._container = _Pointer()
         threads = ctypes.c_size_t(os.cpu_count() or 1)
         self._check(
@@ -274,6 +274,20 @@ class Graph:
             message = ctypes.c_char_p()
             self._library.AOTInductorGetLastError(ctypes.byref(message))
             raise RuntimeError(f"A compiled graph failed: {(message.value or b'').decode(errors='replace')}")
+
+
+def load_library(file: Path) -> ctypes.CDLL:
+    """The library in `file`, which may lead there by way of a descriptor, whose number another folder gets after it.
+
+    To glibc a name that it has loaded is the library that it was then. So it gets the name of a descriptor of the file,
+    which stays open, as the library stays loaded.
+    """
+    descriptor = os.open(file, os.O_RDONLY)
+    name = Path(f"/proc/self/fd/{descriptor}")
+    if not name.exists():
+        os.close(descriptor)
+        name = file.resolve()
+    return ctypes.CDLL(str(name))
 
 
 def register_caches() -> None:
