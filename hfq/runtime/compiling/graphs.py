@@ -279,15 +279,9 @@ class Graph:
 def load_library(file: Path) -> ctypes.CDLL:
     """The library in `file`, which may lead there by way of a descriptor, whose number another folder gets after it.
 
-    To glibc a name that it has loaded is the library that it was then. So it gets the name of a descriptor of the file,
-    which stays open, as the library stays loaded.
+    To glibc a name that it has loaded is the library that it was then, so it gets the name on disk.
     """
-    descriptor = os.open(file, os.O_RDONLY)
-    name = Path(f"/proc/self/fd/{descriptor}")
-    if not name.exists():
-        os.close(descriptor)
-        name = file.resolve()
-    return ctypes.CDLL(str(name))
+    return ctypes.CDLL(str(file.resolve()))
 
 
 def register_caches() -> None:
