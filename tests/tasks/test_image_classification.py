@@ -99,7 +99,7 @@ def test_a_folder_of_images_is_quantized_and_judged(checkpoint: Path, data: Path
     assert (report["task"], report["pipeline_tag"], report["metric"]) == (*("image-classification",) * 2, "accuracy")
     assert report["baseline"]["accuracy"] > 0.9
     assert report["quantized"]["accuracy"] >= report["baseline"]["accuracy"] * 0.99
-    assert report["held_out_stock"]["agreement"] >= 0.95
+    assert report["held_out_stock"]["agreement"] >= 0.9
     card = (tmp_path / "out" / "README.md").read_text()
     assert "pipeline_tag: image-classification" in card
     assert 'pipeline("image-classification"' in card
@@ -110,7 +110,7 @@ def test_a_folder_of_images_is_quantized_and_judged(checkpoint: Path, data: Path
     pixels = torch.stack([encoding["pixel_values"] for encoding in encoded(checkpoint, rows)])
     with torch.inference_mode():
         alike = model(pixels).logits.argmax(1) == float_model(pixels).logits.argmax(1)
-    assert alike.double().mean() >= 0.95
+    assert alike.double().mean() >= 0.9
 
 
 def test_a_grey_a_transparent_and_a_turned_image_are_read_as_pipelines_do(checkpoint: Path, tmp_path: Path) -> None:

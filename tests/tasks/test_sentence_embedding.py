@@ -328,7 +328,7 @@ def test_a_folder_is_quantized_and_its_card_says_how_it_is_opened(model: Path, t
     report = json.loads(done.out)
     assert (report["task"], report["metric"], report["dataset"]["examples"]) == ("sentence-embedding", "spearman", 150)
     assert report["quantized"]["accuracy"] >= 0.99 * report["baseline"]["accuracy"] > 0.4
-    assert report["stock_agreement"] >= 0.999
+    assert report["stock_agreement"] >= 0.99
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     for line in (
         "library_name: sentence-transformers",
