@@ -1,6 +1,6 @@
 """Which layers of a model can run in int8, and why the others cannot."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
@@ -103,7 +103,8 @@ def find_quantizable(
     tied, untied = _sharing(model, called)
     reasons = {name: reason for name, reason in (reasons | untied).items() if name not in tied}
     # With one in int8 stock transformers opens the model only if it is widened, and drops all other layers' input scales.
-    few_convolved = stock and _share_of_convolutions(model) < WORTH_WIDENING
+    convolutions = [module for module in model.modules() if isinstance(module, CONVOLUTIONS)]
+    few_convolved = stock and _are_few(convolutions, model)
     for name in called:
         if isinstance(candidates[name], CONVOLUTIONS):
             reason = "a small part of the model" if few_convolved else why_not(candidates[name])
@@ -166,11 +167,11 @@ def _called(model: nn.Module, candidates: Mapping[str, nn.Module], batch: Batch)
     return {name: Call(dimensions, name in last) for name, dimensions in called.items()}
 
 
-def _share_of_convolutions(model: nn.Module) -> float:
-    """Of the numbers in `model`, those in weights of convolutions."""
-    weights = [module.weight for module in model.modules() if isinstance(module, CONVOLUTIONS)]
-    convolved = sum(weight.numel() for weight in weights)
-    return convolved / max(1, sum(parameter.numel() for parameter in model.parameters()))
+def _are_few(convolutions: Sequence[nn.Module], model: nn.Module) -> bool:
+    """Whether they are no more than what makes patches or frames for a transformer, or hold little of `model`."""
+    convolved = sum(parameter.numel() for layer in convolutions for parameter in layer.parameters())
+    share = convolved / max(1, sum(parameter.numel() for parameter in model.parameters()))
+    return len(convolutions) <= 2 or share < WORTH_WIDENING
 
 
 def _in_encoder(model: nn.Module, name: str) -> bool:

@@ -212,14 +212,9 @@ def test_rows_that_are_left_over_leave_the_tiles_to_others(two_threads: None) ->
 
 @needs_compiler
 def test_images_of_any_batch_are_answered_as_before_from_one_compilation(cache: Path) -> None:
-    sizes = {
-        "hidden_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "intermediate_size": 512,
-    }  # next to which the one convolution is little
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 128}
     torch.manual_seed(0)
-    net = ViTForImageClassification(ViTConfig(**sizes, image_size=32, patch_size=4, num_labels=3)).eval()
+    net = ViTForImageClassification(ViTConfig(**sizes, image_size=32, patch_size=8, num_labels=3)).eval()
     images = [{"pixel_values": torch.randn(rows, 3, 32, 32)} for rows in (4, 7, 2)]
     images[1]["pixel_values"] = images[1]["pixel_values"].to(memory_format=torch.channels_last)
     model = quantized(net, Candidate("static"), images)
