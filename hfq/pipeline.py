@@ -23,7 +23,7 @@ from .common.version import __version__
 from .data.session import Session, open_session
 from .export.checkpoint import export
 from .measure.certainty import claim
-from .measure.compare import compare_with_stock, evaluate_split, measure_export, timed_outputs
+from .measure.compare import compare_with_stock, evaluate_split, goal_of, measure_export, timed_outputs
 from .measure.evaluate import Evaluation
 from .measure.hardware import hardware
 from .measure.timing import Subject, examples_in, measure, timed_batches
@@ -89,8 +89,7 @@ def quantize(
     with work_folder(output) as work:
         session = open_session(recipe, recipes=recipes, ui=ui, token=token)
         baseline = _baseline(session, ui)
-        higher = session.judge.higher_is_better
-        goal = Goal(baseline.score, recipe.tolerable_loss, recipe.criterion, higher, recipe.confidence)
+        goal = goal_of(session, baseline)
         depends_on = _dependencies(session)
         context = TrialContext(goal, (), depends_on, baseline if recipe.confidence else None)
         log = TrialLog(work / TRIALS_FILE, depends_on=depends_on, resume=resume, copy=copy_log)
@@ -240,11 +239,11 @@ def _trivial(session: Session) -> Trivial | None:
 def _goal_missed(session: Session, goal: Goal, outcome: Outcome, log: TrialLog, ui: Reporter) -> None:
     recipe, best = session.recipe, outcome.trial
     assert best is not None  # the search evaluated something
+    doubt = undecided(best, goal) or ""
     message = (
         f"No trial met the goal: at most {goal.tolerable_loss:g} {goal.kind} loss from FP32 {session.metric} "
         f"{goal.baseline:.4f}{', within ' + outcome.stopped if outcome.stopped else ''}. Best of {len(log.trials)}: "
-        f"{best.name}, {session.metric} {best.accuracy:.4f}, loss {best.loss:+.4f}"
-        f"{': ' + undecided(best) if best.loss is not None and best.loss <= goal.tolerable_loss else ''}."
+        f"{best.name}, {session.metric} {best.accuracy:.4f}, loss {best.loss:+.4f}{doubt and f': {doubt}'}."
     )
     if recipe.allow_loss:
         ui.warn(message)

@@ -114,14 +114,19 @@ def compare_with_stock(
     )
 
 
+def goal_of(session: Session, baseline: Evaluation) -> Goal:
+    """What the recipe allows to be lost of the float model's score on a split."""
+    recipe, higher = session.recipe, session.judge.higher_is_better
+    return Goal(baseline.score, recipe.tolerable_loss, recipe.criterion, higher, recipe.confidence)
+
+
 def compare(
     session: Session, first: Evaluation, second: Evaluation, *, references: References, split: str
 ) -> Comparison:
     """Two models' outputs for the same examples of `split`: float first, int8 second."""
-    task, recipe = session.task, session.recipe
-    goal = Goal(first.score, recipe.tolerable_loss, recipe.criterion, session.judge.higher_is_better)
+    task, seed, goal = session.task, session.recipe.seed, goal_of(session, first)
     judge, pair = session.judge, (first, second)
-    differences = resampled_differences(judge, pair, references, seed=recipe.seed)
+    differences = resampled_differences(judge, pair, references, seed=seed)
     of_labels = session.judge.of_labels
     rights = [task.per_example(found.outputs, references) if of_labels else None for found in (first, second)]
     found = Comparison(
@@ -130,7 +135,7 @@ def compare(
         agreement=task.fidelity(first.outputs, second.outputs),
         difference=second.score - first.score,
         interval=middle(differences),
-        within=within(judge, pair, references, goal=goal, differences=differences, seed=recipe.seed),
+        within=within(judge, pair, references, goal=goal, differences=differences, seed=seed),
         seen_in_tuning=split == session.data.info.split,
         remarks=task.remarks(session.judge, first.outputs, second.outputs, references),
     )

@@ -26,9 +26,9 @@ from ..source.metadata import texts
 from .plots import alt_text
 from .report import Report
 from .view import (
+    FORMATS,
     Score,
     by_reason,
-    count,
     difference,
     is_hub_dataset,
     is_hub_model,
@@ -38,13 +38,9 @@ from .view import (
     measured_scores,
     metric_label,
     model_name,
-    number,
-    percent,
-    points,
     public,
     results,
     stock_comparison,
-    sure,
     verdict,
 )
 
@@ -233,17 +229,7 @@ def _environment() -> SandboxedEnvironment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(
-        code=_code,
-        codes=_codes,
-        block=_block,
-        link=_link,
-        number=number,
-        count=count,
-        points=points,
-        percent=percent,
-        sure=sure,
-    )
+    environment.filters.update(FORMATS, code=_code, codes=_codes, block=_block, link=_link)
     environment.globals.update(verdict=verdict, difference=difference)
     return environment
 

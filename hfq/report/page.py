@@ -17,10 +17,10 @@ from ..source.metadata import texts
 from .plots import bars, dots, limits, ticks
 from .report import Report
 from .view import (
+    FORMATS,
     Score,
     bound,
     by_reason,
-    count,
     difference,
     is_hub_dataset,
     is_hub_model,
@@ -28,12 +28,9 @@ from .view import (
     metric_label,
     model_name,
     number,
-    percent,
-    points,
     public,
     results,
     stock_comparison,
-    sure,
     verdict,
 )
 
@@ -66,7 +63,7 @@ def render_page(report: Report) -> str:
 
 def _render(report: Report) -> str:
     environment = SandboxedEnvironment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(number=number, count=count, points=points, percent=percent, sure=sure)
+    environment.filters.update(FORMATS)
     environment.globals.update(verdict=verdict)
     environment.filters["difference"] = partial(difference, report=report)
     scores = measured_scores(report)

@@ -229,3 +229,6 @@ def sure(probability: float) -> str:
 def percent(value: float, digits: int = 4) -> str:
     """A fraction as percent, to so many significant digits."""
     return f"{100 * value:.{digits}g} %"
+
+
+FORMATS = {"number": number, "count": count, "points": points, "percent": percent, "sure": sure}  # for templates

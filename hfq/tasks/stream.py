@@ -1,13 +1,39 @@
 """Examples that are too large to be held: decoded when a batch is made, and forgotten after it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 from ..common.errors import DataError
-from .base import Encoding
+from .base import Encoding, require_column
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+def find_file_column(
+    features: Mapping[str, Any], requested: Sequence[str], *, kind: type, role: str, what: str
+) -> list[str]:
+    """The column of images or recordings: the one asked for, or the only one of that `datasets` feature.
+
+    Files that Parquet has without a note of what they are count too. `what`: they are called in messages, as `role` is.
+
+    Raises:
+        DataError: it does not exist, or the choice is not clear.
+    """
+    for name in requested:
+        require_column(name, features, f"--column {role}=")
+    held = [
+        name
+        for name, feature in features.items()
+        if isinstance(feature, kind) or (isinstance(feature, Mapping) and set(feature) == {"bytes", "path"})
+    ]
+    found = list(requested) or held
+    if len(found) == 1 and found[0] in held:
+        return found
+    raise DataError(
+        f"Which column holds the {what} is not clear. Columns: {', '.join(features)}; with {what}s: "
+        f"{', '.join(held) or 'none'}. Name one with --column {role}=NAME."
+    )
 
 
 class Stream(Sequence[Encoding]):

@@ -78,9 +78,7 @@ def find(
         return score or score_plan(model, space.plan(candidate), space.folds, evaluate)
 
     def tell(trial: Trial) -> None:
-        verdict = "meets the goal" if trial.accepted else "misses the goal"
-        if not trial.accepted and trial.loss is not None and trial.loss <= goal.tolerable_loss:
-            verdict = undecided(trial)
+        verdict = "meets the goal" if trial.accepted else undecided(trial, goal) or "misses the goal"
         if trial.stock_agreement is not None:
             verdict += f", stock transformers agrees on {trial.stock_agreement:.2%}"
         ui.note(f"{trial.name:<40} {metric} {trial.accuracy:.4f}, loss {trial.loss:+.4f}: {verdict}")
@@ -99,8 +97,10 @@ def find(
     return Found(space, outcome, space.plan(outcome.candidate))
 
 
-def undecided(trial: Trial) -> str:
-    """Words for one that meets the goal, by more luck than was allowed."""
+def undecided(trial: Trial, goal: Goal) -> str | None:
+    """Words for one whose score meets the goal by more luck than was allowed; None for any other."""
+    if trial.accepted or not goal.met(trial.accuracy):
+        return None
     more = f", about {trial.needed:,} examples would decide" if trial.needed else ""
     return f"undecided ({1 - (trial.against or 0):.1%} sure{more})"
 

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ...common.errors import DataError, UnsupportedError, UsageError
-from ..base import Batch, Columns, Encoding, Processor, Task, require_column
-from ..stream import Stream
+from ...common.errors import UnsupportedError, UsageError
+from ..base import Batch, Columns, Encoding, Processor, Task
+from ..stream import Stream, find_file_column
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -37,21 +37,10 @@ class AudioTask(Task):
         return Processor(load_feature_extractor(checkpoint, trust_remote_code=trust_remote_code))
 
     def inputs(self, features: Mapping[str, Any], requested: Columns) -> Columns:
-        """The column of recordings.
+        from datasets import Audio
 
-        Raises:
-            DataError: it does not exist, or the choice is not clear.
-        """
         named = requested.get("audio", ())
-        for name in named:
-            require_column(name, features, "--column audio=")
-        found = list(named) or [name for name, feature in features.items() if is_audio(feature)]
-        if len(found) == 1 and is_audio(features[found[0]]):
-            return {"audio": found}
-        raise DataError(
-            f"Which column holds the recording is not clear. Columns: {', '.join(features)}; with recordings: "
-            f"{', '.join(name for name in features if is_audio(features[name])) or 'none'}. Name one with --column audio=NAME."
-        )
+        return {"audio": find_file_column(features, named, kind=Audio, role="audio", what="recording")}
 
     def encode(self, rows: "Dataset", columns: Columns, processor: Processor) -> Sequence[Encoding]:
         (column,) = columns["audio"]
@@ -71,13 +60,6 @@ class AudioTask(Task):
         rows = [{name: value for name, value in row.items() if name != SAMPLES} for row in encodings]
         padded = processor.tool.pad(rows, padding=True, return_tensors="pt")
         return {**padded, "labels": torch.tensor([encoding[SAMPLES] for encoding in encodings])}
-
-
-def is_audio(feature: Any) -> bool:
-    """Whether a column of this `datasets` feature holds recordings, or their files as Parquet has them without a note."""
-    from datasets import Audio
-
-    return isinstance(feature, Audio) or (isinstance(feature, Mapping) and set(feature) == {"bytes", "path"})
 
 
 def undecoded(rows: "Dataset", column: str) -> "Dataset":

@@ -5,8 +5,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...common.errors import DataError, UsageError
-from ..base import Batch, Columns, Encoding, Processor, Task, require_column
-from ..stream import Stream
+from ..base import Batch, Columns, Encoding, Processor, Task
+from ..stream import Stream, find_file_column
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,7 +30,10 @@ class ImageTask(Task):
         return Processor(load_image_processor(checkpoint, trust_remote_code=trust_remote_code))
 
     def inputs(self, features: Mapping[str, Any], requested: Columns) -> Columns:
-        return {"image": self.find_images(features, requested.get("image", ()))}
+        from datasets import Image
+
+        named = requested.get("image", ())
+        return {"image": find_file_column(features, named, kind=Image, role="image", what="image")}
 
     def encode(self, rows: "Dataset", columns: Columns, processor: Processor) -> Sequence[Encoding]:
         from datasets import Image
@@ -58,29 +61,6 @@ class ImageTask(Task):
     def outputs(self, model: "nn.Module", batch: Batch) -> list["Tensor"]:
         """Logits: float32 `[labels]` for each image."""
         return list(model(**batch).logits.float().unbind())
-
-    def find_images(self, features: Mapping[str, Any], requested: Sequence[str]) -> list[str]:
-        """The column of images.
-
-        Raises:
-            DataError: it does not exist, or the choice is not clear.
-        """
-        for name in requested:
-            require_column(name, features, "--column image=")
-        found = list(requested) or [name for name, feature in features.items() if is_image(feature)]
-        if len(found) == 1 and is_image(features[found[0]]):
-            return found
-        raise DataError(
-            f"Which column holds the image is not clear. Columns: {', '.join(features)}; with images: "
-            f"{', '.join(name for name in features if is_image(features[name])) or 'none'}. Name one with --column image=NAME."
-        )
-
-
-def is_image(feature: Any) -> bool:
-    """Whether a column of this `datasets` feature holds images, or their files as Parquet has them without a note."""
-    from datasets import Image
-
-    return isinstance(feature, Image) or (isinstance(feature, Mapping) and set(feature) == {"bytes", "path"})
 
 
 def _pixels(row: dict[str, Any], *, column: str, tool: Any) -> Encoding:
