@@ -10,11 +10,6 @@ LABELS = ("labels", "label")
 Batch = Mapping[str, Any]  # of tensors, nearly always
 
 
-def model_inputs(batch: Batch) -> dict[str, Any]:
-    """A task's batch without its labels: nothing is learnt from them, and with them a model computes a loss."""
-    return {name: value for name, value in batch.items() if name not in LABELS}
-
-
 def bind(model: nn.Module, batch: Any) -> dict[str, Any]:
     """The keyword arguments by which `model` takes `batch`.
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..common.copies import deep_copy
-from .inputs import model_inputs
+from .inputs import LABELS
 
 ENCODED = "input_ids"
 
@@ -27,7 +27,7 @@ def run_all(model: Any, dataloader: Iterable[Any]) -> None:
     """
     for batch in dataloader:
         if isinstance(batch, Mapping) and isinstance(batch.get(ENCODED), Tensor):
-            model(model_inputs(batch))
+            model({name: value for name, value in batch.items() if name not in LABELS})
             continue
         texts = list(_inputs(batch, pairs=not hasattr(model, "encode")))
         if not texts:

@@ -237,9 +237,9 @@ class Task(ABC):
         """What the model is called with, here and to calibrate it: without labels, for which it would compute a loss."""
         return {name: value for name, value in batch.items() if name != "labels"}
 
-    @abstractmethod
     def outputs(self, model: "nn.Module", batch: Batch) -> list["Tensor"]:
-        """Run the model. One float tensor for each example, of any shape."""
+        """Run the model. One float tensor for each example, of any shape; its logits, where a task says nothing else."""
+        return list(model(**self.model_inputs(batch)).logits.float().unbind())
 
     def score(self, metric: str, outputs: Outputs, references: References) -> float:
         """The value of a metric."""

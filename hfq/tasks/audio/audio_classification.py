@@ -1,15 +1,12 @@
 """Audio classification: one recording, one of several labels."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..base import Batch, Columns
+from ..base import Columns
 from ..classification import Classification
 from ..labels import find_label_column
 from .recordings import AudioTask
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
 
 
 class AudioClassification(Classification, AudioTask):
@@ -24,8 +21,3 @@ class AudioClassification(Classification, AudioTask):
             features, requested.get("label", ()), names=("label", "labels", "intent_class"), task=self.name
         )
         return {**self.inputs(features, requested), "label": labels}
-
-    def outputs(self, model: "nn.Module", batch: Batch) -> list["Tensor"]:
-        """Logits: float32 `[labels]` for each recording."""
-        heard = {name: value for name, value in batch.items() if name != "labels"}
-        return list(model(**heard).logits.float().unbind())

@@ -144,8 +144,7 @@ class SpeechRecognition(AudioTask):
         return [(alignment(text) or None) if isinstance(text, str) else None for text in rows[column]]
 
     def outputs(self, model: "nn.Module", batch: Batch) -> list[Tensor]:
-        heard = {name: value for name, value in batch.items() if name != "labels"}
-        logits = model(**heard).logits.float()
+        logits = model(**self.model_inputs(batch)).logits.float()
         frames = _frames(model, batch["labels"].cpu(), logits.shape[1])
         return [row[:count] for row, count in zip(logits, frames, strict=True)]
 

@@ -10,7 +10,6 @@ from ..stream import Stream, find_file_column
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from torch import Tensor, nn
 
     from ...source.checkpoint import Checkpoint
 
@@ -57,10 +56,6 @@ class ImageTask(Task):
                 "cannot be batched. Pass --batch-size 1, or let preprocessor_config.json resize them."
             )
         return {"pixel_values": torch.stack([encoding["pixel_values"] for encoding in encodings])}
-
-    def outputs(self, model: "nn.Module", batch: Batch) -> list["Tensor"]:
-        """Logits: float32 `[labels]` for each image."""
-        return list(model(**batch).logits.float().unbind())
 
 
 def _pixels(row: dict[str, Any], *, column: str, tool: Any) -> Encoding:

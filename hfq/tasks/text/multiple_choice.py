@@ -23,7 +23,6 @@ from .tokens import TextTask, is_text, texts
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from torch import nn
 
 KNOWN_TEXTS = (
     ("sent1", "sent2"),
@@ -132,10 +131,6 @@ class MultipleChoice(TextTask):
         return {
             name: rows.unflatten(0, (len(encodings), -1)) for name, rows in super().collate(flat, processor).items()
         }
-
-    def outputs(self, model: "nn.Module", batch: Batch) -> list[Tensor]:
-        """A logit of each choice: float32 `[choices]` for each example."""
-        return list(model(**batch).logits.float().unbind())
 
     @cached_property
     def metrics(self) -> Mapping[str, Metric]:

@@ -244,8 +244,9 @@ class SentenceEmbedding(TextTask):
         """Vectors: float32 `[dim]` for an example of one text, else `[texts, dim]`."""
         labels = batch.get("labels")
         mask = batch["attention_mask"]
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        vectors = self.vectors(model, inputs, mask if labels is None else _without_prompts(mask, labels[:, 1]))
+        vectors = self.vectors(
+            model, self.model_inputs(batch), mask if labels is None else _without_prompts(mask, labels[:, 1])
+        )
         if labels is None or labels[0, 0] == SINGLE:
             return list(vectors.unbind())
         return [vectors[labels[:, 0] == example] for example in labels[:, 0].unique()]

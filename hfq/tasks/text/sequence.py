@@ -4,13 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...common.errors import DataError
-from ..base import Batch, Columns, Encoding, Processor, require_column
+from ..base import Columns, Encoding, Processor, require_column
 from ..labels import find_label_column
 from .tokens import TextTask, is_mixed, is_text, texts
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from torch import Tensor, nn
 
 # Column pairs in the order their datasets give them to a model (GLUE and its kin).
 KNOWN_PAIRS = (
@@ -42,10 +41,6 @@ class SequenceTask(TextTask):
     def encode(self, rows: "Dataset", columns: Columns, processor: Processor) -> list[Encoding]:
         encoded = self.tokens(processor, *(texts(rows, name) for name in columns["text"]))
         return [{name: encoded[name][row] for name in encoded} for row in range(len(rows))]
-
-    def outputs(self, model: "nn.Module", batch: Batch) -> list["Tensor"]:
-        """Logits: float32 `[labels]` for each example."""
-        return list(model(**batch).logits.float().unbind())
 
     def find_labels(self, features: Mapping[str, Any], requested: Sequence[str]) -> list[str]:
         """The columns of labels, as `find_label_column` finds one."""
