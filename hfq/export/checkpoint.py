@@ -5,7 +5,6 @@ Format: https://github.com/neuralmagic/compressed-tensors and `../shared/DESIGN.
 
 import json
 import os
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from ..runtime.loading.input_ranges import TENSORS, input_ranges
 from ..runtime.loading.swap import tied_scales
 from ..source.checkpoint import Checkpoint
 from ..source.contents import SENTENCE_TRANSFORMERS, list_contents
+from .local_paths import copy_config, without_local_paths
 from .patterns import find_patterns
 
 SHARD_SIZE = "5GB"
@@ -58,7 +58,7 @@ def export(
         for name in list_contents(checkpoint.path, checkpoint.contents):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             if not (folder / name).exists():  # what is made anew: config.json, which code may name too
-                shutil.copyfile(checkpoint.path / name, folder / name)
+                copy_config(checkpoint.path / name, folder / name)
     except OSError as error:
         raise ExportError(
             f"{folder} cannot be written: {error.strerror or error}. Free space or choose another --output."
@@ -80,7 +80,7 @@ def write_weights_and_config(
         # What widens a weight when it is loaded takes a scale that is alone for a damaged one.
         left_out = {*tied_scales(model), *(f"{name}.{tensor}" for name in settings[INPUT_RANGES] for tensor in TENSORS)}
     _write_weights(_tensors(model, without=left_out), folder)
-    kept = {key: value for key, value in config.items() if key != "torch_dtype"}
+    kept = {key: value for key, value in without_local_paths(config).items() if key != "torch_dtype"}
     kept |= {"dtype": "float32", "quantization_config": settings}
     write_text(folder / "config.json", json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
 

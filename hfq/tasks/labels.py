@@ -5,6 +5,7 @@ Label ids are the model's. Names are matched by name, never by position.
 
 import json
 import re
+import unicodedata
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -42,11 +43,17 @@ class LabelNames:
             UnsupportedError: transformers would not know them.
         """
         given, count = config.get("id2label") or {}, config.get("num_labels")
+        numbers = sorted(map(int, given))
+        if numbers != list(range(len(given))):
+            raise UnsupportedError(
+                f"id2label in config.json numbers its {len(given)} labels {numbers[:20]}; expected 0 to {len(given) - 1}, as "
+                "the model's outputs are numbered. Mend id2label."
+            )
         self.names = [str(given[key]) for key in sorted(given, key=int)] or _nameless(2 if count is None else count)
         label2id = config.get("label2id")
         if self.names != _nameless(len(self.names)) or not isinstance(label2id, dict):
             return
-        named = {i: str(name) for name, i in label2id.items() if isinstance(i, int)}
+        named = {i: str(name) for name, value in label2id.items() if (i := _as_number(value)) is not None}
         if sorted(named) == list(range(len(self.names))):
             self.names = [named[i] for i in range(len(self.names))]
         elif not given and count is None and len(label2id) > 2:
@@ -165,8 +172,8 @@ def distinct(splits: "Sequence[Dataset]", column: str) -> list[Any]:
 
 
 def plain(name: str) -> str:
-    """A name without what people write differently in it."""
-    return name.strip().lower().replace(" ", "_").replace("-", "_")
+    """A name without what people write differently in it, and with each accented letter in one of its two encodings."""
+    return unicodedata.normalize("NFC", name).strip().lower().replace(" ", "_").replace("-", "_")
 
 
 def _nameless(count: int) -> list[str]:

@@ -58,6 +58,11 @@ READ = {
     "config_sentence_transformers.json": "{}",
     "1_Pooling/config.json": '{"word_embedding_dimension": 8}',
 }
+# Where the model was trained, as transformers 4 wrote it into configs.
+PLACES = {
+    "config.json": {"_name_or_path": "/home/anna/runs/3", "text_config": {"name_or_path": "../anna"}},
+    "tokenizer_config.json": {"name_or_path": "./anna", "special_tokens_map_file": "C:\\Users\\anna\\map.json"},
+}
 CARD = """---
 license: [CC-BY-NC-ND-4.0, mit]
 license_name: as-you-like
@@ -117,7 +122,8 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Published:
     """A folder of everything, by `hfq quantize --push -v`."""
     cwd = tmp_path_factory.mktemp("contents")
     model = write_all(copy_checkpoint(cwd / "model"), {**PRIVATE, **READ, "README.md": CARD})
-    assert model.is_dir()
+    for name, found in PLACES.items():
+        (model / name).write_text(json.dumps({**json.loads((model / name).read_text()), **found}))
     write_slice(cwd / "data", train=60, validation=40)
     to = f"hfq-user/contents-{secrets.token_hex(4)}"
     flags = ["--dataset", "./data", "--approach", "dynamic", "--output", "out", "--push", "--to", to, "-v"]
@@ -133,6 +139,13 @@ def test_what_loaders_read_and_licences_are_exported_and_nothing_else(published:
     assert names(published.out) == expected
     assert set(hub.files(published.to)) == expected | {".gitattributes"}
     assert all((published.out / name).read_text() == text for name, text in READ.items())
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_configs_do_not_say_where_a_model_was_trained(name: str, published: Published) -> None:
+    exported = (published.out / name).read_text()
+    assert "anna" not in exported
+    assert json.loads((CHECKPOINT / name).read_text()).items() <= json.loads(exported).items()
 
 
 def test_what_is_left_behind_is_said_once_by_name(published: Published) -> None:

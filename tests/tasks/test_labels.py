@@ -63,7 +63,13 @@ def test_names_in_another_order_are_matched_by_name() -> None:
 
 @pytest.mark.parametrize(
     ("ours", "theirs"),
-    [("not_equivalent", "Not Equivalent"), ("SPAM", "spam"), ("very-bad", "very_bad"), ("ham ", "ham")],
+    [
+        ("not_equivalent", "Not Equivalent"),
+        ("SPAM", "spam"),
+        ("very-bad", "very_bad"),
+        ("ham ", "ham"),
+        ("gru\u0308n", "gr\xfcn"),
+    ],
 )
 def test_names_are_the_same_whatever_their_case_and_separator(ours: str, theirs: str) -> None:
     labels = task({0: "other", 1: ours}).labels.align(ClassLabel(names=[theirs, "other"]), [0, 1])
@@ -194,6 +200,13 @@ def test_labels_are_those_of_the_model_that_transformers_makes(config: dict[str,
 def test_more_labels_than_two_need_id2label() -> None:
     with pytest.raises(UnsupportedError, match=r'Add "id2label": {"0": "a", "1": "b", "2": "c"} to config.json'):
         TextClassification({"label2id": {"c": 2, "a": 0, "b": 1}})
+    with pytest.raises(UnsupportedError, match=r'Add "id2label": {"0": "a", "1": "b", "2": "c"} to config.json'):
+        TextClassification({"label2id": {"c": "2", "a": "0", "b": "1"}})
+
+
+def test_labels_are_numbered_as_outputs_are() -> None:
+    with pytest.raises(UnsupportedError, match=r"numbers its 2 labels \[1, 2\]; expected 0 to 1"):
+        TextClassification({"id2label": {"1": "bad", "2": "good"}})
 
 
 @pytest.mark.parametrize(
