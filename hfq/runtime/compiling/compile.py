@@ -283,16 +283,15 @@ class _Compiled:
         if not self._compiler or self._in_background:
             return self._entry.forward(**inputs)
         if self._in_process is None:
-            warnings.warn(
-                f"hfq.compile compiles {type(self._model).__name__} for this process alone, and anew in each, which may "
-                "take minutes: it, or what it puts out, is of a class that cannot be kept.",
-                stacklevel=4,
-            )
-            self._in_process = _InProcess(types.MethodType(type(self._model).forward, self._model), self._eager_of)
+            self._in_process = _InProcess(self._model, self._eager_of)
         try:
             return self._in_process(names, stacked)
+        except NotOneGraphError as error:
+            outputs = self._eager(inputs)
+            self._leave_to_inner(error)
+            return outputs
         except Exception as error:  # any of torch's
-            outputs = self._entry.forward(**inputs)  # which says what is wrong with the inputs, if that is it
+            outputs = self._eager(inputs)  # which says what is wrong with the inputs, if that is it
             self._give_up(error)
             return outputs
 
@@ -319,9 +318,13 @@ class _Compiled:
                 self._maker.start()
 
     def _eager_of(self, names: tuple[str, ...], stacked: Tensor) -> Any:
+        return self._eager(dict(zip(names, stacked.unbind(), strict=True)))
+
+    def _eager(self, inputs: dict[str, Any]) -> Any:
+        """What the model puts out, no graph of a model inside having a part in it."""
         _comparison.under_way = True
         try:
-            return self._entry.forward(**dict(zip(names, stacked.unbind(), strict=True)))
+            return self._entry.forward(**inputs)
         finally:
             _comparison.under_way = False
 
@@ -330,12 +333,29 @@ class _Compiled:
         padding = getattr(getattr(self._model, "config", None), "pad_token_id", None)
         return padding is not None and bool(ids.eq(padding).any())
 
+    def _leave_to_inner(self, error: Exception) -> None:
+        """Compile nothing but the models inside, which have no more to say."""
+        self._compiler, self._graphs = False, None
+        for inner in self._inner_forwards():
+            if isinstance(inner.compiled, _Compiled):
+                inner.compiled._is_said = True
+        if not self._has_inner and not self._entry.inner:
+            lay_out_for_kernels(self._model)
+        inside = "; the model inside may still be compiled by itself" if self._has_inner else ""
+        warnings.warn(
+            f"hfq.compile leaves {type(self._model).__name__} as it is, which is no single graph{inside}. {error}.",
+            stacklevel=4,
+        )
+
+    def _inner_forwards(self) -> Iterator[FusedForward]:
+        forwards = (inner.__dict__.get("forward") for inner in list(self._model.modules())[1:])
+        return (forward for forward in forwards if isinstance(forward, FusedForward))
+
     def _give_up(self, error: Exception) -> None:
         """Compile nothing further of the model in this process."""
         self._compiler = False
-        for inner in list(self._model.modules())[1:]:
-            if isinstance(forward := inner.__dict__.get("forward"), FusedForward):
-                forward.compiled = None
+        for forward in self._inner_forwards():
+            forward.compiled = None
         if self._graphs is None or not self._graphs.has_loaded():
             self._graphs = None
             if not self._entry.inner:
@@ -349,25 +369,60 @@ def _are_consecutive(positions: Tensor) -> bool:
     return torch.equal(positions[:, 1:], positions[:, :-1] + 1)
 
 
-class _InProcess:
-    """torch.compile of a forward, with what it sees as constants (freezing). `eager`: whose outputs it is to have."""
+class NotOneGraphError(Exception):
+    """A forward depends on numbers, or calls what a graph cannot, as the message says."""
 
-    def __init__(self, forward: Any, eager: Callable[[tuple[str, ...], Tensor], Any]) -> None:
+
+class _InProcess:
+    """torch.compile of a model's forward, with what it sees as constants (freezing). `eager`: whose outputs it is to have.
+
+    The forward has to be one graph: compiling Longformer's pieces took each process more than ten minutes.
+    """
+
+    def __init__(self, model: nn.Module, eager: Callable[[tuple[str, ...], Tensor], Any]) -> None:
         _keep_on_disk()
-        self._own = forward
+        self._name = type(model).__name__
+        self._own = types.MethodType(type(model).forward, model)
         self._eager = eager
+        self._made = threading.Event()
+        self._is_said = False
         # Guards on modules would be checked at each call, for a tenth of the time that a single input takes.
         guards: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-        self._compiled = torch.compile(self._unstacked, options=guards)
+        self._compiled = torch.compile(self._unstacked, fullgraph=True, backend=self._inductor, options=guards)
 
     def __call__(self, names: tuple[str, ...], stacked: Tensor) -> Any:
+        """The outputs.
+
+        Raises:
+            NotOneGraphError, WrongOutputError: it is not to be called again.
+            Exception: any of torch's.
+        """
+        from torch._dynamo.exc import Unsupported
+
         # Frozen weights are ordinary tensors, and inference mode would hand the compiler something else.
         with torch.inference_mode(False), torch.no_grad(), _settings():
-            frames = _compiled_frames()
-            output = self._run(names, stacked)
-            if _compiled_frames() != frames:
+            self._made.clear()
+            try:
+                output = self._run(names, stacked)
+            except Unsupported as error:
+                raise NotOneGraphError(str(error).strip().split("\n")[0].rstrip(".:")) from error
+            if self._made.is_set():
                 self._check(names, stacked)
             return output
+
+    def _inductor(self, module: torch.fx.GraphModule, inputs: Any) -> Any:
+        """What torch.compile calls with a graph, once it has one."""
+        from torch._inductor.compile_fx import compile_fx
+
+        self._made.set()
+        if not self._is_said:
+            self._is_said = True
+            warnings.warn(
+                f"hfq.compile compiles {self._name} for this process alone, and anew in each, which may take minutes: it, or "
+                "what it puts out, is of a class that cannot be kept.",
+                stacklevel=2,
+            )
+        return compile_fx(module, inputs)
 
     def _run(self, names: tuple[str, ...], stacked: Tensor) -> Any:
         for dimension in dynamic_axes(stacked):
@@ -387,12 +442,6 @@ class _InProcess:
 
     def _unstacked(self, names: tuple[str, ...], inputs: Tensor) -> Any:
         return self._own(**dict(zip(names, inputs.unbind(), strict=True)))
-
-
-def _compiled_frames() -> int:
-    from torch._dynamo.utils import counters
-
-    return counters["frames"]["ok"]
 
 
 @contextmanager

@@ -269,6 +269,24 @@ def test_a_graph_that_answers_otherwise_than_the_model_is_never_used(
     assert not counters["stats"]
 
 
+class Undecided(OwnModel):
+    """What it computes depends on its numbers."""
+
+    def forward(self, **inputs: Any) -> Any:
+        return super().forward(**inputs) if inputs["input_ids"].sum() else None
+
+
+@needs_compiler
+def test_a_model_that_is_not_one_graph_is_left_as_it_is_and_says_so_once(cache: Path) -> None:
+    model: Any = Undecided(tiny(num_hidden_layers=0).config).eval()
+    (batch,) = cut(BATCHES[0], (3, 7))
+    before = logits(model, [batch])
+    model = hfq.compile(model)
+    with pytest.warns(UserWarning, match="leaves Undecided as it is, which is no single graph.*[bB]ranch") as said:
+        assert torch.equal(logits(model, [batch]), before)
+    assert len(said) == 1
+
+
 class TwoFaced(OwnModel):
     """Compiled, it is another model."""
 
