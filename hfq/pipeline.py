@@ -21,6 +21,7 @@ from .common.names import EXPORT, REPORT_FILE, TRIALS_FILE
 from .common.ui import Reporter
 from .common.version import __version__
 from .data.session import Session, open_session
+from .explain.explain import Case, explain
 from .export.checkpoint import export
 from .measure.certainty import claim
 from .measure.compare import compare_with_stock, evaluate_split, goal_of, measure_export, timed_outputs
@@ -32,19 +33,23 @@ from .ptq.convert import quantize_model
 from .ptq.graph import Fold
 from .ptq.scheme import Plan
 from .recipe import SETTINGS, Recipe
+from .recovery.record import Recovery
+from .recovery.recover import recover
 from .report import plots
 from .report.card import render_card
+from .report.explained import without_texts
 from .report.report import Report, Result, layers_of, now, package_versions
 from .report.view import sure
 from .runtime.compiling.compile import compile
 from .runtime.int8.packed import unpack_all
 from .source.checkpoint import pull
 from .tasks.base import Trivial
+from .tuning.candidates import RECOVERED
 from .tuning.goal import Goal
 from .tuning.log import TrialLog
 from .tuning.lookahead import Helpers
-from .tuning.options import Limits, Options
-from .tuning.search import Outcome, Score
+from .tuning.options import Limits, Options, rules_of
+from .tuning.search import Outcome, Score, plain_candidates
 from .tuning.tuner import Found, find, layer_errors, score_plan, undecided
 
 
@@ -100,19 +105,47 @@ def quantize(
             [session.task.model_inputs(batch) for batch in session.calibration],
             partial(_evaluate, session, context, work),
             goal,
-            options=search_options(recipe),
+            options=search_options(recipe, session.model),
             log=log,
             ui=ui,
             metric=session.metric,
             helped_by=helped_by and (lambda folds: helped_by(replace(context, folds=folds))),
         )
+        record = None
+        if recipe.recover and not found.outcome.met:
+            found, record = _recovered(session, found, context, log=log, work=work, ui=ui)
         if not found.outcome.met:
             _goal_missed(session, goal, found.outcome, log, ui)
         report = _write_checkpoint(
-            session, found, baseline, goal=goal, log=log, folder=work / EXPORT, ui=ui, command=command
+            session, found, baseline, goal=goal, log=log, folder=work / EXPORT, ui=ui, command=command, recovery=record
         )
         finish(output, work)
     return Result(output, report)
+
+
+def _recovered(
+    session: Session, found: Found, context: TrialContext, *, log: TrialLog, work: Path, ui: Reporter
+) -> tuple[Found, Recovery]:
+    """The search once more, over a model that was fine-tuned in int8, if that brought it nearer to the goal."""
+    best = found.outcome.trial
+    assert best is not None  # the search evaluated something
+    space, options = found.space, search_options(session.recipe, session.model)
+    start = min(plain_candidates(options), key=lambda candidate: log.ranking[candidate.name])
+    recovered = recover(session, space.plan(start), context.goal, before=best.accuracy, work=work, ui=ui)
+    again = find(
+        recovered.model,
+        space.batches,
+        partial(_evaluate, session, context, work),
+        context.goal,
+        options=replace(options, observers=(RECOVERED,), alphas=()),
+        log=log,
+        ui=ui,
+        metric=session.metric,
+        learned=recovered.plan,
+    )
+    loss = again.outcome.trial.loss if again.outcome.trial else None
+    is_better = again.outcome.met or (loss is not None and best.loss is not None and loss < best.loss)
+    return (again if is_better else found), recovered.record
 
 
 def run_trial(session: Session, plan: Plan, context: TrialContext) -> Score:
@@ -175,10 +208,15 @@ def evaluate_checkpoint(
     }
 
 
-def search_options(recipe: Recipe) -> Options:
-    """What a recipe lets the search try."""
+def search_options(recipe: Recipe, model: nn.Module) -> Options:
+    """What a recipe lets the search try on `model`.
+
+    Raises:
+        UsageError: it names a layer that is not there.
+    """
     return Options(
         approach=recipe.approach,
+        rules=rules_of(recipe.layers, model),
         explore=recipe.explore,
         limits=Limits(recipe.max_trials, recipe.timeout),
         seed=recipe.seed,
@@ -250,7 +288,7 @@ def _goal_missed(session: Session, goal: Goal, outcome: Outcome, log: TrialLog, 
         return
     raise GoalNotMetError(
         f"{message} Nothing was exported. Raise --tolerable-loss, or --resume with a larger --max-trials or --timeout, "
-        "or pass --allow-loss to save the best trial with a card that says so.",
+        "or pass --allow-loss to save the best trial with a card that says so. `hfq explain` with the same data says why.",
         details={
             "hfq_version": __version__,
             "met": False,
@@ -273,13 +311,14 @@ def _write_checkpoint(
     folder: Path,
     ui: Reporter,
     command: str,
+    recovery: Recovery | None = None,
 ) -> Report:
     """Export the chosen trial into `folder`, measure what was written, and put report and card beside it."""
     recipe, info = session.recipe, session.data.info
     ui.stage(f"Export: {found.outcome.candidate.name}")
     shutil.rmtree(folder, ignore_errors=True)
     export(
-        quantize_model(session.model, found.plan, found.space.folds),
+        quantize_model(found.space.model, found.plan, found.space.folds),
         found.plan,
         session.checkpoint,
         folder=folder,
@@ -305,6 +344,10 @@ def _write_checkpoint(
     metric, tag = session.judge, session.task.tag(session.checkpoint.card)
     trial = found.outcome.trial
     assert trial is not None  # the search evaluated something
+    explanation = None
+    if recipe.explain:
+        case = Case(session, found.space, found.plan, trial.name, baseline, measured.evaluation)
+        explanation = without_texts(explain(case, ui=ui))
     report = Report(
         hfq_version=__version__,
         task=session.task.name,
@@ -342,6 +385,8 @@ def _write_checkpoint(
         baseline_pass_s=baseline.duration_s,
         held_out_stock=measured.stock,
         float32_mib=session.checkpoint.float32_mib,
+        explanation=explanation,
+        recovery=recovery,
     )
     write_text(folder / REPORT_FILE, report.to_json())
     drawn = plots.write(report, folder)
@@ -367,6 +412,7 @@ def _dependencies(session: Session) -> dict[str, object]:
             "seed",
             "batch_size",
             "calibration_samples",
+            "layers",
             *SETTINGS,
         }
     )

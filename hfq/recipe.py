@@ -4,6 +4,7 @@ A token is never part of it: recipes are committed and published.
 """
 
 import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_origin
@@ -20,12 +21,23 @@ from .common.redact import holds_token
 LARGEST = 1 << 20  # bytes of a recipe
 LONGEST = 4096  # characters of a value, as long as a path may be
 PUBLISHING = ("private", "create_pr", "force", "branch", "tag")  # keys that say how a push is made
+EXPLAINED = (
+    "calibration_split",
+    "calibration_samples",
+    "tolerable_loss",
+    "criterion",
+    "layers",
+)  # that `hfq explain` takes
 SETTINGS = ("pooling", "prompt")  # keys that only some tasks read
 
 
-def _key(default: Any, description: str, *, absent: str | None = None, **bounds: Any) -> Any:
-    """A key of a recipe, and with it a flag of the command line. `absent`: in words, what holds where it is None."""
-    return Field(default, description=description, json_schema_extra={"absent": absent} if absent else None, **bounds)
+def _key(default: Any, description: str, *, absent: str | None = None, form: str | None = None, **bounds: Any) -> Any:
+    """A key of a recipe, and with it a flag of the command line. `absent`: in words, what holds where it is None.
+
+    `form`: of names by what they are for, how the flag is written.
+    """
+    said: Any = {name: text for name, text in (("absent", absent), ("form", form)) if text}
+    return Field(default, description=description, json_schema_extra=said or None, **bounds)
 
 
 class Evaluation(BaseModel):
@@ -45,6 +57,7 @@ class Evaluation(BaseModel):
         {},
         "Column that the task reads as ROLE, such as text=sentence1; repeat it for more. `hfq tasks` lists the roles.",
         absent="found by name",
+        form="ROLE=NAME",
     )
     text_columns: list[str] = _key(
         [], "Text column; repeat it for a pair, in order. Another spelling of --column, such as text=NAME."
@@ -92,9 +105,19 @@ class Recipe(Evaluation):
         gt=0.5,
         lt=1,
     )
+    layers: dict[str, list[str]] = _key(
+        {},
+        "Run layers as HOW, whatever the search would do: float, dynamic, static or an observer such as mse. A name may hold "
+        "*; repeat it for more. `hfq explain` says which.",
+        form="HOW=NAME",
+    )
     max_trials: int = _key(600, "Most evaluations to spend.", ge=1)
     timeout: float = _key(0, "Most seconds of tuning; 0 is no limit.", ge=0)
     explore: bool = _key(False, "Evaluate every candidate, then choose.")
+    recover: bool = _key(
+        False, "Where no trial meets the goal, fine-tune with FP32 as the teacher, without labels, and search on."
+    )
+    explain: bool = _key(False, "Also say in the report why INT8 differs, layer by layer.")
     allow_loss: bool = _key(False, "Save the best trial even if it misses the goal; the card says so.")
     output: str | None = _key(None, "Folder to write.", absent="CHECKPOINT-int8")
     push: bool = _key(False, "Publish the result on the Hub.")
@@ -148,6 +171,17 @@ def flag(key: str) -> str:
     """How the command line spells a key. One that holds several is repeated there, and therefore in the singular."""
     several = get_origin(Recipe.model_fields[key].annotation) in (list, dict)
     return f"--{(key.removesuffix('s') if several else key).replace('_', '-')}"
+
+
+def command(name: str, recipe: Evaluation) -> str:
+    """The command line that gives a recipe to `hfq NAME`, as a shell takes it."""
+    values = recipe.model_dump(exclude_defaults=True)
+    words = [*name.split(), str(values.pop("checkpoint"))]
+    for key, value in values.items():
+        several = [f"{use}={one}" for use, of in value.items() for one in of] if isinstance(value, dict) else value
+        for one in several if isinstance(several, list) else [several]:
+            words += [flag(key)] if one is True else [flag(key), str(one)]
+    return shlex.join(words)
 
 
 def make_recipe(values: dict[str, Any], *, origin: str | None = None) -> Recipe:

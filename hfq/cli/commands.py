@@ -16,7 +16,7 @@ import typer
 
 from ..common.errors import GoalNotMetError, HfqError, HubError, UsageError
 from ..common.version import __version__
-from ..recipe import PUBLISHING, Evaluation, Recipe, make_recipe, read_recipe, write_recipe
+from ..recipe import EXPLAINED, PUBLISHING, Evaluation, Recipe, make_recipe, read_recipe, write_recipe
 from .console import Interrupted, command_line, fail, show_tasks, write, write_json, write_line
 from .options import (
     Contest,
@@ -164,6 +164,61 @@ def inspect(
         write_json(found)
     else:
         display(found)
+
+
+@app.command(
+    name="explain",
+    epilog=examples(
+        "hfq explain ./my-checkpoint --dataset ./data",
+        "hfq explain ./out --baseline ./my-checkpoint --dataset ./data --json",
+    ),
+)
+@with_options(*Evaluation.model_fields, *EXPLAINED)
+def explain_command(
+    flags: dict[str, Any],
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            help="Float checkpoint that an INT8 one was made from.  \\[default: what hfq.json names]",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option(help="Folder for explain.html, explain.png and explain.json.", callback=expanded)
+    ] = Path("explain"),
+    token: Token = None,
+    as_json: Json = False,
+) -> None:
+    """Say why INT8 differs: each layer alone, what its activations look like, what would mend it, and what flips.
+
+    Of a float checkpoint it is the plain static INT8 of it that is explained, with what --layer says.
+    """
+    from ..bench.run import pull_baseline
+    from ..common.ui import Reporter
+    from ..explain.explain import explain_checkpoint
+    from ..report.explained import show, to_json
+    from ..report.explained import write as write_explained
+    from ..source.checkpoint import pull
+
+    recipe, ui = make_recipe(flags), Reporter()
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"--output {output} is a file. Name a folder.")
+    given = pull(recipe.checkpoint, revision=recipe.revision, token=token, trust_remote_code=recipe.trust_remote_code)
+    if given.is_quantized:
+        floats = pull_baseline(given, baseline, token=token)
+        recipe = recipe.model_copy(
+            update={"checkpoint": baseline or floats.info.id, "revision": None if baseline else floats.info.revision}
+        )
+    elif baseline:
+        raise UsageError(f"--baseline is for an INT8 checkpoint; {recipe.checkpoint} is a float one.")
+    exported = given if given.is_quantized else None
+    found = explain_checkpoint(recipe, recipes=_recipes(), ui=ui, token=token, exported=exported)
+    paths = write_explained(found, output)
+    if as_json:
+        write(to_json(found).rstrip())
+    else:
+        show(found)
+    ui.stage(f"Wrote {', '.join(map(str, paths))}")
 
 
 @app.command(name="report", epilog=examples("hfq report ./out", "hfq report me/bert-mrpc-int8 --output bert.html"))

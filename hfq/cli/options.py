@@ -9,7 +9,7 @@ from dataclasses import dataclass, is_dataclass
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_origin
+from typing import Annotated, Any, Literal
 
 import typer
 from pydantic.fields import FieldInfo
@@ -20,6 +20,10 @@ from ..common.redact import remember
 from ..recipe import Recipe, flag
 
 Command = Callable[..., None]
+_EXAMPLES = {
+    "columns": "ROLE=NAME, such as text=sentence1. `hfq tasks` lists the roles.",
+    "layers": "HOW=NAME, such as dynamic=encoder.layer.0.output.dense. `hfq explain` says which.",
+}
 
 
 def with_options(*keys: str, **helps: str) -> Callable[[Command], Command]:
@@ -65,42 +69,48 @@ def _of_recipe(key: str, text: str | None) -> Parameter:
     if field.is_required():
         argument = typer.Argument(help=text, show_default=False)
         return Parameter(key, Parameter.KEYWORD_ONLY, annotation=Annotated[kind, argument])
-    by_role = get_origin(kind) is dict
-    option = typer.Option(flag(key), help=text, show_default=False, metavar="ROLE=NAME" if by_role else None)
+    form = _said(field).get("form")
+    option = typer.Option(flag(key), help=text, show_default=False, metavar=form)
     if kind is bool:
         return Parameter(key, Parameter.KEYWORD_ONLY, annotation=Annotated[bool, option], default=False)
-    kind = list[str] if by_role else kind
+    kind = list[str] if form else kind
     return Parameter(key, Parameter.KEYWORD_ONLY, annotation=Annotated[kind | None, option], default=None)
 
 
 def _help(field: FieldInfo) -> str:
     """A key's description, and its default unless that is nothing."""
-    extra: Any = field.json_schema_extra or {}
     unset = field.is_required() or field.annotation is bool or field.default in (None, [], {})
-    default = extra.get("absent") if unset else field.default
+    default = _said(field).get("absent") if unset else field.default
     return f"{field.description}  \\[default: {default}]" if default is not None else str(field.description)
+
+
+def _said(field: FieldInfo) -> dict[str, Any]:
+    """What a recipe says of a key for the command line alone."""
+    said: Any = field.json_schema_extra
+    return said or {}
 
 
 def _used(given: dict[str, Any]) -> dict[str, Any]:
     """Flags that were used: the others keep the recipe's defaults."""
     used = {key: value for key, value in given.items() if value is not None and value is not False and value != []}
-    return {**used, "columns": _by_role(used["columns"])} if "columns" in used else used
+    return {
+        key: _by_use(key, value) if _said(Recipe.model_fields[key]).get("form") else value
+        for key, value in used.items()
+    }
 
 
-def _by_role(words: Sequence[str]) -> dict[str, list[str]]:
-    """Names of columns by role, from ROLE=NAME.
+def _by_use(key: str, words: Sequence[str]) -> dict[str, list[str]]:
+    """Names by what they are for, from ROLE=NAME.
 
     Raises:
         UsageError: one has another form.
     """
     found: dict[str, list[str]] = {}
     for word in words:
-        role, _, name = word.partition("=")
-        if not (role and name):
-            raise UsageError(
-                f"{flag('columns')} {word!r} is not ROLE=NAME, such as text=sentence1. `hfq tasks` lists the roles."
-            )
-        found.setdefault(role, []).append(name)
+        use, _, name = word.partition("=")
+        if not (use and name):
+            raise UsageError(f"{flag(key)} {word!r} is not {_EXAMPLES[key]}")
+        found.setdefault(use, []).append(name)
     return found
 
 

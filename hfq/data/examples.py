@@ -19,6 +19,7 @@ from .splits import calibration_split, evaluation_split, holdout_split
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
+TRAINING = 10_000  # examples at most that --recover trains on
 NO_TEXT = r"^\s*([+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|(?i:true|false))\s*$"
 
 
@@ -49,10 +50,12 @@ class Examples:
     """Encoded examples, shortest first so that batches hold little padding, and what is right for each.
 
     Where no labels are read, nothing is known to be right before the float model has answered: None for each.
+    `rows`: where each is in its split.
     """
 
     encodings: Sequence[Encoding]
     references: References
+    rows: Sequence[int] = ()
 
     def __len__(self) -> int:
         return len(self.encodings)
@@ -95,7 +98,8 @@ class Batches(Sequence[Batch]):
 @dataclass(frozen=True)
 class TaskData:
     """What a run reads. `metric`: the name of the one that decides. `holdout`: labelled examples that neither calibration
-    nor tuning sees, or None.
+    nor tuning sees, or None. `training`: further examples of the calibration split, without references, where a recipe
+    wants to `recover`.
     """
 
     info: DatasetInfo
@@ -105,6 +109,7 @@ class TaskData:
     calibration: Examples
     evaluation: Examples
     holdout: Examples | None
+    training: Examples | None = None
     warnings: Sequence[str] = ()
 
 
@@ -163,8 +168,16 @@ def load_task_data(checkpoint: Checkpoint, recipe: Recipe, *, task: Task, recipe
         holdout_examples=len(held_out) if held_out else 0,
         max_length=processor.max_length,
     )
+    training = None
+    if recipe.recover:
+        if calibration == split:
+            raise UsageError(
+                f"--recover trains on another split than {split!r}, by which it is judged. Name one with --calibration-split."
+            )
+        rows = read[calibration].shuffle(seed=recipe.seed)
+        training = reader.unjudged(rows.select(range(min(TRAINING, len(rows)))))
     warnings = [*([_without_labels(info)] if lacking else []), *_warnings(info, recipe)]
-    return TaskData(info, task, metric, processor, calibrated, evaluated, held_out, warnings)
+    return TaskData(info, task, metric, processor, calibrated, evaluated, held_out, training, warnings)
 
 
 @dataclass(frozen=True)
@@ -185,10 +198,17 @@ class _Reader:
                 f"Split {split!r} has examples without a usable label (first: row {references.index(None)}, from 0: "
                 f"{', '.join(map(repr, labels))}). Choose a labelled split, or --metric fidelity, agreement with FP32."
             )
+        return self._sorted(rows, references)
+
+    def unjudged(self, rows: "Dataset") -> Examples:
+        """Examples whose labels are not read."""
+        return self._sorted(rows, [None] * len(rows))
+
+    def _sorted(self, rows: "Dataset", references: References) -> Examples:
         encodings = self.task.encode(rows, self.columns, self.processor)
         order = sorted(range(len(encodings)), key=self.task.lengths(encodings).__getitem__)
         sorted_ = encodings.ordered(order) if isinstance(encodings, Stream) else [encodings[row] for row in order]
-        return Examples(sorted_, [references[row] for row in order])
+        return Examples(sorted_, [references[row] for row in order], order)
 
     def judges(self, rows: "Dataset") -> bool:
         """Whether a split has the columns and, where they are read, the labels."""

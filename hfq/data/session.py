@@ -19,7 +19,7 @@ from .examples import Examples, TaskData, load_task_data
 
 @dataclass(frozen=True)
 class Session:
-    """`metric`: the name of the one that decides. `calibration`, `evaluation`, `holdout`: batches, shortest examples first."""
+    """`metric`: the name of the one that decides. The rest are batches, shortest examples first."""
 
     recipe: Recipe
     checkpoint: Checkpoint
@@ -30,6 +30,7 @@ class Session:
     calibration: Sequence[Batch]
     evaluation: Sequence[Batch]
     holdout: Sequence[Batch]
+    training: Sequence[Batch]
 
     @property
     def judge(self) -> Metric:
@@ -88,6 +89,7 @@ def open_session(
         batches(data.calibration),
         batches(data.evaluation),
         batches(data.holdout),
+        batches(data.training),
     )
     if session.judge.of_labels:
         if baseline:

@@ -27,12 +27,13 @@ STOCK_TOKENS = 512  # at a time: what stock transformers computes of them takes 
 
 @dataclass(frozen=True)
 class Measured:
-    """Both checkpoints, and the splits they were compared on. `stock`: on the holdout, if there is one."""
+    """Both checkpoints, and the splits they were compared on. `evaluation`: of int8. `stock`: on the holdout, if there is one."""
 
     baseline: Measurement
     quantized: Measurement
     comparisons: list[Comparison]
     timed_examples: int
+    evaluation: Evaluation
     stock: StockComparison | None = None
 
 
@@ -77,6 +78,7 @@ def measure_export(session: Session, exported: Checkpoint, baseline: Evaluation,
         _measurement(exported, quantized, timings[1], held_out[1]),
         comparisons,
         examples_in(batches),
+        quantized,
         stock,
     )
 

@@ -28,7 +28,7 @@ def validate(model: nn.Module, batches: Sequence[Batch], *, task: Task, engine: 
     Raises:
         UsageError: Lightning refuses the engine.
     """
-    with tempfile.TemporaryDirectory(prefix="hfq-") as folder, _quiet():
+    with tempfile.TemporaryDirectory(prefix="hfq-") as folder, quiet():
         try:
             trainer = Trainer(
                 accelerator=engine.accelerator,
@@ -96,7 +96,7 @@ def _place(key: str) -> tuple[int, int]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Lightning announces devices and advises loader workers on every call; evaluations are many."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")]
     levels = [logger.level for logger in loggers]

@@ -14,6 +14,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from ..common.errors import SourceError
 from ..common.resources import resource
 from ..source.metadata import texts
+from .explained import sections, style
 from .plots import bars, dots, limits, ticks
 from .report import Report
 from .view import (
@@ -70,6 +71,8 @@ def _render(report: Report) -> str:
     found = bars(report)
     return environment.from_string(resource(TEMPLATE).read_text(encoding="utf-8")).render(
         report=report,
+        style=style(),
+        explanation=sections(report.explanation, texts=False) if report.explanation else "",
         licences=texts(report.checkpoint.license),
         name=model_name(report),
         metric_label=metric_label(report),

@@ -125,7 +125,7 @@ def ticks(low: float, high: float) -> list[float]:
 
 def _draw_accuracy_speed(report: Report) -> bytes:
     report = public(report)
-    figure, axes = _figure(height=4.0)
+    figure, axes = new_figure(height=4.0)
     low, high, fastest = limits(report)
     for dot in dots(report):
         marker, colour = _DOTS[dot.kind]
@@ -146,10 +146,10 @@ def _draw_accuracy_speed(report: Report) -> bytes:
     axes.set_ylim(low, high)
     data = report.data
     axes.set_xlabel(
-        f"examples per second, one pass over {_short(data.split)} ({count(data.examples, 'example')}) each, in tuning",
+        f"examples per second, one pass over {short(data.split)} ({count(data.examples, 'example')}) each, in tuning",
         parse_math=False,
     )
-    axes.set_ylabel(f"{metric_label(report)} on {_short(data.split)}", parse_math=False)
+    axes.set_ylabel(f"{metric_label(report)} on {short(data.split)}", parse_math=False)
     handles, labels = axes.get_legend_handles_labels()
     once = dict(zip(labels, handles, strict=True))
     legend = figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
@@ -161,14 +161,14 @@ def _draw_accuracy_speed(report: Report) -> bytes:
 def _draw_layer_sensitivity(report: Report) -> bytes:
     report = public(report)
     found = bars(report)
-    figure, axes = _figure(height=1.0 + 0.23 * len(found))
+    figure, axes = new_figure(height=1.0 + 0.23 * len(found))
     places = range(len(found))
     errors = [100 * bar.error for bar in found]
     axes.barh(places, errors, color=[_RUNS[bar.runs] for bar in found], height=0.72, zorder=2)
     for place, bar in zip(places, found, strict=True):
         at = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
         axes.annotate(percent(bar.error, 2), (100 * bar.error, place), fontsize=8, **at)
-    axes.set_yticks(places, [_short(bar.layer) for bar in found], fontsize=8, family="monospace", parse_math=False)
+    axes.set_yticks(places, [short(bar.layer) for bar in found], fontsize=8, family="monospace", parse_math=False)
     axes.set_ylim(len(found) - 0.4, -0.6)
     axes.set_xlim(0, 1.22 * max([*errors, 1e-9]))
     axes.set_xlabel("squared output error, % of the float output")
@@ -200,20 +200,21 @@ def _called(dot: Dot) -> str:
 def _legend(dot: Dot) -> str:
     said = {
         "float": "FP32",
-        "chosen": f"chosen: {_short(dot.name)}",
+        "chosen": f"chosen: {short(dot.name)}",
         "met": "meets the goal",
         "missed": "misses the goal",
     }
     return said[dot.kind]
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
     """`name` with its middle left out where it is too long for an axis: the ends tell layers apart."""
     half = LONGEST_NAME // 2 - 1
     return name if len(name) <= LONGEST_NAME else f"{name[:half]}…{name[-half:]}"
 
 
-def _figure(*, height: float) -> "tuple[Figure, Any]":
+def new_figure(*, height: float) -> "tuple[Figure, Any]":
+    """An empty one, and its axes."""
     quiet_matplotlib()
     from matplotlib.figure import Figure
 

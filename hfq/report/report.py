@@ -16,7 +16,9 @@ from ..common.names import REPORT_FILE
 from ..common.reading import parse_json, read_text
 from ..common.redact import redact
 from ..data.examples import DatasetInfo
+from ..explain.explanation import Explanation
 from ..measure.figures import Comparison, Measurement, StockComparison
+from ..recovery.record import Look, Recovery
 from ..source.checkpoint import CheckpointInfo
 from ..tasks.base import FIDELITY, Trivial
 from ..tuning.goal import Goal
@@ -60,6 +62,8 @@ class Report:
     `baseline_pass_s`: the float model's forward passes over the evaluation split, timed as a trial's `duration_s` is;
     unlike `baseline.duration_s` it compares with them. `calibration_batches`: of an object.
     `float32_mib`: what the source's tensors take in float32; of a source in 16 bits, twice its file.
+    `explanation`: why the chosen model differs from FP32, where that was asked for.
+    `recovery`: the fine-tuning that the weights come from, where post-training quantization missed the goal.
     """
 
     hfq_version: str
@@ -99,6 +103,8 @@ class Report:
     held_out_stock: StockComparison | None = None
     calibration_batches: int = 0
     float32_mib: float | None = None
+    explanation: Explanation | None = None
+    recovery: Recovery | None = None
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -136,6 +142,7 @@ class Report:
             AttributeError, ValueError, TypeError, KeyError: `text` is not a report.
         """
         data = upgraded(parse_json(text))
+        explanation, recovery = data.get("explanation"), data.get("recovery")
         dataset, trivial, stock = data.get("dataset"), data.get("trivial"), data.get("held_out_stock")
         return cls(
             **{
@@ -152,6 +159,8 @@ class Report:
                 "trivial": trivial and Trivial(**trivial),
                 "held_out_stock": stock and StockComparison(**stock),
                 "layers": Layers(**data["layers"]),
+                "explanation": explanation and Explanation.from_dict(explanation),
+                "recovery": recovery and Recovery(**{**recovery, "looks": [Look(**row) for row in recovery["looks"]]}),
             }
         )
 

@@ -170,14 +170,18 @@ def public(report: Report) -> Report:
     named = (report.checkpoint.id, report.dataset.id if report.dataset else "")
     folders = [text for text in named if text.startswith("/")]
 
-    def clean(text: str) -> str:
+    def without_folders(text: str) -> str:
         for folder in folders:  # named first: only we know where a path with spaces ends
             text = text.replace(folder, PurePosixPath(folder).name)
-        text = _PATH.sub(_file_name, redact(text))
-        return "".join(char if char.isprintable() else " " for char in text).strip()
+        return clean(_PATH.sub(_file_name, redact(text)))
 
-    shown = map_strings(report, clean)
+    shown = map_strings(report, without_folders)
     return replace(shown, command=redact_command(shown.command), usage=report.usage)
+
+
+def clean(text: str) -> str:
+    """`text` on one line, without tokens."""
+    return "".join(char if char.isprintable() else " " for char in redact(text)).strip()
 
 
 def _file_name(match: re.Match[str]) -> str:

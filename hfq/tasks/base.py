@@ -253,6 +253,16 @@ class Task(ABC):
     def fidelity(self, outputs: Outputs, others: Outputs) -> float:
         """How alike two models answer the same examples, in [0, 1]. 1: a user sees no difference."""
 
+    def margins(self, outputs: Outputs, others: Outputs) -> "Tensor | None":
+        """`[examples]`: by how much the answer that `outputs` give is ahead in `others`, of another model; below 0 where that
+        gives another. None where an answer is no choice.
+        """
+        return None
+
+    def excerpt(self, encoding: Encoding, processor: Processor) -> str:
+        """An example as a person knows it again; nothing where it is not made of text."""
+        return ""
+
     def remarks(self, metric: Metric, outputs: Outputs, others: Outputs, references: References) -> list[str]:
         """What else the card says of a float model's outputs and another's: whole sentences."""
         return []

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..common.errors import UnsupportedError
 from .base import Columns, Metric, Outputs, References, Task, Trivial
 from .labels import LabelMap, LabelNames, distinct
-from .metrics import MeanOf, Torchmetric, stacked
+from .metrics import MeanOf, Torchmetric, leads, stacked
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -54,6 +54,10 @@ class Classification(Task):
     def fidelity(self, outputs: Outputs, others: Outputs) -> float:
         """Share of examples with the same label."""
         return (stacked(outputs).argmax(1) == stacked(others).argmax(1)).double().mean().item()
+
+    def margins(self, outputs: Outputs, others: Outputs) -> Tensor:
+        """Of logits."""
+        return leads(stacked(outputs), stacked(others))
 
     def trivial(self, metric: str, references: References) -> Trivial:
         """Always the most common label."""

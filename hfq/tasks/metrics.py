@@ -69,6 +69,12 @@ def stacked(outputs: Outputs) -> Tensor:
     return torch.stack(list(outputs))
 
 
+def leads(outputs: Tensor, others: Tensor) -> Tensor:
+    """By how much the entry that is largest in `outputs` `[.., n]` is ahead of all others in `others` `[.., n]`: `[..]`."""
+    answer = outputs.argmax(-1, keepdim=True)
+    return (others.gather(-1, answer) - others.scatter(-1, answer, -torch.inf).amax(-1, keepdim=True)).squeeze(-1)
+
+
 def other_scores(
     metrics: Mapping[str, Metric], decides: Metric, outputs: Outputs, others: Outputs, references: References
 ) -> list[str]:

@@ -20,6 +20,7 @@ from ..ptq.smoothquant import smoothed, smoothing_factors
 from .options import ALPHAS, Alpha, Options, Rule
 
 CHUNK = 8  # layers whose second moments are held at a time: 36 MiB each at 3072 inputs
+RECOVERED = "recovered"  # in place of an observer: scales that were learned, with weights that were trained
 FEW_CODES = CODES // 2  # with `reduce_range`
 
 
@@ -41,7 +42,7 @@ class Candidate:
     @property
     def name(self) -> str:
         parts: list[str] = [self.approach]
-        if self.approach == "static":
+        if self.approach == "static" or self.observer == RECOVERED:
             parts.append(self.observer)
         if self.alpha is not None:
             parts.append(f"smoothquant-{self.alpha if isinstance(self.alpha, str) else f'{self.alpha:g}'}")
@@ -55,7 +56,10 @@ class Candidate:
 
 
 class Space:
-    """Turns candidates into plans, from what calibration saw. Observers run once for each layer."""
+    """Turns candidates into plans, from what calibration saw. Observers run once for each layer.
+
+    `learned`: scales and weights' codes that `model` was trained with.
+    """
 
     def __init__(
         self,
@@ -66,6 +70,7 @@ class Space:
         *,
         batches: Sequence[Batch] = (),
         options: Options | None = None,
+        learned: Plan | None = None,
     ) -> None:
         self.model = model
         self.layers = layers
@@ -73,6 +78,7 @@ class Space:
         self.folds = tuple(folds)
         self.batches = batches
         self.options = options or Options()
+        self.learned = learned
         self._rules: dict[str, Rule] = {
             name: self.options.rule(name, model.get_submodule(name)) for name in [*layers.layers, *layers.embeddings]
         }
@@ -95,7 +101,9 @@ class Space:
             if (scheme := self._scheme(name, candidate, statistics.get(name))) is not None
         }
         embeddings = tuple(name for name in self.layers.embeddings if self._may_be_int8(name))
-        return self._recovered(Plan(schemes, embeddings, smoothing), candidate)
+        known = self.learned.weights if self.learned else {}
+        weights = {name: rows for name, rows in known.items() if name in schemes}
+        return self._corrected(Plan(schemes, embeddings, smoothing, weights), candidate)
 
     def _may_be_int8(self, embedding: str) -> bool:
         tied = self.layers.tied.get(embedding, (embedding,))
@@ -108,10 +116,13 @@ class Space:
         return dict.fromkeys([*wanted, *tied], "kept in float by the configuration")
 
     def folded(self, alpha: Alpha | None) -> nn.Module:
-        """The float model with its channels rescaled."""
+        """The float model with its channels rescaled by SmoothQuant."""
+        return self.rescaled({} if alpha is None else self._factors(alpha))
+
+    def rescaled(self, factors: Mapping[str, Tensor]) -> nn.Module:
+        """The float model with the channels of its folds divided by `factors`."""
         folded = twin(self.model)
-        if alpha is not None:
-            fold_into(folded, self.folds, self._factors(alpha))
+        fold_into(folded, self.folds, factors)
         return folded
 
     def _scheme(self, name: str, candidate: Candidate, smooth: InputStatistics | None) -> LayerScheme | None:
@@ -134,6 +145,9 @@ class Space:
         return self._observed(rule.observer or candidate.observer, name)
 
     def _observe(self, observer: str, name: str) -> LayerScheme:
+        if observer == RECOVERED:
+            assert self.learned is not None  # else nobody asks for it
+            return self.learned.layers[name]
         return self._static(self._rules[name], OBSERVERS[observer](self.statistics[name]))
 
     def _static(self, rule: Rule, covered: tuple[float, float]) -> LayerScheme:
@@ -146,11 +160,11 @@ class Space:
             return best_factors(self.model, self.folds, self.statistics, self.batches, alphas=numbers)
         return smoothing_factors(self.model, self.folds, self.statistics, alpha=alpha)
 
-    def _recovered(self, plan: Plan, candidate: Candidate) -> Plan:
+    def _corrected(self, plan: Plan, candidate: Candidate) -> Plan:
         """`plan` with what its weights and biases are corrected by."""
-        weights = (
-            {n: r for n, r in self._rounded(candidate.alpha).items() if n in plan.layers} if candidate.gptq else {}
-        )
+        weights = dict(plan.weights)
+        if candidate.gptq:
+            weights = {n: r for n, r in self._rounded(candidate.alpha).items() if n in plan.layers}
         shifts: dict[str, Tensor] = {}
         if not (self.options.weight_correction or self.options.bias_correction):
             return replace(plan, weights=weights)

@@ -1,15 +1,19 @@
 """What a search may try and how it goes about it: a recipe and a `PostTrainingQuantConfig` both become this."""
 
+import difflib
+import fnmatch
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 from torch import nn
 
+from ..common.errors import UsageError
 from ..ptq.observers import OBSERVERS
 from ..ptq.scheme import Approach
 
+HOWS: tuple[str, ...] = ("float", "dynamic", "static", "weight-only", *OBSERVERS)
 ALPHAS: tuple["Alpha", ...] = (0.3, 0.5, 0.7)
 Alpha = float | Literal["auto"]
 Objective = Literal["performance", "modelsize", "footprint", "accuracy"]
@@ -43,6 +47,33 @@ class Rule:
         if self.type_name is not None:
             return type(layer).__name__ == self.type_name
         return self.pattern is not None and re.fullmatch(self.pattern, name) is not None
+
+
+def rules_of(layers: Mapping[str, Sequence[str]], model: nn.Module) -> list[Rule]:
+    """What a recipe's `layers` fix: by one of `HOWS`, names of layers, in which * stands for anything.
+
+    Raises:
+        UsageError: there is no such way to run a layer, or no such layer.
+    """
+    known = [name for name, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None]
+    rules = []
+    for how, names in layers.items():
+        if how not in HOWS:
+            raise UsageError(f"layers: a layer cannot run as {how!r}. Expected one of: {', '.join(HOWS)}.")
+        for name in names:
+            if not fnmatch.filter(known, name):
+                near = difflib.get_close_matches(name, known, n=3, cutoff=0)
+                raise UsageError(f"layers: the model has no layer {name!r}. Nearest: {', '.join(near)}.")
+            rules.append(_rule(how, fnmatch.translate(name)))
+    return rules
+
+
+def _rule(how: str, pattern: str) -> Rule:
+    if how == "float":
+        return Rule(pattern, precisions=("fp32",))
+    if how in OBSERVERS:
+        return Rule(pattern, precisions=("int8",), approaches=("static",), observer=how)
+    return Rule(pattern, precisions=("int8",), approaches=(cast(Approach, how),))
 
 
 @dataclass(frozen=True)

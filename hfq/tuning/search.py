@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from .candidates import Candidate
+from .candidates import RECOVERED, Candidate
 from .goal import Goal
 from .log import TrialLog
 from .options import Limits, Options
@@ -48,20 +48,26 @@ def rank(options: Options, output_error: Callable[[Candidate], float], *, can_sm
     """
     errors: dict[Candidate, float] = {}
     if options.approach != "dynamic":
-        static = [Candidate("static", observer) for observer in options.observers]
-        errors |= {candidate: output_error(candidate) for candidate in static}
+        errors |= {candidate: output_error(candidate) for candidate in plain_candidates(options)}
         if can_smooth and options.alphas:
             best = min(errors, key=errors.__getitem__)
             smooth = [replace(best, alpha=alpha) for alpha in options.alphas]
-            plain = {} if options.smooth_always else errors
-            errors = plain | {candidate: output_error(candidate) for candidate in smooth}
+            unsmoothed = {} if options.smooth_always else errors
+            errors = unsmoothed | {candidate: output_error(candidate) for candidate in smooth}
         if options.gptq:
             rounded = replace(min(errors, key=errors.__getitem__), gptq=True)
             errors[rounded] = output_error(rounded)
     if options.approach != "static":
-        dynamic = [Candidate("dynamic"), *([Candidate("dynamic", gptq=True)] if options.gptq else [])]
+        plain = Candidate("dynamic", RECOVERED) if RECOVERED in options.observers else Candidate("dynamic")
+        dynamic = [plain, *([replace(plain, gptq=True)] if options.gptq else [])]
         errors |= {candidate: output_error(candidate) for candidate in dynamic}
     return dict(sorted(errors.items(), key=lambda item: item[1]))
+
+
+def plain_candidates(options: Options) -> list[Candidate]:
+    """Those of an observer alone; where nothing may be static, the dynamic one."""
+    static = [Candidate("static", observer) for observer in options.observers]
+    return static if options.approach != "dynamic" else [Candidate("dynamic")]
 
 
 def untuned(options: Options, space: Searchable | None) -> Candidate:

@@ -59,13 +59,14 @@ def find(
     metric: str,
     example: Batch | None = None,
     helped_by: Callable[[Sequence[Fold]], Helpers] | None = None,
+    learned: Plan | None = None,
 ) -> Found:
     """Search for a plan that meets `goal`. The float model is read, never changed.
 
     `batches`: the calibration slice. `evaluate` is given an int8 model that runs, and the plan it was made from.
-    `example`: as of `prepare`. `helped_by`: makes those who evaluate what comes next meanwhile, given the folds.
+    `example`, `learned`: as of `prepare`. `helped_by`: makes those who evaluate what comes next meanwhile, given the folds.
     """
-    space = prepare(model, batches, options=options, ui=ui, example=example)
+    space = prepare(model, batches, options=options, ui=ui, example=example, learned=learned)
     searchable = ranked(space, log=log, ui=ui)
     order = ORDERS[options.order]
     ahead: LookAhead | None = None
@@ -117,11 +118,17 @@ def score_plan(
 
 
 def prepare(
-    model: nn.Module, batches: Sequence[Batch], *, options: Options, ui: Reporter, example: Batch | None = None
+    model: nn.Module,
+    batches: Sequence[Batch],
+    *,
+    options: Options,
+    ui: Reporter,
+    example: Batch | None = None,
+    learned: Plan | None = None,
 ) -> Space:
     """Find what can be int8 and, where activations may need a scale, calibrate. Without batches: by structure alone.
 
-    `example`: what the graph is traced with; the first batch when absent.
+    `example`: what the graph is traced with; the first batch when absent. `learned`: what `model` was trained with.
     """
     first = example or (batches[0] if batches else None)
     with unchanged(model):  # examples may be made up, and some models change themselves for good by what they are given
@@ -133,7 +140,7 @@ def prepare(
         statistics = calibrate(model, layers.layers, batches, track=lambda b: ui.track(b, text="calibrating"))
     smoothing = f"; {len(folds)} SmoothQuant folds" if options.smooths else ""
     ui.note(f"{len(layers.layers)} matmuls and {len(layers.embeddings)} embeddings can run in int8{smoothing}")
-    return Space(model, layers, statistics, folds, batches=batches, options=options)
+    return Space(model, layers, statistics, folds, batches=batches, options=options, learned=learned)
 
 
 def ranked(space: Space, *, log: TrialLog, ui: Reporter) -> Searchable:

@@ -18,6 +18,17 @@ from hfq.recipe import Evaluation, Recipe, flag
 OTHERS = {
     "quantize": {"--token", "--local-hub", "--save-recipe", "--resume", "--verbose", "--json"},
     "eval": {"--token", "--compile", "--baseline", "--json"},
+    "explain": {
+        "--calibration-split",
+        "--calibration-samples",
+        "--tolerable-loss",
+        "--criterion",
+        "--layer",
+        "--baseline",
+        "--output",
+        "--token",
+        "--json",
+    },
     "run": {"--output", "--push", "--engine", "--ray-address", "--resume", "--token", "--local-hub", "--verbose", "--json"},
     "push": {"--to", "--private", "--create-pr", "--force", "--branch", "--tag", "--token", "--local-hub", "--verbose"},
     "inspect": {"--revision", "--runtime", "--token", "--json"},
@@ -43,9 +54,12 @@ EVERY_KEY = [
     "--tolerable-loss",
     "--criterion",
     "--confidence",
+    "--layer",
     "--max-trials",
     "--timeout",
     "--explore",
+    "--recover",
+    "--explain",
     "--allow-loss",
     "--max-length",
     "--batch-size",
@@ -74,7 +88,7 @@ def options(command: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("command", OTHERS)
 def test_commands_take_these_flags(command: str) -> None:
-    of_recipe = {"quantize": Recipe, "eval": Evaluation}.get(command)
+    of_recipe = {"quantize": Recipe, "eval": Evaluation, "explain": Evaluation}.get(command)
     keys = {flag(key) for key in of_recipe.model_fields if key != "checkpoint"} if of_recipe else set()
     assert set(options(command)) == keys | OTHERS[command]
     if command == "quantize":

@@ -113,6 +113,11 @@ class MultiLabelClassification(SequenceTask):
         """Share of examples with the same labels."""
         return ((stacked(outputs) > 0) == (stacked(others) > 0)).all(1).double().mean().item()
 
+    def margins(self, outputs: Outputs, others: Outputs) -> Tensor:
+        """Of the logit that is nearest to being answered otherwise."""
+        first, second = stacked(outputs), stacked(others)
+        return torch.where(first > 0, second, -second).amin(1)
+
     def trivial(self, metric: str, references: References) -> Trivial:
         """The best of always answering the n most common labels."""
         frequent = torch.tensor(references).sum(0).argsort(descending=True).tolist()

@@ -18,7 +18,7 @@ from ...common.errors import DataError
 from ..base import Batch, Columns, Encoding, Metric, Outputs, Processor, References, Trivial, require_column
 from ..classification import right
 from ..labels import find_label_column
-from ..metrics import MeanOf, stacked
+from ..metrics import MeanOf, leads, stacked
 from .tokens import TextTask, is_text, texts
 
 if TYPE_CHECKING:
@@ -143,6 +143,10 @@ class MultipleChoice(TextTask):
     def fidelity(self, outputs: Outputs, others: Outputs) -> float:
         """Share of examples with the same choice."""
         return (stacked(outputs).argmax(1) == stacked(others).argmax(1)).double().mean().item()
+
+    def margins(self, outputs: Outputs, others: Outputs) -> Tensor:
+        """Of logits."""
+        return leads(stacked(outputs), stacked(others))
 
     def trivial(self, metric: str, references: References) -> Trivial:
         """Always the choice in the place where it is most often right."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from ...common.errors import DataError
 from ..base import Batch, Columns, Encoding, Metric, Outputs, Processor, References, SumMetric, Trivial, require_column
 from ..labels import WITHOUT_LABELS, LabelMap, LabelNames
+from ..metrics import leads
 from .tokens import TextTask, is_text, texts
 
 if TYPE_CHECKING:
@@ -147,6 +148,11 @@ class TokenClassification(TextTask):
         """Share of words with the same tag."""
         same = [(a.argmax(-1) == b.argmax(-1)) for a, b in zip(outputs, others, strict=True)]
         return torch.cat(same).double().mean().item() if any(len(row) for row in same) else 1.0
+
+    def margins(self, outputs: Outputs, others: Outputs) -> Tensor:
+        """Of logits, at the word that has least."""
+        pairs = zip(outputs, others, strict=True)
+        return torch.stack([leads(a, b).amin() if len(a) else a.new_tensor(torch.inf) for a, b in pairs])
 
     def trivial(self, metric: str, references: References) -> Trivial:
         """Always the most common tag."""

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ...source.checkpoint import Checkpoint
 
 
+EXCERPT = 48  # tokens that are shown of an example
 LONGEST = 512  # tokens, where neither the tokenizer nor the model sets a limit
 
 
@@ -39,6 +40,12 @@ class TextTask(Task):
 
     def collate(self, encodings: Sequence[Encoding], processor: Processor) -> Batch:
         return dict(processor.tool.pad([dict(row) for row in encodings], return_tensors="pt"))
+
+    def excerpt(self, encoding: Encoding, processor: Processor) -> str:
+        """Its tokens, of several texts the first one's."""
+        ids = encoding["input_ids"]
+        first = ids[0] if ids and isinstance(ids[0], Sequence) else ids
+        return str(processor.tool.decode(first[:EXCERPT], skip_special_tokens=True))
 
     def tokens(self, processor: Processor, *texts: Any, **settings: Any) -> Any:
         """Token ids of texts, or of pairs, cut at the longest input. `settings`: of the tokenizer.
