@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...common.memory import LargestInput, return_freed_memory
+from ..direct.forward import DirectForward
 from ..fusion.fuse import finish_fusing, known_of, wanted_fusions
 from ..fusion.slicing import TOKENS, is_token_batch
 from ..inside import sentence_transformer
@@ -54,6 +55,7 @@ def compile(model: Model) -> Model:
     Example:
         >>> model = hfq.compile(hfq.load("me/bert-mrpc-int8"))
     """
+    finish_fusing(model)
     parts = _parts(model)
     reasons = [_without_gain(part) for part in parts]
     worth = [part for part, why in zip(parts, reasons, strict=True) if why is None]
@@ -64,7 +66,6 @@ def compile(model: Model) -> Model:
             stacklevel=2,
         )
         return model
-    finish_fusing(model)
     known = known_of(model)
     for part in worth:
         forward = enter(part, known)
@@ -127,6 +128,9 @@ def _parts(model: nn.Module) -> list[nn.Module]:
 
 def _without_gain(model: nn.Module) -> str | None:
     """Why nothing that this model is called with would be compiled; None if something may be."""
+    forward = model.__dict__.get("forward")
+    if isinstance(forward, FusedForward) and isinstance(forward.compiled, DirectForward):
+        return "its convolutions run as steps that need no compiler, with norms, activation functions and sums in them"
     name = getattr(model, "main_input_name", TOKENS[0])
     config = getattr(model, "config", None)
     if name not in (TOKENS[0], "pixel_values"):

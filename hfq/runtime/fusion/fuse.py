@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ...common.errors import UsageError
 from ...common.memory import return_freed_memory
+from ..direct.forward import run_directly as run_convolutions
 from ..int8.known_forward import FUSED, FusedForward, KnownForward, Structure, enter, runs_known_code
 from ..int8.linear import Int8Linear
 from ..int8.narrowing import Narrowing
@@ -165,6 +166,8 @@ def _fuse_calls(model: nn.Module, wanted: tuple[str, ...]) -> None:
         if directly and isinstance(model.__dict__.get("forward"), SlicedForward) and _is_told(model):
             run_directly(model, known)
     _enter(model, known)
+    if "convolutions" in wanted:
+        run_convolutions(model)
 
 
 def _examples(model: nn.Module) -> Iterator[tuple[nn.Module, Mapping[str, Tensor]]]:
@@ -288,7 +291,9 @@ FLOW_FUSIONS: dict[str, Fusion] = {
     "shared-matmul": _shared_matmuls,
 }
 # Up to requantization error.
-EXACT = ("activation", "residual", *FLOW_FUSIONS, "slices", "first-token", "encoder-layer", "compiled-matmul")
+EXACT = (
+    "activation", "residual", *FLOW_FUSIONS, "slices", "first-token", "encoder-layer", "convolutions", "compiled-matmul",
+)  # fmt: skip
 FUSION_SETS: dict[str, tuple[str, ...]] = {
     "exact": EXACT,
     "all": (*EXACT, "compiled-attention", "compiled-residual", "attention"),

@@ -3,8 +3,10 @@
 Not here: which layers have a twin, and how their scales are found (`hfq.ptq`).
 """
 
+import math
+from collections.abc import Callable
 from contextlib import nullcontext
-from functools import lru_cache
+from functools import partial
 from typing import Literal, cast
 
 import torch
@@ -12,16 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv1d_input, conv2d_input
 
+from ..kernels.convolution import Geometry, Sizes, convolve, is_exact, prepack, runs_onednn
 from ..kernels.kernel import quantize_uint8
 from ..kernels.selection import select_kernel
 from .gradients import is_wanted, straight_through
-from .linear import Int8Linear
+from .linear import Int8Linear, PackedLinear
 from .packed import PackedModule, frozen, input_codes
 from .recording import is_recorded, recorded_codes, unrecorded
 
 ConvActivation = Literal["static", "weight-only"]
-Sizes = tuple[int, ...]
-Geometry = tuple[Sizes, Sizes, Sizes, int]  # stride, padding, dilation, groups
 
 
 class Int8Conv(PackedModule):
@@ -30,8 +31,11 @@ class Int8Conv(PackedModule):
     State: `weight` int8 `[out, in / groups, *kernel]`, symmetric; `weight_scale` float32 `[out, 1, 1(, 1)]`; `bias`
     float `[out]` or absent; with static activations also `input_scale` float32 `[1]` and `input_zero_point` int8 `[1]`.
     `weight-only` computes in floats with the dequantized weight. A gradient flows through it, and none to its tensors.
+    What `is_matmul` is multiplied as a Linear is, which is exact wherever that is.
     """
 
+    padding_mode = "zeros"
+    _reader = narrowing = None  # of a Linear: nothing is fused with what this returns
     input_scale: nn.Parameter
     input_zero_point: nn.Parameter
     bias: nn.Parameter | None
@@ -55,8 +59,9 @@ class Int8Conv(PackedModule):
         self.out_channels = out_channels
         self.kernel_size = kernel_size
         self.groups = groups
+        self.stride, self.padding, self.dilation = stride, padding, dilation  # models ask for them
         even, self._extra = _even_padding(padding, kernel_size, dilation)
-        self._geometry: Geometry = (stride, even, dilation, groups)
+        self.geometry: Geometry = (stride, even, dilation, groups)
         self.activation = activation
         self.weight_shape = (out_channels, in_channels // groups, *kernel_size)
         self.weight_scale = frozen(torch.empty(out_channels, 1, *(1 for _ in kernel_size), device=device))
@@ -65,7 +70,7 @@ class Int8Conv(PackedModule):
             self.input_scale = frozen(torch.empty(1, device=device))
             self.input_zero_point = frozen(torch.empty(1, dtype=torch.int8, device=device))
         self.register_parameter("bias", frozen(torch.empty(out_channels, device=device)) if bias else None)
-        self._packed: _PackedConv | None = None
+        self._packed: _PackedConv | PackedLinear | None = None
 
     @classmethod
     def like(
@@ -84,6 +89,18 @@ class Int8Conv(PackedModule):
             activation=activation,
             device=device,
         )
+
+    @property
+    def is_matmul(self) -> bool:
+        """Whether each output is one row's product: with a kernel of one pixel, or one that moves over a sequence."""
+        stride, padding, _, groups = self.geometry
+        pointwise = self.kernel_size == stride == (1, 1) and padding == (0, 0)
+        return groups == 1 and (pointwise or len(self.kernel_size) == 1)
+
+    @property
+    def in_features(self) -> int:
+        """Numbers of the input that one of the output is computed from."""
+        return math.prod(self.weight_shape[1:])
 
     @property
     def weight(self) -> Tensor:
@@ -106,7 +123,7 @@ class Int8Conv(PackedModule):
         """
         if x.dim() == len(self.kernel_size) + 1:
             return self(x[None])[0]
-        if any(self._extra):
+        if self.pads_unevenly:
             x = F.pad(x, self._extra)
         if is_wanted(x):
             return straight_through(x, self, self._compute)
@@ -116,7 +133,7 @@ class Int8Conv(PackedModule):
     def input_gradient(self, gradient: Tensor, shape: torch.Size) -> Tensor:
         """float32 of `shape`."""
         of_input = conv1d_input if len(self.kernel_size) == 1 else conv2d_input
-        return of_input(shape, self.weight.float(), gradient, *self._geometry)
+        return of_input(shape, self.weight.float(), gradient, *self.geometry)
 
     def _compute(self, x: Tensor) -> Tensor:
         return self._static(x) if self.activation == "static" else self._weight_only(x)
@@ -130,25 +147,43 @@ class Int8Conv(PackedModule):
         packed = self._packed or self.pack()
         input_scale, zero_point = input_codes(self)
         codes = quantize_uint8(x.float(), input_scale, zero_point)
+        if isinstance(packed, PackedLinear):
+            y: Tensor = packed(self.rows(codes), None)
+            return y.movedim(-1, 1).to(x.dtype)
         bias = None if self.bias is None else self.bias.float()
-        if packed is not None:
-            y = _qconv(
-                codes,
-                packed.weight,
-                self.weight_scale.float().reshape(-1),
-                bias,
-                input_scale=input_scale,
-                zero_point=zero_point,
-                geometry=self._geometry,
-            )
-            if y.numel():  # else the other path: here an empty output's shape is wrong, and too small an input gets one
-                return y.to(x.dtype)
+        if packed is not None and self.runs_packed(codes.shape):
+            scale, inputs = self.weight_scale.float().reshape(-1), (input_scale, zero_point)
+            y = convolve(codes, packed.weight, scale, bias, input_codes=inputs, geometry=self.geometry)
+            return y.to(x.dtype)
         # Sums of codes are exact up to 2^24, which 518 of the largest products reach. Beyond it they are rounded as
         # float32 sums are: a convolution in float32 is no closer. Padding adds zeros, which code the zero point here.
         with torch.autocast("cpu", enabled=False):
             y = self._convolve(codes.float().sub_(zero_point), self.codes.float(), None)
         y = y.mul_(self.weight_scale.float()[:, 0] * input_scale)
         return (y if bias is None else y.add_(bias.view_as(self.weight_scale[:, 0]))).to(x.dtype)
+
+    def rows(self, codes: Tensor) -> Tensor:
+        """What is multiplied, if it `is_matmul`: uint8 `[batch, in, *size]` to `[batch, *size of the output, in_features]`."""
+        if len(self.kernel_size) == 2:
+            return codes.permute(0, 2, 3, 1).contiguous()
+        (kernel,), ((stride,), (padding,), (dilation,), _) = self.kernel_size, self.geometry
+        codes = F.pad(codes.transpose(1, 2), (0, 0, padding, padding), value=input_codes(self)[1])
+        windows = codes.unfold(1, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
+        return windows.transpose(2, 3).flatten(2)
+
+    def weight_rows(self) -> tuple[Tensor, Tensor]:
+        """int8 `[out, in_features]` and float32 `[out]`, as kernels of matmuls take them."""
+        return self.codes.movedim(1, -1).flatten(1).contiguous(), self.weight_scale.detach().float().reshape(-1)
+
+    @property
+    def as_stored(self) -> Callable[[Tensor], Tensor]:
+        """What lays out `weight_rows` as the state has them."""
+        return partial(_as_convolved, shape=self.weight_shape)
+
+    def runs_packed(self, codes: Sizes) -> bool:
+        """Whether oneDNN convolves codes of this shape exactly with this layer's weight."""
+        zero_point = input_codes(self)[1]
+        return is_exact(self.weight_shape, tuple(codes), zero_point=zero_point, geometry=self.geometry)
 
     def _recorded(self, x: Tensor) -> Tensor:
         """The same, from its tensors alone and in operations that run anywhere."""
@@ -159,16 +194,23 @@ class Int8Conv(PackedModule):
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         convolve = F.conv1d if len(self.kernel_size) == 1 else F.conv2d
-        return convolve(x, weight, bias, *self._geometry)
+        return convolve(x, weight, bias, *self.geometry)
 
-    def make_packed(self) -> "_PackedConv | None":
+    def make_packed(self) -> "_PackedConv | PackedLinear | None":
         """None where the plain weight is what runs: with weight-only layers, and where oneDNN would not be exact."""
         if self.activation != "static" or not runs_onednn():
             return None
-        return _PackedConv(self.codes, zero_point=input_codes(self)[1], geometry=self._geometry)
+        if self.is_matmul:
+            return PackedLinear([self], select_kernel())
+        return _PackedConv(self.codes, zero_point=input_codes(self)[1], geometry=self.geometry)
+
+    @property
+    def pads_unevenly(self) -> bool:
+        """Whether what it pads is not alike on both sides."""
+        return any(self._extra)
 
     def extra_repr(self) -> str:
-        stride, padding, dilation, groups = self._geometry
+        stride, padding, dilation, groups = self.geometry
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={stride}, "
             f"padding={padding}, dilation={dilation}, groups={groups}, "
@@ -176,12 +218,17 @@ class Int8Conv(PackedModule):
         )
 
 
+def _as_convolved(rows: Tensor, shape: Sizes) -> Tensor:
+    """int8 `[out, in_features]` to `shape`."""
+    return rows.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1).contiguous()
+
+
 class _PackedConv:
     """A weight in oneDNN's layout."""
 
     def __init__(self, codes: Tensor, *, zero_point: int, geometry: Geometry) -> None:
         self.shape = codes.shape
-        self.weight = _prepack(codes, zero_point=zero_point, geometry=geometry)
+        self.weight = prepack(codes, zero_point=zero_point, geometry=geometry)
 
     def unpack(self) -> Tensor:
         return self.weight.to_dense().reshape(self.shape)
@@ -209,69 +256,6 @@ class Int8Conv1D(Int8Linear):
     @staticmethod
     def as_stored(weight: Tensor) -> Tensor:
         return weight.t().contiguous()
-
-
-def runs_onednn() -> bool:
-    """Whether static convolutions run in oneDNN here: `select_kernel` chose it, and it convolves exactly too."""
-    return select_kernel().name == "onednn" and _qconv_is_exact()
-
-
-@lru_cache(maxsize=1)
-def _qconv_is_exact() -> bool:
-    """Try the largest sums, which saturate without VNNI, the way back from a packed weight, and what is known to fail.
-
-    oneDNN has other code for one channel a group than for many, so both are tried. Its code for AMX (3.12, by verbose
-    `brg_conv_fwd:*_amx`) is wrong where a wide kernel reads few channels, and at some widths where groups have a zero
-    point: which ones cannot be told beforehand, so it convolves nothing on a CPU where either is wrong.
-    """
-    generator = torch.Generator().manual_seed(0)
-
-    def some(*shape: int, dtype: torch.dtype) -> Tensor:
-        bounds = torch.iinfo(dtype)
-        return torch.randint(bounds.min, bounds.max + 1, shape, dtype=dtype, generator=generator)
-
-    trials = []
-    for groups in (1, 32):
-        weight = some(32, 32 // groups, 3, 3, dtype=torch.int8)
-        weight[::2] = 127
-        trials.append((torch.full((1, 32, 5, 5), 255, dtype=torch.uint8), weight, 0, 1, groups))
-    for channels, kernel, width, groups in ((8, 16, 21, 4), (16, 8, 21, 1), (48, 3, 50, 2)):
-        weight = some(channels * groups, channels, 1, kernel, dtype=torch.int8)
-        trials.append((some(1, channels * groups, 1, width, dtype=torch.uint8), weight, 218, 0, groups))
-    for codes, weight, zero_point, padding, groups in trials:
-        geometry = ((1, 1), (padding, padding), (1, 1), groups)
-        scale = torch.ones(len(weight))
-        try:
-            packed = _prepack(weight, zero_point=zero_point, geometry=geometry)
-            y = _qconv(codes, packed, scale, None, input_scale=1.0, zero_point=zero_point, geometry=geometry)
-        except (RuntimeError, AttributeError, NotImplementedError):
-            return False
-        exact = F.conv2d(codes.double() - zero_point, weight.double(), padding=padding, groups=groups)
-        if not torch.equal(y.double(), exact) or not torch.equal(packed.to_dense().view_as(weight), weight):
-            return False
-    return True
-
-
-def _prepack(weight: Tensor, *, zero_point: int, geometry: Geometry) -> Tensor:
-    scale = torch.ones(len(weight))  # the layout depends on there being scales, not on what they are
-    return torch.ops.onednn.qconv_prepack(weight, scale, 1.0, zero_point, *geometry, None)
-
-
-def _qconv(
-    codes: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    *,
-    input_scale: float,
-    zero_point: int,
-    geometry: Geometry,
-) -> Tensor:
-    weight_zero_points = torch.zeros(scale.numel(), dtype=torch.int32)
-    return torch.ops.onednn.qconv_pointwise(
-        codes, input_scale, zero_point, packed, scale, weight_zero_points, bias, *geometry,
-        1.0, 0, torch.float32, "none", [], "",
-    )  # fmt: skip
 
 
 def _even_padding(padding: Sizes | str, kernel_size: Sizes, dilation: Sizes) -> tuple[Sizes, list[int]]:

@@ -21,6 +21,7 @@ from .packed import PACKING, PackedModule, frozen, input_codes
 from .recording import is_recorded, recorded_codes, unrecorded
 
 if TYPE_CHECKING:
+    from .conv import Int8Conv
     from .shared_matmul import SharedMatmul
 
 Activation = Literal["static", "dynamic", "weight-only"]
@@ -209,7 +210,7 @@ class PackedLinear:
     Of one layer, or of several that read the same input with the same scale: their rows, one after the other.
     """
 
-    def __init__(self, modules: Sequence[Int8Linear], kernel: Kernel) -> None:
+    def __init__(self, modules: "Sequence[Int8Linear | Int8Conv]", kernel: Kernel) -> None:
         keep_freed_memory()
         first = modules[0]
         self.activation = first.activation
@@ -279,5 +280,5 @@ def packed_linears(model: nn.Module) -> list["PackedLinear"]:
     return list({id(packed): packed for packed in found if packed is not None}.values())
 
 
-def _bias(module: Int8Linear) -> Tensor:
-    return torch.zeros(module.out_features) if module.bias is None else module.bias.detach().float()
+def _bias(module: "Int8Linear | Int8Conv") -> Tensor:
+    return torch.zeros(len(module.weight_scale.flatten())) if module.bias is None else module.bias.detach().float()

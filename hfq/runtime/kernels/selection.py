@@ -8,6 +8,7 @@ import warnings
 from functools import lru_cache
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ...common.errors import UsageError
 from .checked import CheckedKernel, saturates_in_pairs
@@ -31,6 +32,12 @@ def select_kernel() -> Kernel:
     wanted = os.environ.get("HFQ_ISA", "native")
     if wanted not in ("native", "portable"):
         raise UsageError(f"HFQ_ISA is {wanted!r}; expected 'native' (the default) or 'portable'.")
+    # The first to ask may be a layer in a forward that somebody takes down, where packed weights do not work.
+    with _disable_current_modes():
+        return _select(wanted)
+
+
+def _select(wanted: str) -> Kernel:
     with warnings.catch_warnings():  # torch warns once that quantized tensors will go; quantize_uint8 knows
         warnings.simplefilter("ignore", UserWarning)
         quantize_uint8(torch.zeros(1), 1.0, 0)

@@ -21,7 +21,8 @@ from hfq.common.errors import UnsupportedError
 from hfq.ptq.convert import int8_conv, int8_linear
 from hfq.ptq.layers import why_not
 from hfq.ptq.scheme import LayerScheme, Rows
-from hfq.runtime.int8.conv import ConvActivation, Int8Conv, Int8Conv1D, runs_onednn
+from hfq.runtime.int8.conv import ConvActivation, Int8Conv, Int8Conv1D
+from hfq.runtime.kernels.convolution import runs_onednn
 from hfq.runtime.kernels.selection import select_kernel
 
 ACTIVATIONS: tuple[ConvActivation, ...] = ("static", "weight-only")
@@ -332,7 +333,7 @@ def test_conv1d_survives_copies_and_loads(kernel: str, approach: str) -> None:
 
 CHILD = """
 import sys, torch
-from hfq.runtime.int8.conv import runs_onednn
+from hfq.runtime.kernels.convolution import runs_onednn
 layers, x = torch.load(sys.argv[1], weights_only=False)
 torch.save([layer(x) for layer in layers], sys.argv[1])
 print(runs_onednn())

@@ -1,0 +1,1 @@
+"""Models of convolutions as steps that follow each other without the code of their modules."""
