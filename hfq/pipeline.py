@@ -24,7 +24,7 @@ from .data.session import Session, open_session
 from .explain.explain import Case, explain
 from .export.checkpoint import export
 from .measure.certainty import claim
-from .measure.compare import compare_with_stock, evaluate_split, goal_of, measure_export, timed_outputs
+from .measure.compare import compare_with_stock, evaluate_float, evaluate_split, goal_of, measure_export, timed_outputs
 from .measure.evaluate import Evaluation
 from .measure.hardware import hardware
 from .measure.timing import Subject, examples_in, measure, timed_batches
@@ -256,7 +256,7 @@ def _evaluate(session: Session, context: TrialContext, work: Path, model: nn.Mod
 
 def _baseline(session: Session, ui: Reporter) -> Evaluation:
     ui.stage("Baseline")
-    baseline = evaluate_split(session, session.model, session.evaluation, session.data.evaluation)
+    baseline = evaluate_float(session, session.evaluation, session.data.evaluation)
     info, metric = session.data.info, session.judge
     ui.note(f"FP32 {session.metric} {baseline.score:.4f} on the {info.examples} examples of {info.split!r}")
     trivial = _trivial(session)

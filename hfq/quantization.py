@@ -119,9 +119,10 @@ def fit(
         quantized = quantize_model(floats, found.plan, found.space.folds)
         if floats is model:
             own_tensors(quantized, model)
-        fuse(quantized)
-    example = head(batches[0], EXAMPLES) if batches else None
-    return quantized_like(model, quantized, plan=found.plan, report=report, example=example)
+        example = head(batches[0], EXAMPLES) if batches else None
+        quantized = quantized_like(model, quantized, plan=found.plan, report=report, example=example)
+        fuse(quantized)  # it looks at the class, too
+    return quantized
 
 
 def _fit_inside(

@@ -1,5 +1,6 @@
 """One checkpoint, its float model and its data, loaded and batched: what tuning and measuring read."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,10 @@ from .examples import Examples, TaskData, load_task_data
 
 @dataclass(frozen=True)
 class Session:
-    """`metric`: the name of the one that decides. The rest are batches, shortest examples first."""
+    """`metric`: the name of the one that decides. The rest are batches, shortest examples first.
+
+    `answered_in_s`: seconds of the forwards on `evaluation` that said what is right, where no labels are read.
+    """
 
     recipe: Recipe
     checkpoint: Checkpoint
@@ -31,6 +35,7 @@ class Session:
     evaluation: Sequence[Batch]
     holdout: Sequence[Batch]
     training: Sequence[Batch]
+    answered_in_s: float = 0.0
 
     @property
     def judge(self) -> Metric:
@@ -135,8 +140,7 @@ def _with_answers(session: Session, model: nn.Module) -> Session:
     def answered(examples: Examples, batches: Sequence[Batch]) -> Examples:
         return replace(examples, references=answers(model, batches, task=session.task))
 
-    data = session.data
+    data, start = session.data, time.perf_counter()
+    evaluation, took_s = answered(data.evaluation, session.evaluation), time.perf_counter() - start
     holdout = data.holdout and answered(data.holdout, session.holdout)
-    return replace(
-        session, data=replace(data, evaluation=answered(data.evaluation, session.evaluation), holdout=holdout)
-    )
+    return replace(session, data=replace(data, evaluation=evaluation, holdout=holdout), answered_in_s=took_s)

@@ -17,7 +17,7 @@ from ..source.model import load_model
 from ..tasks.base import Batch, Outputs, References
 from ..tuning.goal import Goal
 from .certainty import within
-from .evaluate import Engine, Evaluation, evaluate
+from .evaluate import Engine, Evaluation, evaluate, judged
 from .figures import Comparison, Measurement, StockComparison
 from .statistics import mcnemar_p, middle, resampled_differences
 from .timing import Subject, Timing, examples_in, measure, outputs_of, timed_batches
@@ -47,6 +47,14 @@ def evaluate_split(session: Session, model: nn.Module, batches: Sequence[Batch],
         return evaluate(model, batches, examples.references, task=session.task, metric=session.metric, engine=engine)
 
 
+def evaluate_float(session: Session, batches: Sequence[Batch], examples: Examples) -> Evaluation:
+    """The same of the float model. Where no labels are read, its outputs are there already: they are what is right."""
+    if session.judge.of_labels:
+        return evaluate_split(session, session.model, batches, examples)
+    outputs, task = examples.references, session.task
+    return judged(outputs, outputs, task=task, metric=session.metric, duration_s=session.answered_in_s)
+
+
 def measure_export(session: Session, exported: Checkpoint, baseline: Evaluation, *, ui: Reporter) -> Measured:
     """The metric on every split, then time and memory in processes of their own."""
     recipe, data = session.recipe, session.data
@@ -56,11 +64,12 @@ def measure_export(session: Session, exported: Checkpoint, baseline: Evaluation,
     comparisons = [
         compare(session, baseline, quantized, references=data.evaluation.references, split=data.info.split),
     ]
+    comparisons[0].remarks.extend(_company(session, model))
     held_out: list[float | None] = [None, None]
     stock = None
     if data.holdout and data.info.holdout_split:
         split, references = data.info.holdout_split, data.holdout.references
-        before = evaluate_split(session, session.model, session.holdout, data.holdout)
+        before = evaluate_float(session, session.holdout, data.holdout)
         after = evaluate_split(session, model, session.holdout, data.holdout)
         held_out = [before.score, after.score]
         comparisons.append(compare(session, before, after, references=references, split=split))
@@ -81,6 +90,13 @@ def measure_export(session: Session, exported: Checkpoint, baseline: Evaluation,
         quantized,
         stock,
     )
+
+
+def _company(session: Session, model: nn.Module) -> list[str]:
+    """What the task says of examples beside others, in the middle of the evaluation split."""
+    batch = session.evaluation[len(session.evaluation) // 2]
+    with torch.inference_mode():
+        return session.task.company(model, batch, session.data.processor)
 
 
 def timed_outputs(session: Session, model: nn.Module, *, held_out: bool = False) -> list[Tensor]:

@@ -47,6 +47,15 @@ def evaluate(
     )
 
     outputs, duration_s = validate(model, batches, task=task, engine=engine)
+    return judged(outputs, references, task=task, metric=metric, duration_s=duration_s)
+
+
+def judged(outputs: Outputs, references: References, *, task: Task, metric: str, duration_s: float = 0.0) -> Evaluation:
+    """What outputs are worth, however they were computed.
+
+    Raises:
+        HfqError: they are not finite numbers.
+    """
     if not all(output.isfinite().all() for output in outputs):
         raise HfqError(
             "The model answers with NaN or infinity on this data: its weights or the quantization are broken."

@@ -267,6 +267,10 @@ class Task(ABC):
         """What else the card says of a float model's outputs and another's: whole sentences."""
         return []
 
+    def company(self, model: "nn.Module", batch: Batch, processor: Processor) -> list[str]:
+        """What the card says of how much an INT8 model's outputs depend on what else is in a batch: whole sentences."""
+        return []
+
     def trivial(self, metric: str, references: References) -> Trivial | None:
         """What a model that looks at no input scores; None where that is not known."""
         return None

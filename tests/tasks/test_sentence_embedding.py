@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -339,6 +340,8 @@ def test_a_folder_is_quantized_and_its_card_says_how_it_is_opened(model: Path, t
     ):
         assert line in card
     assert (tmp_path / "out" / "1_Pooling" / "config.json").is_file()
+    said = re.search(r"32 texts in a batch, .* padded to \d+ tokens have cosines of at least ([\d.]+)\.", card)
+    assert said and float(said[1]) >= 0.9995
 
 
 def test_a_folder_is_judged_by_what_queries_find(model: Path, tmp_path: Path) -> None:

