@@ -17,7 +17,7 @@ class _Session:
     def __init__(self, request: dict[str, Any]) -> None:
         import torch
 
-        from .engines import ENGINES, Job
+        from .engines import ENGINES, Job, versions
 
         self.torch = torch
         torch.set_num_threads(request["threads"])
@@ -31,20 +31,25 @@ class _Session:
             Path(request["calibration"]),
             request["threads"],
             request["layers"],
+            request["embeds"],
         )
+        self.versions = versions([request["engine"]])
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         if request["do"] == "open":
-            return {}
+            return {"versions": self.versions}
         if request["do"] == "prepare":
             cast("Preparing", self.engine).prepare(self.job, Path(request["folder"]))
             return {}
         if request["do"] == "load":
             return self._load(request)
-        if request["do"] == "logits":
+        if request["do"] == "outputs":
             batch = self._batch(request)
             batch["mask"][1::2, -(batch["mask"].shape[1] // 4) :] = 0  # every other row ends in padding
-            return {"logits": self._forward(**batch).float().tolist()}
+            outputs = self._forward(**batch).float()
+            if outputs.dim() == 3:  # a row for each token: of the first, which is never padding
+                outputs = outputs[:, 0]
+            return {"outputs": outputs.tolist()}
         if request["do"] == "memory":
             return {name: now - self.imported[name] for name, now in resident_mib().items()}
         return {"seconds": self._time(request), "peak_mib": peak_mib() - self.imported_mib}

@@ -6,6 +6,7 @@ A peer is quantized as its own guide says, from the float checkpoint, with the s
 import importlib.metadata
 import importlib.util
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +15,17 @@ from typing import Any, Literal, Protocol
 from torch import Tensor, nn
 
 Checkpoint = Literal["quantized", "baseline"]
-Run = Callable[[Tensor, Tensor], Tensor]  # input_ids and attention_mask int64 [batch, length] to logits float
+Run = Callable[[Tensor, Tensor], Tensor]  # input_ids and attention_mask int64 [batch, length] to float [batch, …]
 INPUTS = ("input_ids", "attention_mask")
+WEIGHTS = (".safetensors", ".bin", ".xml", ".onnx", ".pt")
 
 
 @dataclass(frozen=True)
 class Job:
     """`quantized` and `baseline`: the int8 checkpoint and the float one it was made from. `calibration`: a file of input ids.
 
-    `layers`: load so many of the model's layers only; None for all.
+    `layers`: load so many of the model's layers only; None for all. `embeds`: it is sentence-transformers' model of
+    vectors, which runs whole: from tokens to vectors.
     """
 
     quantized: Path
@@ -31,6 +34,7 @@ class Job:
     calibration: Path
     threads: int
     layers: int | None = None
+    embeds: bool = False
 
 
 class Engine(Protocol):
@@ -59,7 +63,7 @@ class TorchFloat:
     loads: Checkpoint | None = "baseline"
 
     def load(self, path: Path, job: Job) -> Run:
-        return _transformers(_model(path, job))
+        return _answering(_model(path, job))
 
 
 class Hfq:
@@ -71,7 +75,7 @@ class Hfq:
     def load(self, path: Path, job: Job) -> Run:
         import hfq.runtime.loading.quantizer  # noqa: F401
 
-        return _transformers(_model(path, job))
+        return _answering(_model(path, job))
 
 
 class HfqCompiled(Hfq):
@@ -80,7 +84,7 @@ class HfqCompiled(Hfq):
     def load(self, path: Path, job: Job) -> Run:
         from hfq.runtime.compiling.compile import compile
 
-        return _transformers(compile(_model(path, job)))
+        return _answering(compile(_model(path, job)))
 
 
 class OpenVino:
@@ -96,7 +100,7 @@ class OpenVino:
 
         example = _example(job)
         with torch.no_grad():
-            graph = openvino.convert_model(_Logits(_model(job.baseline, job)), example_input=example)
+            graph = openvino.convert_model(_Positional(_model(job.baseline, job)), example_input=example)
         samples = [{name: value.numpy() for name, value in _inputs(ids).items()} for ids in _calibration(job)]
         quantized = nncf.quantize(
             graph, nncf.Dataset(samples), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(samples)
@@ -128,7 +132,7 @@ class OnnxRuntime:
         from onnxruntime.quantization import QuantType, quantize_dynamic
         from onnxruntime.transformers.optimizer import optimize_model
 
-        model = _Logits(_model(job.baseline, job))
+        model = _Positional(_model(job.baseline, job))
         exported = folder / "float.onnx"
         torch.onnx.export(
             model,
@@ -141,7 +145,7 @@ class OnnxRuntime:
             external_data=False,
             verbose=False,
         )
-        config: Any = model.model.config
+        config: Any = model.config
         sizes = {"num_heads": config.num_attention_heads, "hidden_size": config.hidden_size}
         optimize_model(str(exported), model_type="bert", opt_level=0, **sizes).save_model_to_file(str(exported))
         quantize_dynamic(exported, folder / "model.onnx", weight_type=QuantType.QInt8, per_channel=True)
@@ -176,7 +180,7 @@ class TorchDynamic:
         from torch.ao.quantization import quantize_dynamic
 
         torch.backends.quantized.engine = "onednn"
-        return _transformers(quantize_dynamic(_model(path, job), {nn.Linear}, dtype=torch.qint8))
+        return _answering(quantize_dynamic(_model(path, job), {nn.Linear}, dtype=torch.qint8))
 
 
 class TorchAo:
@@ -190,7 +194,62 @@ class TorchAo:
 
         model = _model(path, job)
         quantize_(model, Int8DynamicActivationInt8WeightConfig())
-        return _transformers(_compiled(model))
+        return _answering(_compiled(model))
+
+
+class SentenceOnnx:
+    """sentence-transformers' ONNX backend, with its dynamic int8 for this kind of CPU."""
+
+    requires: tuple[str, ...] = ("sentence_transformers", "onnxruntime", "optimum.onnxruntime")
+    loads: Checkpoint | None = None
+
+    def prepare(self, job: Job, folder: Path) -> None:
+        from sentence_transformers import SentenceTransformer, export_dynamic_quantized_onnx_model
+
+        model = SentenceTransformer(_float_copy(job, folder), backend="onnx", device="cpu")
+        export_dynamic_quantized_onnx_model(model, "avx512_vnni", str(folder), file_suffix="int8")
+        _without_float(folder)
+
+    def load(self, path: Path, job: Job) -> Run:
+        import onnxruntime
+        from sentence_transformers import SentenceTransformer
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = job.threads
+        settings = {"file_name": "model_int8.onnx", "session_options": options, "provider": "CPUExecutionProvider"}
+        return _answering(SentenceTransformer(str(path), backend="onnx", device="cpu", model_kwargs=settings))
+
+
+class SentenceOpenVino:
+    """sentence-transformers' OpenVINO backend, with its static int8."""
+
+    requires: tuple[str, ...] = ("sentence_transformers", "openvino", "optimum.intel", "datasets")
+    loads: Checkpoint | None = None
+
+    def prepare(self, job: Job, folder: Path) -> None:
+        import csv
+
+        from optimum.intel import OVQuantizationConfig
+        from sentence_transformers import SentenceTransformer, export_static_quantized_openvino_model
+
+        model = SentenceTransformer(_float_copy(job, folder), backend="openvino", device="cpu")
+        texts = folder / "texts"
+        texts.mkdir()
+        inputs = [ids[0] for ids in _calibration(job)]
+        with (texts / "train.csv").open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([["text"], *([text] for text in model.tokenizer.batch_decode(inputs))])
+        export_static_quantized_openvino_model(
+            model, OVQuantizationConfig(num_samples=len(inputs)), str(folder), file_suffix="int8",
+            dataset_name=str(texts), dataset_config_name="default", dataset_split="train", column_name="text",
+        )  # fmt: skip
+        _without_float(folder)
+
+    def load(self, path: Path, job: Job) -> Run:
+        from sentence_transformers import SentenceTransformer
+
+        threads = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": job.threads}
+        settings = {"file_name": "openvino_model_int8.xml", "ov_config": threads}
+        return _answering(SentenceTransformer(str(path), backend="openvino", device="cpu", model_kwargs=settings))
 
 
 class NeuralCompressor:
@@ -204,7 +263,7 @@ class NeuralCompressor:
         from neural_compressor.torch.export import export
         from neural_compressor.torch.quantization import convert, get_default_static_config, prepare
 
-        model, example = _Logits(_model(job.baseline, job)), tuple(_example(job).values())
+        model, example = _Positional(_model(job.baseline, job)), tuple(_example(job).values())
         graph = export(model, example_inputs=example, dynamic_shapes=dict.fromkeys(INPUTS, _dimensions(model)))
         prepared = prepare(graph, get_default_static_config())
         with torch.no_grad():
@@ -228,7 +287,10 @@ ENGINES: dict[str, Engine] = {
     "torch": TorchDynamic(),
     "torchao": TorchAo(),
     "inc": NeuralCompressor(),
+    "st-onnx": SentenceOnnx(),
+    "st-openvino": SentenceOpenVino(),
 }
+OF_EMBEDDINGS = ("st-onnx", "st-openvino")  # they run sentence-transformers' models of vectors, and nothing else
 PEERS = tuple(name for name in ENGINES if name not in (REFERENCE, "hfq", "hfq-compiled"))
 
 
@@ -246,15 +308,17 @@ def versions(names: Sequence[str]) -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in sorted(found)}
 
 
-class _Logits(nn.Module):
+class _Positional(nn.Module):
     """A model with positional tensors in and one tensor out, as exporters want it."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        self.config = getattr(model, "transformers_model", model).config
+        self.run = _answering(model)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+        return self.run(input_ids, attention_mask)
 
 
 def _model(path: Path, job: Job) -> Any:
@@ -263,9 +327,31 @@ def _model(path: Path, job: Job) -> Any:
 
     transformers.utils.logging.disable_progress_bar()
     os.environ["HFQ_COMPILE"] = "off"  # what is compiled has a row of its own
+    if job.embeds:
+        from sentence_transformers import SentenceTransformer
+
+        found = SentenceTransformer(str(path), device="cpu", model_kwargs={"dtype": torch.float32})
+        return found.eval().requires_grad_(False)
     size = {} if job.layers is None else {"num_hidden_layers": job.layers}
     model = getattr(transformers, job.auto_class).from_pretrained(path, dtype=torch.float32, **size)
     return model.eval().requires_grad_(False)
+
+
+def _float_copy(job: Job, folder: Path) -> str:
+    """A folder of the float model in float32, whatever its own type, which exporters read."""
+    copy = folder / "float"
+    _model(job.baseline, job).save(str(copy))
+    return str(copy)
+
+
+def _without_float(folder: Path) -> None:
+    """Keep of the copy what is beside its weights: an exported model is loaded with that."""
+    for file in (folder / "float").rglob("*"):
+        if file.is_file() and file.suffix not in WEIGHTS:
+            place = folder / file.relative_to(folder / "float")
+            place.parent.mkdir(exist_ok=True)
+            file.replace(place)
+    shutil.rmtree(folder / "float")
 
 
 def _compiled(model: Any) -> Any:
@@ -284,8 +370,11 @@ def _calibration(job: Job) -> list[Tensor]:
     return list(load_file(job.calibration).values())
 
 
-def _transformers(model: Any) -> Run:
-    return lambda ids, mask: model(input_ids=ids, attention_mask=mask).logits
+def _answering(model: Any) -> Run:
+    """What `model` puts out first: logits, those of where an answer starts, or vectors."""
+    if hasattr(model, "transformers_model"):
+        return lambda ids, mask: model({"input_ids": ids, "attention_mask": mask})["sentence_embedding"]
+    return lambda ids, mask: model(input_ids=ids, attention_mask=mask, return_dict=True).to_tuple()[0]
 
 
 def _inputs(ids: Tensor) -> dict[str, Tensor]:
@@ -294,11 +383,11 @@ def _inputs(ids: Tensor) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def _dimensions(model: _Logits) -> dict[int, Any]:
+def _dimensions(model: _Positional) -> dict[int, Any]:
     """Batch and length of an exported model's inputs: any that it takes."""
     import torch
 
-    longest = getattr(model.model.config, "max_position_embeddings", 512)
+    longest = getattr(model.config, "max_position_embeddings", 512)
     return {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=min(512, longest))}
 
 

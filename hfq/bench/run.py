@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -19,13 +20,13 @@ from ..measure.process import Process
 from ..report.report import package_versions, read_report
 from ..source.bounds import check_model
 from ..source.checkpoint import Checkpoint, pull
+from ..source.sentence_model import read_sentence_model
 from ..tasks.registry import find_task
-from .engines import ENGINES, PEERS, REFERENCE, missing, versions
+from .engines import ENGINES, OF_EMBEDDINGS, PEERS, REFERENCE, WEIGHTS, missing
 
 CALIBRATION = 100  # inputs, as the peers' own guides take
 SAME_ANSWER = 0.9  # share of inputs answered as the float model does; below it the table says so
 SAME_LOGITS = 0.5  # relative difference of logits; above it the table says so, too
-WEIGHTS = (".safetensors", ".bin", ".xml", ".onnx", ".pt")
 FIRST_SHAPE = (1, 16)  # of the input that is answered as soon as a model is loaded: so small that only loading shows
 VARIABLES = ("HFQ_", "ONEDNN_", "DNNL_", "OMP_", "KMP_", "GOMP_", "MALLOC_", "GLIBC_TUNABLES", "ATEN_CPU_CAPABILITY")
 Shape = tuple[int, int]
@@ -63,8 +64,8 @@ class EngineResult:
 
     `size_mib`, `peak_mib`: MiB of the weights that it loads, and the peak less what imports take. `by_shape`: keys like
     "8x128". `agreement`: share of inputs of the largest shape, at least 16 and half of them padded, whose label is the
-    float model's. `error`: relative difference of their logits. Both are None where nothing was compared. `failure`:
-    why it did not run to the end; what it did until then was measured.
+    float model's; of vectors, their mean cosine. `error`: relative difference of logits or vectors. Both are None where
+    nothing was compared. `failure`: why it did not run to the end; what it did until then was measured.
     """
 
     name: str
@@ -118,25 +119,32 @@ def bench(
     quantized: Checkpoint,
     baseline: Checkpoint,
     *,
-    names: Sequence[str],
+    names: Mapping[str, str | None],
     shapes: Sequence[Shape],
     threads: int,
     rounds: int,
     hardware: dict[str, Any],
     ui: Reporter,
 ) -> BenchResult:
-    """Measure the engines called `names` on random tokens of `shapes`.
+    """Measure engines on random tokens of `shapes`. `names`: of engines, with the interpreter of each, None for this one.
 
     An engine that fails is reported as such, and does not end the others.
 
     Raises:
-        UsageError: `baseline` is not the float model of `quantized`, or a shape is longer than it takes.
+        UsageError: `baseline` is not the float model of `quantized`, a shape is longer than it takes, or an engine does
+            not run such models.
         SourceError: a checkpoint is not the model that its config says.
     """
     _check(quantized, baseline, shapes)
     found: dict[str, dict[str, Any]] = {}
+    used: dict[str, dict[str, str]] = {}
     with tempfile.TemporaryDirectory(prefix="hfq-bench-") as folder, ExitStack() as stack:
         opening = opening_request(quantized, baseline, threads=threads, folder=Path(folder))
+        opening["pythons"] = names
+        if not opening["embeds"] and (strange := [name for name in names if name in OF_EMBEDDINGS]):
+            raise UsageError(
+                f"--vs {', '.join(strange)} is for models of sentence embeddings, which {quantized.info.id} is not."
+            )
         running: dict[str, Process] = {}
         loading: dict[str, dict[str, Any]] = {}
         for name in names:
@@ -144,7 +152,7 @@ def bench(
             found[name] = {}
             try:
                 loading[name] = _prepare(name, opening, Path(folder) / name)
-                process, found[name] = _load(name, opening, loading[name])
+                process, used[name], found[name] = _load(name, opening, loading[name])
                 running[name] = stack.enter_context(process)
             except Exception as error:  # a peer's own failure, of any type: it is a result
                 found[name]["failure"] = str(error)
@@ -160,7 +168,7 @@ def bench(
             ui.stage(f"Time {batch}×{length}")
             _time(running, found, {**opening, "shape": [batch, length]}, rounds=rounds)
         largest = max(shapes, key=lambda shape: shape[0] * shape[1])
-        _compare(running, found, {**opening, "do": "logits", "shape": [max(16, largest[0]), largest[1]]})
+        _compare(running, found, {**opening, "do": "outputs", "shape": [max(16, largest[0]), largest[1]]})
         for name in running:
             ui.stage(f"Load {name} in a second process")
             try:
@@ -171,7 +179,9 @@ def bench(
     setup = {
         "rounds": rounds,
         "revisions": {"checkpoint": quantized.info.revision, "baseline": baseline.info.revision},
-        "versions": {**package_versions(), **versions(names)},
+        "compared": "cosine" if opening["embeds"] else "label",
+        "versions": {**package_versions(), **{k: v for name in used if not names[name] for k, v in used[name].items()}},
+        "elsewhere": {name: found for name, found in used.items() if names[name]},
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)},
     }
     return BenchResult(
@@ -201,23 +211,57 @@ def opening_request(quantized: Checkpoint, baseline: Checkpoint, *, threads: int
         "vocabulary": vocabulary,
         "threads": threads,
         "layers": None,
+        "embeds": _embeds(quantized),
+        "pythons": {},
         "shape": FIRST_SHAPE,
     }
 
 
-def chosen(peers: Sequence[str], *, compiled: bool) -> list[str]:
-    """Engines to run, the float model first: all installed peers if none is named.
+def _embeds(checkpoint: Checkpoint) -> bool:
+    """Whether it is a model of sentence-transformers' that makes a vector of a text."""
+    found = read_sentence_model(checkpoint.path)
+    return found is not None and found.kind == "SentenceTransformer" and not found.has("SpladePooling")
+
+
+def chosen(peers: Sequence[str], *, compiled: bool, pythons: Mapping[str, str]) -> dict[str, str | None]:
+    """Engines to run with their interpreters, the float model first: all installed peers if none is named.
+
+    `pythons`: interpreters of peers whose packages are in an environment of their own, by name.
 
     Raises:
-        UsageError: a peer is unknown, or named and not installed.
+        UsageError: a peer is unknown, or named and not installed; an interpreter does not exist.
     """
-    if unknown := [name for name in peers if name not in PEERS]:
+    if unknown := [name for name in (*peers, *pythons) if name not in PEERS]:
         raise UsageError(f"--vs {', '.join(unknown)} is not known. Expected some of: {', '.join(PEERS)}.")
+    for name, python in pythons.items():
+        if shutil.which(python) is None:
+            raise UsageError(
+                f"--peer-python {name}={python}: there is no such program. Name the interpreter, bin/python."
+            )
     for name in peers:
-        if absent := missing(name):
-            raise UsageError(f"--vs {name} needs {', '.join(absent)}. Install them: {installation('bench')}.")
-    others = [name for name in PEERS if (name in peers if peers else not missing(name))]
-    return [REFERENCE, "hfq", *(["hfq-compiled"] if compiled else []), *others]
+        if name not in pythons and (absent := missing(name)):
+            raise UsageError(
+                f"--vs {name} needs {', '.join(absent)}. Install them: {installation('bench')}. Or name an interpreter "
+                f"that has them: --peer-python {name}=PATH"
+            )
+    wanted = peers or [name for name in PEERS if name in pythons or (name not in OF_EMBEDDINGS and not missing(name))]
+    names = [REFERENCE, "hfq", *(["hfq-compiled"] if compiled else []), *wanted]
+    return {name: pythons.get(name) for name in names}
+
+
+def read_pythons(given: Sequence[str]) -> dict[str, str]:
+    """Interpreters by the name of the peer.
+
+    Raises:
+        UsageError: one is not NAME=PATH.
+    """
+    found = {}
+    for one in given:
+        name, equals, path = one.partition("=")
+        if not (name and equals and path):
+            raise UsageError(f"--peer-python {one!r} is not NAME=PATH, such as st-openvino=./venv/bin/python.")
+        found[name] = path
+    return found
 
 
 def pull_baseline(quantized: Checkpoint, named: str | None, *, token: str | None) -> Checkpoint:
@@ -274,24 +318,25 @@ def _prepare(name: str, opening: dict[str, Any], folder: Path) -> dict[str, Any]
         return {**opening, "do": "load", "path": opening[checkpoint]}
     folder.mkdir()
     with _open(name, opening) as process:
+        process.hear()
         process.ask({"do": "prepare", "folder": str(folder)})
     return {**opening, "do": "load", "path": str(folder)}
 
 
 def _open(name: str, opening: dict[str, Any]) -> Process:
-    process = Process("hfq.bench.engine_process", name)
-    try:
-        process.ask({**opening, "engine": name})
-    except BaseException:
-        process.close()
-        raise
+    process = Process("hfq.bench.engine_process", name, python=opening["pythons"].get(name))
+    process.tell({**opening, "engine": name})
     return process
 
 
-def _load(name: str, opening: dict[str, Any], loading: dict[str, Any]) -> tuple[Process, dict[str, Any]]:
+def _load(
+    name: str, opening: dict[str, Any], loading: dict[str, Any]
+) -> tuple[Process, dict[str, str], dict[str, Any]]:
+    """The process, versions of what it runs, and what loading took."""
     process = _open(name, opening)
     try:
-        return process, {**process.ask(loading), "by_shape": {}}
+        versions = process.hear()["versions"]
+        return process, versions, {**process.ask(loading), "by_shape": {}}
     except BaseException:
         process.close()
         raise
@@ -303,7 +348,7 @@ def _size_mib(folder: Path) -> float:
 
 
 def _load_beside(name: str, opening: dict[str, Any], loading: dict[str, Any]) -> SecondProcess:
-    process, loaded = _load(name, opening, loading)
+    process, _, loaded = _load(name, opening, loading)
     with process:
         memory = process.ask({**opening, "do": "memory"})
     return SecondProcess(loaded["load_s"], loaded["first_answer_s"], memory["private"], memory["shared"])
@@ -342,7 +387,7 @@ def _compare(running: dict[str, Process], found: dict[str, dict[str, Any]], requ
     answers: dict[str, torch.Tensor] = {}
     for name in list(running):
         try:
-            answers[name] = torch.tensor(running[name].ask(request)["logits"])
+            answers[name] = torch.tensor(running[name].ask(request)["outputs"])
         except Exception as error:
             batch, length = request["shape"]
             found[name]["failure"] = f"at {batch}x{length}: {error}"
@@ -350,9 +395,13 @@ def _compare(running: dict[str, Process], found: dict[str, dict[str, Any]], requ
     reference = answers.get(REFERENCE)
     if reference is None:
         return
-    for name, logits in answers.items():
-        found[name]["agreement"] = (logits.argmax(1) == reference.argmax(1)).float().mean().item()
-        found[name]["error"] = ((logits - reference).norm() / reference.norm()).item()
+    for name, outputs in answers.items():
+        if request["embeds"]:
+            alike = torch.cosine_similarity(outputs, reference)
+        else:
+            alike = (outputs.argmax(1) == reference.argmax(1)).float()
+        found[name]["agreement"] = alike.mean().item()
+        found[name]["error"] = ((outputs - reference).norm() / reference.norm()).item()
 
 
 def _calibration(vocabulary: int) -> dict[str, torch.Tensor]:

@@ -55,7 +55,7 @@ def markdown(result: BenchResult, growth: Sequence[Point]) -> str:
             )
     lines += [
         "",
-        "| engine | load s | first answer s | size MiB | peak MiB | same label as FP32 | logit error |",
+        f"| engine | load s | first answer s | size MiB | peak MiB | {_compared(result)} |",
         "|---|---|---|---|---|---|---|",
     ]
     lines += [_engine_row(engine) for engine in ran]
@@ -78,9 +78,17 @@ def markdown(result: BenchResult, growth: Sequence[Point]) -> str:
             f"| {point.axis} | {point.value} | {point.engine} | {point.milliseconds:.1f} | {point.peak_mib:.0f} |"
             for point in growth
         ]
-    if versions := result.setup.get("versions"):
-        lines += ["", f"Versions: {', '.join(f'{name} {version}' for name, version in versions.items())}."]
+    versions = {"": result.setup.get("versions"), **result.setup.get("elsewhere", {})}
+    for where, packages in versions.items():
+        if packages:
+            listed = ", ".join(f"{name} {version}" for name, version in packages.items())
+            lines += ["", f"Versions{where and f' of {where}'}: {listed}."]
     return "\n".join([*lines, ""])
+
+
+def _compared(result: BenchResult) -> str:
+    vectors = result.setup.get("compared") == "cosine"
+    return "cosine to FP32 | vector error" if vectors else "same label as FP32 | logit error"
 
 
 def _engine_row(engine: EngineResult) -> str:

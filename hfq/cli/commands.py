@@ -274,7 +274,7 @@ def bench_command(
 
     from ..bench.engines import PEERS
     from ..bench.growth import Point, grow
-    from ..bench.run import bench, chosen, pull_baseline, read_shapes
+    from ..bench.run import bench, chosen, pull_baseline, read_pythons, read_shapes
     from ..bench.table import as_dict, markdown
     from ..bench.table import write as write_bench
     from ..common.ui import Reporter
@@ -287,7 +287,8 @@ def bench_command(
     if threads < 1:
         raise UsageError(f"--threads should be at least 1, not {threads}.")
     shapes = read_shapes(contest.shapes)
-    names = chosen([name.strip() for name in contest.vs.split(",") if name.strip()], compiled=contest.compiled)
+    peers = [name.strip() for name in contest.vs.split(",") if name.strip()]
+    names = chosen(peers, compiled=contest.compiled, pythons=read_pythons(contest.peer_python or []))
     quantized = pull(checkpoint, token=token)
     if not quantized.is_quantized:
         raise UsageError(f"{checkpoint} is not quantized. Quantize it first: hfq quantize {checkpoint} --output ./out")

@@ -206,10 +206,17 @@ class Contest:
     vs: Annotated[
         str,
         typer.Option(
-            help="Peers, with commas: openvino, onnxruntime, torch, torchao, inc.  \\[default: those installed]",
+            help="Peers, with commas: openvino, onnxruntime, torch, torchao, inc; of embeddings also st-onnx and "
+            "st-openvino, sentence-transformers' own.  \\[default: those installed]",
             show_default=False,
         ),
     ] = ""
+    peer_python: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=PATH: the interpreter of a peer whose packages are in another environment.", show_default=False
+        ),
+    ] = None
     baseline: Annotated[
         str | None,
         typer.Option(help="Float checkpoint it was made from.  \\[default: what hfq.json names]", show_default=False),

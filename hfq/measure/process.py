@@ -21,19 +21,37 @@ P = TypeVar("P", bound="Process")
 S = TypeVar("S")
 
 
-class Process:
-    """`python -m MODULE`, which answers each JSON line with another. `name`: of what it measures, for messages."""
+# hfq's modules where hfq itself is not installed: without its own hooks in transformers.
+_ELSEWHERE = """
+import runpy, sys, types
+package = types.ModuleType("hfq")
+package.__path__ = [sys.argv[1]]
+sys.modules["hfq"] = package
+runpy.run_module(sys.argv[2], run_name="__main__")
+"""
 
-    def __init__(self, module: str, name: str, *, variables: Mapping[str, str] | None = None) -> None:
+
+class Process:
+    """`python -m MODULE`, which answers each JSON line with another. `name`: of what it measures, for messages.
+
+    `python`: an interpreter of another environment, with other packages.
+    """
+
+    def __init__(
+        self, module: str, name: str, *, variables: Mapping[str, str] | None = None, python: str | None = None
+    ) -> None:
         self.name = name
+        own = [sys.executable, "-m", module]
+        elsewhere = [python, "-c", _ELSEWHERE, str(Path(__file__).parents[1]), module] if python else None
+        variables = {**(variables or {}), **({"PYTHONPATH": ""} if python else {})}
         self.log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 - closed with the process; a pipe would fill up
-        self.process = subprocess.Popen(  # noqa: S603 - our own module, by our own interpreter
-            [sys.executable, "-m", module],
+        self.process = subprocess.Popen(  # noqa: S603 - our own module
+            elsewhere or own,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
             text=True,
-            env={**os.environ, **(variables or {})},
+            env={**os.environ, **variables},
         )
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:

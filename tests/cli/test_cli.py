@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -327,6 +328,12 @@ def test_bench_measures_every_engine_on_every_shape_and_writes_what_it_found(run
         (["./out"], "--baseline"),
         (["./model"], "not quantized"),
         (["./out", "--baseline", "./model", "--vs", "tensorrt"], "tensorrt"),
+        (["./out", "--baseline", "./model", "--peer-python", "st-onnx"], "is not NAME=PATH"),
+        (["./out", "--baseline", "./model", "--peer-python", "st-onnx=./nowhere"], "there is no such program"),
+        (
+            ["./out", "--baseline", "./model", "--peer-python", f"st-onnx={sys.executable}"],
+            "for models of sentence embeddings",
+        ),
         (["./out", "--baseline", "./model", "--shapes", "8by16"], "8by16"),
         (["./out", "--baseline", "./nowhere"], "nowhere"),
         (["./out", "--baseline", "./out"], "--baseline out is quantized"),

@@ -34,7 +34,7 @@ OTHERS = {
     "inspect": {"--revision", "--runtime", "--token", "--json"},
     "report": {"--revision", "--output", "--token"},
     "webhook": {"--queue", "--host", "--port", "--retry", "--token", "--verbose"},
-    "bench": {"--threads", "--vs", "--baseline", "--shapes", "--rounds", "--compile", "--growth", "--output", "--token", "--json"},
+    "bench": {"--threads", "--vs", "--peer-python", "--baseline", "--shapes", "--rounds", "--compile", "--growth", "--output", "--token", "--json"},
 }  # fmt: skip
 EVERY_KEY = [
     "--revision",

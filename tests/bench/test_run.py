@@ -1,0 +1,37 @@
+"""What `hfq bench` measures of models that are no classifiers."""
+
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+from sentence_transformers import SentenceTransformer
+from support.sentences import write_sentence_model
+from support.training import messages
+
+from hfq.bench.run import bench
+from hfq.bench.table import markdown
+from hfq.common.ui import Reporter
+from hfq.config import PostTrainingQuantConfig
+from hfq.quantization import fit
+from hfq.source.checkpoint import pull
+
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
+
+def test_vectors_are_compared_and_a_peer_may_have_an_interpreter_of_its_own(tmp_path: Path) -> None:
+    source = write_sentence_model(tmp_path / "mini-embedding")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is not tuned
+        model = fit(SentenceTransformer(str(source), device="cpu"), PostTrainingQuantConfig(approach="dynamic"),
+                    calib_func=lambda model: model.encode(messages("train", 8)))  # fmt: skip
+    model.save(str(tmp_path / "int8"))
+    checkpoints = [pull(str(folder)) for folder in (tmp_path / "int8", source)]
+    engines = {"fp32": None, "hfq": None, "torch": sys.executable}
+    hardware = {"cpu": "CPU", "threads": 1, "kernel": "onednn"}
+    found = bench(*checkpoints, names=engines, shapes=[(2, 8)], threads=1, rounds=1, hardware=hardware, ui=Reporter())
+    assert [(engine.name, engine.failure) for engine in found.engines] == [(name, None) for name in engines]
+    assert all(engine.agreement is not None and engine.agreement > 0.98 for engine in found.engines)
+    assert 0 < found.engines[1].error < 0.2  # int8 did run
+    assert list(found.setup["elsewhere"]) == ["torch"]
+    assert "| cosine to FP32 | vector error |" in markdown(found, [])
