@@ -1,7 +1,7 @@
 """A task's data: examples to calibrate on, to evaluate on and, where there are some, that nothing else sees."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
@@ -176,7 +176,7 @@ def load_task_data(checkpoint: Checkpoint, recipe: Recipe, *, task: Task, recipe
             )
         rows = read[calibration].shuffle(seed=recipe.seed)
         training = reader.unjudged(rows.select(range(min(TRAINING, len(rows)))))
-    warnings = [*([_without_labels(info)] if lacking else []), *_warnings(info, recipe)]
+    warnings = [*([_without_labels(info)] if lacking else []), *reader.warnings, *_warnings(info, recipe)]
     return TaskData(info, task, metric, processor, calibrated, evaluated, held_out, training, warnings)
 
 
@@ -188,9 +188,16 @@ class _Reader:
     columns: Columns
     alignment: Alignment
     processor: Processor
+    warnings: list[str] = field(default_factory=list)
 
     def examples(self, rows: "Dataset", split: str) -> Examples:
-        references = self._references(rows)
+        count = len(rows)
+        rows, references = self._labelled(rows)
+        if len(rows) < count:
+            self.warnings.append(
+                f"{count - len(rows)} of the {count} examples of {split!r} have the label -1, which says that there is none. "
+                "They do not count."
+            )
         if None in references and self._of_labels:
             row = rows.select_columns(list(self.columns[self.task.label_role]))[references.index(None)]
             labels = list(row.values())
@@ -216,13 +223,23 @@ class _Reader:
             rows = self.task.unfolded(rows)
             if any(name not in rows.features for names in self.columns.values() for name in names):
                 return False
-            return None not in self._references(rows) or not self._of_labels
+            return None not in self._labelled(rows)[1] or not self._of_labels
         except DataError:  # that split is not asked for: it may hold what it likes
             return False
 
     @property
     def _of_labels(self) -> bool:
         return not isinstance(self.alignment, NoLabels)
+
+    def _labelled(self, rows: "Dataset") -> tuple["Dataset", list[object]]:
+        """Rows and what is right for each, without the few that say -1: SNLI does, where annotators did not agree."""
+        references, names = self._references(rows), self.columns.get(self.task.label_role, ())
+        if None not in references or not self._of_labels or len(names) != 1:
+            return rows, references
+        kept = [row for row, label in enumerate(rows[names[0]]) if label not in (-1, "-1")]
+        if 2 * len(kept) < len(rows):  # it is no split to judge by
+            return rows, references
+        return rows.select(kept), [references[row] for row in kept]
 
     def _references(self, rows: "Dataset") -> list[object]:
         return self.task.references(rows, self.columns, self.alignment) if self._of_labels else [None] * len(rows)

@@ -9,7 +9,7 @@ import torch
 
 from ..common.ui import Reporter
 from ..data.session import Session, open_session
-from ..measure.compare import evaluate_split, goal_of
+from ..measure.compare import evaluate_float, evaluate_split, goal_of
 from ..measure.evaluate import Evaluation
 from ..ptq.calibration import encoder_output
 from ..ptq.convert import quantize_model
@@ -64,7 +64,7 @@ def explain_checkpoint(
     session = open_session(recipe, recipes=recipes, ui=ui, token=token)
     rules = rules_of(recipe.layers, session.model)
     ui.stage("FP32")
-    floats = evaluate_split(session, session.model, session.evaluation, session.data.evaluation)
+    floats = evaluate_float(session, session.evaluation, session.data.evaluation)
     ui.note(f"{session.metric} {floats.score:.4f}")
     ui.stage(f"Calibration on {len(session.data.calibration)} examples")
     batches = [session.task.model_inputs(batch) for batch in session.calibration]

@@ -158,6 +158,9 @@ def test_a_ranking_is_judged_by_logits_and_ties_are_no_merit() -> None:
     assert task.score("mrr_at_10", [torch.zeros(1)] * 6, references) == pytest.approx(1 / 3)
     assert task.fidelity(outputs, outputs) == 1
     assert task.fidelity(outputs, [-output for output in outputs]) == pytest.approx(0)
+    other = [*outputs[:4], *outputs[:3:-1]]  # one of two queries, of two passages, the other way round
+    (said,) = task.remarks(task.metrics["ndcg_at_10"], outputs, other, references)
+    assert said == "Kendall's tau of a query's scores by both, on average over 2 queries: 0.0000."
 
 
 def test_a_cross_encoder_is_quantized_and_keeps_its_activation(checkpoint: Path, tmp_path: Path) -> None:

@@ -81,12 +81,14 @@ def test_the_card_keeps_the_sources_name_of_the_task(checkpoint: Path, tmp_path:
         rows = [
             {"hypothesis": "Buy it.", "premise": row["text"], "label": NAMES[2 * int(row["label"])]} for row in texts
         ]
+        rows.append({**rows[0], "label": "-1"})  # as SNLI has them, where annotators did not agree
         (data / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
     done = forkserver().hfq("quantize", checkpoint, "--dataset", data, "--output", "out", "--json", cwd=tmp_path)
     assert done.code == 0, done.err
     report = json.loads(done.out)
     assert (report["task"], report["pipeline_tag"]) == ("text-classification", "zero-shot-classification")
     assert report["baseline"]["accuracy"] > report["trivial"]["score"]
+    assert report["dataset"]["examples"] == 60 and "1 of the 61 examples of 'validation' have the label -1" in done.err
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "pipeline_tag: zero-shot-classification" in card
     for usage in card.split("```python\n")[1:3]:

@@ -170,13 +170,20 @@ class Reranking(Regression):
 
     def fidelity(self, outputs: Outputs, others: Outputs) -> float:
         """Of passages, two at a time, the share that both put in the same order: Kendall's tau, from 0 to 1."""
-        from scipy.stats import kendalltau  # takes a while to import
-
         a, b = values_of(outputs), values_of(others)
         if torch.equal(a, b) or len(a) < 2:
             return float(torch.equal(a, b))
-        tau = float(kendalltau(a.numpy(), b.numpy()).statistic)
+        tau = _kendall(a, b)
         return (1 + tau) / 2 if tau == tau else 0.0  # NaN: one of them puts out the same number for all
+
+    def remarks(self, metric: Metric, outputs: Outputs, others: Outputs, references: References) -> list[str]:
+        """Whether the passages of each query are in the same order."""
+        if self.judgement != "ranking" or not metric.of_labels:
+            return []
+        a, b = values_of(outputs), values_of(others)
+        found = [_kendall(a[rows], b[rows]) for rows in _by_query(references) if len(rows) > 1]
+        mean = sum(0.0 if tau != tau else tau for tau in found) / len(found)
+        return [f"Kendall's tau of a query's scores by both, on average over {len(found)} queries: {mean:.4f}."]
 
     def trivial(self, metric: str, references: References) -> Trivial | None:
         """Of scores, always the same number."""
@@ -238,17 +245,29 @@ def _listed(value: Any) -> list[str]:
     return [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, str)]
 
 
+def _by_query(references: References) -> list[list[int]]:
+    """The rows of each query's passages."""
+    found: dict[str, list[int]] = {}
+    for row, judged in enumerate(references):
+        found.setdefault(judged.query, []).append(row)
+    return list(found.values())
+
+
+def _kendall(a: Tensor, b: Tensor) -> float:
+    """Kendall's tau-b of two lists of numbers; NaN where one is constant."""
+    from scipy.stats import kendalltau  # takes a while to import
+
+    return float(kendalltau(a.numpy(), b.numpy()).statistic)
+
+
 def _pairs(outputs: Outputs, references: References) -> tuple[Tensor, Tensor]:
     return values_of(outputs), torch.tensor([judged.relevance for judged in references], dtype=torch.float64)
 
 
 def _ranked(outputs: Outputs, references: References) -> Ranking:
     """Of each query with a relevant passage; of passages with the same score, the less relevant one comes first."""
-    of_query: dict[str, list[int]] = {}
-    for row, judged in enumerate(references):
-        of_query.setdefault(judged.query, []).append(row)
     scores, gains = values_of(outputs).tolist(), [max(0.0, judged.relevance) for judged in references]
-    asked = [rows for rows in of_query.values() if any(gains[row] for row in rows)]
+    asked = [rows for rows in _by_query(references) if any(gains[row] for row in rows)]
     ordered = [sorted(rows, key=lambda row: (-scores[row], gains[row])) for rows in asked]
     return Ranking(
         rows=[rows[0] for rows in asked],
