@@ -18,6 +18,7 @@ import httpx2
 from huggingface_hub import close_session, get_session, set_client_factory
 from huggingface_hub.utils import hf_raise_for_status, parse_ratelimit_headers
 
+from ..common.errors import UsageError
 from ..common.ui import Reporter
 
 ATTEMPTS = 6  # with waits of 0.5, 1, 2, 4 and 8 seconds in between, unless the Hub names its own
@@ -33,8 +34,18 @@ _REPEATABLE = re.compile(rf"{_CARD_CHECK}|/preupload/|/paths-info/|/info/lfs/obj
 
 @cache
 def be_patient() -> None:
-    """Give huggingface_hub, in this process, the client of this module, unless the user has given it one."""
-    default = get_session()
+    """Give huggingface_hub, in this process, the client of this module, unless the user has given it one.
+
+    Raises:
+        UsageError: the environment names a proxy that no client can use.
+    """
+    try:
+        default = get_session()
+    except (ImportError, ValueError, httpx2.InvalidURL) as error:
+        raise UsageError(
+            f"The proxy that HTTP_PROXY, HTTPS_PROXY or ALL_PROXY names cannot be used: {str(error).rstrip('.')}. Mend or "
+            "unset it."
+        ) from error
     if default.timeout == httpx2.Timeout(None):
         hooks = default.event_hooks
         set_client_factory(lambda: PatientClient(event_hooks=hooks, follow_redirects=True, timeout=TIMEOUT_S))
@@ -42,7 +53,7 @@ def be_patient() -> None:
 
 @contextmanager
 def proxies_changed(changes: Mapping[str, str]) -> Iterator[None]:
-    """While the block runs, the Hub's client has these variables, such as NO_PROXY, which it reads when it is made."""
+    """While the block runs, the Hub's client has these variables, such as HTTP_PROXY, which it reads when it is made."""
     before = {name: os.environ.get(name, "") for name in changes}
     os.environ.update(changes)
     close_session()

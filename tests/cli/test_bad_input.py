@@ -526,6 +526,11 @@ def test_says_that_there_is_no_network(arguments: list[str], cwd: Path) -> None:
     refused(done, arguments[-1], "could not be reached", "Check the network")
 
 
+def test_a_proxy_that_no_client_can_use_is_named(cwd: Path) -> None:
+    done = hfq("quantize", "me/model", "--output", "out", cwd=cwd, env={"all_proxy": "socks5://127.0.0.1:9"})
+    refused(done, "The proxy that HTTP_PROXY, HTTPS_PROXY or ALL_PROXY names", "'socksio'", "Mend or unset it", code=2)
+
+
 @pytest.mark.parametrize("to", [[], ["--to", "hfq-user/mine"]], ids=["own name", "--to"])
 @pytest.mark.parametrize(
     ("token", "says"),

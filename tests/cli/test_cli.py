@@ -457,7 +457,7 @@ def test_finds_the_dataset_in_the_datasets_of_the_card(workspace: Path, hub: Loc
 
 def test_the_demo_runs_and_publishes_without_network_or_account(tmp_path: Path) -> None:
     closed = "http://127.0.0.1:9"
-    proxies = {"HTTP_PROXY": closed, "ALL_PROXY": closed, "NO_PROXY": None, "no_proxy": None}
+    proxies = {"HTTP_PROXY": closed, "ALL_PROXY": "socks5://127.0.0.1:9", "NO_PROXY": None, "no_proxy": None}
     nowhere = {"HF_ENDPOINT": closed, "HF_TOKEN": None, **proxies}
     recipe = ROOT / "pipelines" / "demo.yaml"
     done = hfq("run", recipe, "--local-hub", "--json", cwd=tmp_path, env=nowhere)

@@ -1,7 +1,6 @@
 """The HTTP server of a local Hub, and `LocalHub`, by which programs and tests start, fill and examine it."""
 
 import logging
-import os
 import re
 import secrets
 import socket
@@ -106,10 +105,9 @@ class LocalHub:
         return {**found, **self.direct()}
 
     def direct(self) -> dict[str, str]:
-        """The variables by which clients go to it by no proxy, nor to those hosts that the user has named."""
-        names = ("NO_PROXY", "no_proxy")
-        hosts = ",".join(filter(None, [*map(os.environ.get, names), HOST]))
-        return dict.fromkeys(names, hosts)
+        """The variables by which clients go to it, and wherever else, by no proxy."""
+        names = [f"{scheme}_proxy" for scheme in ("http", "https", "all")]
+        return dict.fromkeys([*names, *map(str.upper, names)], "")
 
     def add_user(self, name: str, *, token: str | None = None, orgs: Iterable[str] = ()) -> str:
         """Another account, and the token that it logs in with."""
