@@ -9,6 +9,7 @@ from optimum.quantization_base import OptimumQuantizer
 from .common.errors import UsageError
 from .common.resources import resource
 from .common.ui import Reporter
+from .pipeline import Execution
 from .pipeline import quantize as run_pipeline
 from .recipe import Recipe, flag, make_recipe
 from .report.report import Result
@@ -84,8 +85,7 @@ class HfqQuantizer(OptimumQuantizer):
             recipes=resource("pipelines"),
             ui=Reporter(),
             token=self.token,
-            resume=resume,
-            command=_command(recipe),
+            execution=Execution(_command(recipe), resume=resume),
         )
 
 

@@ -23,11 +23,18 @@ from .common.version import __version__
 from .data.session import Session, open_session
 from .explain.explain import Case, explain
 from .export.checkpoint import export
-from .measure.certainty import claim
-from .measure.compare import compare_with_stock, evaluate_float, evaluate_split, goal_of, measure_export, timed_outputs
+from .measure.compare import (
+    compare_with_stock,
+    compared_outputs,
+    evaluate_float,
+    evaluate_split,
+    goal_of,
+    measure_export,
+)
 from .measure.evaluate import Evaluation
 from .measure.hardware import hardware
-from .measure.timing import Subject, examples_in, measure, timed_batches
+from .measure.sequential import evaluate_until_decided
+from .measure.timing import Subject, examples_in, measure, some_batches
 from .output import check_output, finish, work_folder
 from .ptq.convert import quantize_model
 from .ptq.graph import Fold
@@ -49,21 +56,49 @@ from .tuning.goal import Goal
 from .tuning.log import TrialLog
 from .tuning.lookahead import Helpers
 from .tuning.options import Limits, Options, rules_of
-from .tuning.search import Outcome, Score, plain_candidates
-from .tuning.tuner import Found, find, layer_errors, score_plan, undecided
+from .tuning.search import Score, plain_candidates
+from .tuning.tuner import Calibration, Examiner, Found, find, layer_errors, score_plan, undecided
 
 
 @dataclass(frozen=True)
 class TrialContext:
     """What the trials of a run have in common. `depends_on`: what their results depend on.
 
-    `baseline`: the float model's evaluation, where a confidence is asked for.
+    `baseline`: the float model's evaluation. `number`: of the next trial on the split; None where others run later ones too.
     """
 
     goal: Goal
     folds: Sequence[Fold]
     depends_on: Mapping[str, object]
-    baseline: Evaluation | None = None
+    baseline: Evaluation
+    number: Callable[[], int] | None = None
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a run is made. `command`: repeats it. `resume`: from the log of an earlier one. `copy_log`: as `copy` of `TrialLog`.
+
+    `helped_by`: makes those who evaluate later trials meanwhile.
+    """
+
+    command: str = ""
+    resume: bool = False
+    copy_log: Callable[[str], None] | None = None
+    helped_by: Callable[[TrialContext], Helpers] | None = None
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What the search found, and what it went by: the goal, the float model's evaluation, what a model scores that looks at
+    no input, and the log. `recovery`: fine-tuning that it took.
+    """
+
+    found: Found
+    goal: Goal
+    baseline: Evaluation
+    trivial: Trivial | None
+    log: TrialLog
+    recovery: Recovery | None = None
 
 
 def quantize(
@@ -72,15 +107,9 @@ def quantize(
     recipes: Path,
     ui: Reporter,
     token: str | None = None,
-    resume: bool = False,
-    command: str = "",
-    copy_log: Callable[[str], None] | None = None,
-    helped_by: Callable[[TrialContext], Helpers] | None = None,
+    execution: Execution = Execution(),
 ) -> Result:
-    """Run every stage but publishing.
-
-    `recipes`: folder searched for the checkpoint's recipe when no dataset is named. `command`: repeats the run.
-    `copy_log`: as `copy` of `TrialLog`. `helped_by`: makes those who evaluate later trials meanwhile.
+    """Run every stage but publishing. `recipes`: folder searched for the checkpoint's recipe when no dataset is named.
 
     Raises:
         GoalNotMetError: no trial met the goal and `allow_loss` is off; nothing was exported.
@@ -93,32 +122,23 @@ def quantize(
     torch.manual_seed(recipe.seed)
     with work_folder(output) as work:
         session = open_session(recipe, recipes=recipes, ui=ui, token=token)
-        baseline = _baseline(session, ui)
+        trivial = _trivial(session)
+        baseline = _baseline(session, trivial, ui)
         goal = goal_of(session, baseline)
         depends_on = _dependencies(session)
-        context = TrialContext(goal, (), depends_on, baseline if recipe.confidence else None)
-        log = TrialLog(work / TRIALS_FILE, depends_on=depends_on, resume=resume, copy=copy_log)
-        info = session.data.info
-        ui.stage(f"Calibration on {len(session.data.calibration)} examples of {info.calibration_split!r}")
-        found = find(
-            session.model,
-            [session.task.model_inputs(batch) for batch in session.calibration],
-            partial(_evaluate, session, context, work),
-            goal,
-            options=search_options(recipe, session.model),
-            log=log,
-            ui=ui,
-            metric=session.metric,
-            helped_by=helped_by and (lambda folds: helped_by(replace(context, folds=folds))),
-        )
-        record = None
-        if recipe.recover and not found.outcome.met:
-            found, record = _recovered(session, found, context, log=log, work=work, ui=ui)
-        if not found.outcome.met:
-            _goal_missed(session, goal, found.outcome, log, ui)
-        report = _write_checkpoint(
-            session, found, baseline, goal=goal, log=log, folder=work / EXPORT, ui=ui, command=command, recovery=record
-        )
+        log = TrialLog(work / TRIALS_FILE, depends_on=depends_on, resume=execution.resume, copy=execution.copy_log)
+        context = TrialContext(goal, (), depends_on, baseline, number=lambda: len(log.trials) + 1)
+        while True:
+            found, record = _tune(session, context, log, work=work, ui=ui, helped_by=execution.helped_by), None
+            if recipe.recover and not found.outcome.met:
+                found, record = _recovered(session, found, context, log=log, work=work, ui=ui)
+            tuning = Tuning(found, goal, baseline, trivial, log, record)
+            if not found.outcome.met:
+                _goal_missed(session, tuning, ui)
+            report = _write_checkpoint(session, tuning, folder=work / EXPORT, ui=ui, command=execution.command)
+            if report.met or not found.outcome.met:
+                break
+            _refute(tuning, report, ui)
         finish(output, work)
     return Result(output, report)
 
@@ -134,14 +154,11 @@ def _recovered(
     recovered = recover(session, space.plan(start), context.goal, before=best.accuracy, work=work, ui=ui)
     again = find(
         recovered.model,
-        space.batches,
-        partial(_evaluate, session, context, work),
-        context.goal,
+        Calibration(space.batches, learned=recovered.plan),
+        Examiner(partial(_evaluate, session, context, work), context.goal, session.metric),
         options=replace(options, observers=(RECOVERED,), alphas=()),
         log=log,
         ui=ui,
-        metric=session.metric,
-        learned=recovered.plan,
     )
     loss = again.outcome.trial.loss if again.outcome.trial else None
     is_better = again.outcome.met or (loss is not None and best.loss is not None and loss < best.loss)
@@ -183,7 +200,7 @@ def evaluate_checkpoint(
     ui.stage("Evaluate")
     model = compile(session.model) if compiled else session.model
     found = evaluate_split(session, model, session.evaluation, session.data.evaluation)
-    batches = timed_batches(session.evaluation)
+    batches = some_batches(session.evaluation)
     subject = Subject(session.checkpoint, session.task, compiled=compiled, trust_remote_code=recipe.trust_remote_code)
     (timing,) = measure([subject], batches, threads=recipe.threads)
     info = session.data.info
@@ -223,19 +240,51 @@ def search_options(recipe: Recipe, model: nn.Module) -> Options:
     )
 
 
+def _tune(
+    session: Session,
+    context: TrialContext,
+    log: TrialLog,
+    *,
+    work: Path,
+    ui: Reporter,
+    helped_by: Callable[[TrialContext], Helpers] | None,
+) -> Found:
+    ui.stage(f"Calibration on {len(session.data.calibration)} examples of {session.data.info.calibration_split!r}")
+    examiner = Examiner(
+        partial(_evaluate, session, context, work),
+        context.goal,
+        session.metric,
+        helped_by and (lambda folds: helped_by(replace(context, folds=folds, number=None))),
+    )
+    calibration = Calibration([session.task.model_inputs(batch) for batch in session.calibration])
+    return find(
+        session.model, calibration, examiner, options=search_options(session.recipe, session.model), log=log, ui=ui
+    )
+
+
+def _refute(tuning: Tuning, report: Report, ui: Reporter) -> None:
+    """What users load decides, and not what tuning saw of it: a trial that misses the goal then is one that missed it."""
+    trial, accuracy = tuning.found.outcome.trial, report.quantized.accuracy
+    assert trial is not None
+    assert accuracy is not None  # of a run that evaluates
+    tuning.log.refute(trial, accuracy=accuracy, loss=tuning.goal.loss(accuracy))
+    ui.note(f"{trial.name} misses the goal where it is measured whole: the search goes on")
+
+
 def _evaluate(session: Session, context: TrialContext, work: Path, model: nn.Module, plan: Plan) -> Score:
     """Accuracy of a trial and, if that meets the goal, whether stock transformers gives the same answers."""
-    goal = context.goal
-    found = evaluate_split(session, model, session.evaluation, session.data.evaluation)
-    if not goal.met(found.score):
-        return Score(found.score, found.duration_s)
-    against, needed = None, None
-    if goal.confidence and context.baseline:
-        pair, references = (context.baseline, found), session.data.evaluation.references
-        level, seed = 1 - goal.confidence, session.recipe.seed
-        claimed = claim(session.judge, pair, references, goal=goal, level=level, seed=seed)
-        against, needed = claimed.against, claimed.needed
-    ours = timed_outputs(session, model)
+    trial = context.number and context.number()
+    found = evaluate_until_decided(session, model, context.baseline, goal=context.goal, trial=trial)
+    score = Score(
+        found.score,
+        found.duration_s,
+        against=found.claim.against if found.claim else None,
+        needed=found.claim.needed if found.claim else None,
+        examples=found.examples if found.examples < len(session.data.evaluation) else None,
+    )
+    if not context.goal.met(found.score):
+        return score
+    ours = compared_outputs(session, model)
     unpack_all(model)
     return_freed_memory()
     with tempfile.TemporaryDirectory(dir=work) as parent:
@@ -243,23 +292,19 @@ def _evaluate(session: Session, context: TrialContext, work: Path, model: nn.Mod
         export(model, plan, session.checkpoint, folder=folder, library=session.task.library)
         exported = pull(str(folder), trust_remote_code=session.recipe.trust_remote_code)
         stock = compare_with_stock(session, ours, exported)
-    return Score(
-        found.score,
-        found.duration_s,
-        stock.agreement,
-        stock.output_difference,
+    return replace(
+        score,
+        stock_agreement=stock.agreement,
+        output_difference=stock.output_difference,
         stable_from=session.task.stable_agreement,
-        against=against,
-        needed=needed,
     )
 
 
-def _baseline(session: Session, ui: Reporter) -> Evaluation:
+def _baseline(session: Session, trivial: Trivial | None, ui: Reporter) -> Evaluation:
     ui.stage("Baseline")
     baseline = evaluate_float(session, session.evaluation, session.data.evaluation)
     info, metric = session.data.info, session.judge
     ui.note(f"FP32 {session.metric} {baseline.score:.4f} on the {info.examples} examples of {info.split!r}")
-    trivial = _trivial(session)
     if trivial and (baseline.score <= trivial.score if metric.higher_is_better else baseline.score >= trivial.score):
         ui.warn(
             f"The float model's {session.metric} is {baseline.score:.4f}, no better than always {trivial.how} "
@@ -274,8 +319,9 @@ def _trivial(session: Session) -> Trivial | None:
     return session.task.trivial(session.metric, session.data.evaluation.references)
 
 
-def _goal_missed(session: Session, goal: Goal, outcome: Outcome, log: TrialLog, ui: Reporter) -> None:
-    recipe, best = session.recipe, outcome.trial
+def _goal_missed(session: Session, tuning: Tuning, ui: Reporter) -> None:
+    recipe, goal, outcome, log = session.recipe, tuning.goal, tuning.found.outcome, tuning.log
+    best = outcome.trial
     assert best is not None  # the search evaluated something
     doubt = undecided(best, goal) or ""
     message = (
@@ -301,20 +347,10 @@ def _goal_missed(session: Session, goal: Goal, outcome: Outcome, log: TrialLog, 
     )
 
 
-def _write_checkpoint(
-    session: Session,
-    found: Found,
-    baseline: Evaluation,
-    *,
-    goal: Goal,
-    log: TrialLog,
-    folder: Path,
-    ui: Reporter,
-    command: str,
-    recovery: Recovery | None = None,
-) -> Report:
+def _write_checkpoint(session: Session, tuning: Tuning, *, folder: Path, ui: Reporter, command: str) -> Report:
     """Export the chosen trial into `folder`, measure what was written, and put report and card beside it."""
     recipe, info = session.recipe, session.data.info
+    found, goal, baseline, log = tuning.found, tuning.goal, tuning.baseline, tuning.log
     ui.stage(f"Export: {found.outcome.candidate.name}")
     shutil.rmtree(folder, ignore_errors=True)
     export(
@@ -331,7 +367,7 @@ def _write_checkpoint(
     ui.left_behind(session.checkpoint.left, where="exported")
 
     ui.stage("Measure the exported folder, freshly loaded")
-    measured = measure_export(session, exported, baseline, ui=ui)
+    measured = measure_export(session, exported, baseline, trials=len(log.trials), ui=ui)
     met = measured.quantized.accuracy is not None and goal.met(measured.quantized.accuracy)
     for comparison in measured.comparisons:
         if comparison.within is not None:
@@ -339,8 +375,6 @@ def _write_checkpoint(
                 f"by the {comparison.examples} examples of {comparison.split!r} it is {sure(comparison.within)} sure that the "
                 "loss is within the goal's"
             )
-    if found.outcome.met and not met:  # what users load decides, not what tuning saw
-        _goal_missed(session, goal, found.outcome, log, ui)
     metric, tag = session.judge, session.task.tag(session.checkpoint.card)
     trial = found.outcome.trial
     assert trial is not None  # the search evaluated something
@@ -370,9 +404,10 @@ def _write_checkpoint(
         quantized=measured.quantized,
         comparisons=measured.comparisons,
         layers=layers_of(found),
-        trivial=_trivial(session),
+        trivial=tuning.trivial,
         output_difference=trial.output_difference,
         timed_examples=measured.timed_examples,
+        compared_examples=measured.compared_examples,
         batch_size=recipe.batch_size,
         seed=recipe.seed,
         command=command,
@@ -386,7 +421,7 @@ def _write_checkpoint(
         held_out_stock=measured.stock,
         float32_mib=session.checkpoint.float32_mib,
         explanation=explanation,
-        recovery=recovery,
+        recovery=tuning.recovery,
     )
     write_text(folder / REPORT_FILE, report.to_json())
     drawn = plots.write(report, folder)

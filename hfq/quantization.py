@@ -38,7 +38,7 @@ from .tuning.goal import Goal
 from .tuning.log import TrialLog
 from .tuning.options import Options
 from .tuning.search import Outcome, Score, untuned
-from .tuning.tuner import Found, find, prepare, ranked
+from .tuning.tuner import Calibration, Examiner, Found, find, prepare, ranked
 
 Evaluate = Callable[[nn.Module], float]
 HALF = (torch.bfloat16, torch.float16)
@@ -180,10 +180,10 @@ def _search(
     ui: Reporter,
 ) -> Found:
     options = conf.options()
-    example = None if conf.example_inputs is None else bind(model, conf.example_inputs)
+    calibration = Calibration(batches, None if conf.example_inputs is None else bind(model, conf.example_inputs))
     ui.stage(f"Calibration on {len(batches)} batches" if batches else "No calibration")
     if evaluate is None or baseline is None:
-        space = prepare(model, batches, options=options, ui=ui, example=example)
+        space = prepare(model, calibration, options=options, ui=ui)
         candidate = untuned(options, ranked(space, log=log, ui=ui) if batches else None)
         return Found(space, Outcome(candidate, None, met=True), space.plan(candidate))
 
@@ -193,9 +193,7 @@ def _search(
         return Score(score, time.monotonic() - started)
 
     ui.note(f"FP32 scores {baseline:.4f}")
-    return find(
-        model, batches, run, _goal(conf, baseline), options=options, log=log, ui=ui, metric="score", example=example
-    )
+    return find(model, calibration, Examiner(run, _goal(conf, baseline)), options=options, log=log, ui=ui)
 
 
 def _check_arguments(

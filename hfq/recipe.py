@@ -52,7 +52,9 @@ class Evaluation(BaseModel):
         None, "Hub id, folder or file (CSV, JSON, Parquet, plain text).", absent="what the checkpoint's card names"
     )
     subset: str | None = _key(None, "Dataset configuration, such as mrpc of nyu-mll/glue.")
-    split: str | None = _key(None, "Split to evaluate on.", absent="validation, else test")
+    split: str | None = _key(
+        None, "Split to evaluate on; several with commas, together.", absent="validation, else test"
+    )
     columns: dict[str, list[str]] = _key(
         {},
         "Column that the task reads as ROLE, such as text=sentence1; repeat it for more. `hfq tasks` lists the roles.",

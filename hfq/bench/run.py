@@ -21,6 +21,7 @@ from ..report.report import package_versions, read_report
 from ..source.bounds import check_model
 from ..source.checkpoint import Checkpoint, pull
 from ..source.sentence_model import read_sentence_model
+from ..tasks.labels import count_labels
 from ..tasks.registry import find_task
 from .engines import ENGINES, OF_EMBEDDINGS, PEERS, REFERENCE, WEIGHTS, missing
 
@@ -293,7 +294,7 @@ def _check(quantized: Checkpoint, baseline: Checkpoint, shapes: Sequence[Shape])
         raise UsageError(
             f"--baseline {name} is quantized. Pass the float checkpoint that {quantized.info.id} was made from."
         )
-    for what, of in (("labels", _labels), ("tokens in its vocabulary", lambda config: config.get("vocab_size"))):
+    for what, of in (("labels", count_labels), ("tokens in its vocabulary", lambda config: config.get("vocab_size"))):
         here, there = of(quantized.config), of(baseline.config)
         if here != there:
             raise UsageError(
@@ -303,10 +304,6 @@ def _check(quantized: Checkpoint, baseline: Checkpoint, shapes: Sequence[Shape])
     most = quantized.config.get("max_position_embeddings")
     if most and (longest := max(length for _, length in shapes)) > most:
         raise UsageError(f"{quantized.info.id} takes at most {most} tokens, and --shapes has {longest}.")
-
-
-def _labels(config: Mapping[str, Any]) -> int:
-    return len(config.get("id2label") or range(config.get("num_labels", 2)))
 
 
 def _prepare(name: str, opening: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -22,6 +22,8 @@ _PAGES = Path("/proc/self/pagemap")  # 8 bytes a page
 _OF_A_FILE = 1 << 61  # bits of them
 _SWAPPED = 1 << 62
 _DONTNEED = 4
+_POPULATE_READ = 22  # from Linux 5.14 on
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt
 _SMALL = 1 << 16  # bytes of a weight that is not worth the trouble
 FEW_ROWS = 256  # a layer given fewer is done sooner than its pages are mapped again, and its activations are small
 
@@ -38,8 +40,7 @@ def keep_freed_memory() -> bool:
     libc = _glibc()
     if os.environ.get("HFQ_KEEP_MEMORY") == "0" or libc is None:
         return False
-    m_trim_threshold, m_mmap_threshold = -1, -3
-    return bool(libc.mallopt(m_mmap_threshold, 1 << 30) and libc.mallopt(m_trim_threshold, (1 << 31) - 1))
+    return bool(libc.mallopt(_MMAP_THRESHOLD, 1 << 30) and libc.mallopt(_TRIM_THRESHOLD, (1 << 31) - 1))
 
 
 def return_freed_memory() -> None:
@@ -47,6 +48,27 @@ def return_freed_memory() -> None:
     libc = _glibc()
     if os.environ.get("HFQ_KEEP_MEMORY") != "0" and libc is not None:
         libc.malloc_trim(0)
+
+
+def free_at_once() -> None:
+    """Let glibc return what is freed, for a process that widens weights one by one: they would leave gaps between them."""
+    libc = _glibc()
+    if libc is not None:
+        libc.mallopt(_MMAP_THRESHOLD, 1 << 20)
+
+
+def map_code() -> None:
+    """Have the code of libraries resident that this process was forked with: else it would seem to be what is run next.
+
+    A fork maps files anew, page by page as they are used.
+    """
+    if not _MAPS.exists():
+        return
+    libc = ctypes.CDLL(None)
+    for line in _MAPS.read_text().splitlines():
+        if " r-xp " in line and ".so" in line:
+            start, stop = (int(address, 16) for address in line.split()[0].split("-"))
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), _POPULATE_READ)
 
 
 class LargestInput:

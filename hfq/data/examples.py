@@ -1,7 +1,9 @@
 """A task's data: examples to calibrate on, to evaluate on and, where there are some, that nothing else sees."""
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
@@ -10,11 +12,12 @@ from ..common.names import is_path
 from ..recipe import Recipe, flag
 from ..source.checkpoint import Checkpoint
 from ..tasks.base import FIDELITY, Alignment, Batch, Columns, Encoding, Processor, References, Task
+from ..tasks.metrics import is_mean_of_shares
 from ..tasks.stream import Stream
 from ..tasks.text.tokens import is_text
 from .dataset import load_splits
 from .reference import find_dataset
-from .splits import calibration_split, evaluation_split, holdout_split
+from .splits import calibration_split, evaluation_splits, holdout_split, looks
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -27,7 +30,7 @@ NO_TEXT = r"^\s*([+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|(?i:true|false))\s*$"
 class DatasetInfo:
     """The data that tuned and measured the model. `revision` is a commit sha on the Hub, else None.
 
-    `columns`: by role. `alignment`: how its labels became the model's. `holdout_split` is a labelled split that neither
+    `split`: several with commas, where they were evaluated together. `columns`: by role. `alignment`: how its labels became the model's. `holdout_split` is a labelled split that neither
     calibration nor tuning saw, where there is one. `max_length`: in tokens, 0 for no limit.
     """
 
@@ -49,6 +52,9 @@ class DatasetInfo:
 class Examples:
     """Encoded examples, shortest first so that batches hold little padding, and what is right for each.
 
+    Those of an evaluation split that a candidate need not see whole are drawn at random for each of the `looks` (how many
+    have been seen after it), and shortest first within it.
+
     Where no labels are read, nothing is known to be right before the float model has answered: None for each.
     `rows`: where each is in its split.
     """
@@ -56,9 +62,14 @@ class Examples:
     encodings: Sequence[Encoding]
     references: References
     rows: Sequence[int] = ()
+    looks: Sequence[int] = ()
 
     def __len__(self) -> int:
         return len(self.encodings)
+
+    def part(self, start: int, end: int) -> "Examples":
+        """Some of them, in order."""
+        return Examples(self.encodings[start:end], self.references[start:end], self.rows[start:end])
 
     def batches(self, task: Task, processor: Processor, batch_size: int) -> Sequence[Batch]:
         """Padded tensors, each with a row for every example: all of them, or of a `Stream` one after the other."""
@@ -128,13 +139,13 @@ def load_task_data(checkpoint: Checkpoint, recipe: Recipe, *, task: Task, recipe
     """
     reference = find_dataset(checkpoint, recipe, recipes=recipes)
     splits, revision = load_splits(reference.id, reference.subset, token=token)
-    split = evaluation_split(splits, recipe.split or reference.split)
-    calibration = calibration_split(splits, recipe.calibration_split, split)
-    for name in (split, calibration):
+    names = evaluation_splits(splits, recipe.split or reference.split)
+    split, calibration = ",".join(names), calibration_split(splits, recipe.calibration_split, names)
+    for name in (*names, calibration):
         if len(splits[name]) == 0:
             raise DataError(f"Split {name!r} is empty.")
-    read = {name: task.unfolded(splits[name]) for name in dict.fromkeys((split, calibration))}
-    features, requested = told_apart(read[split]), _requested(recipe, task)
+    read = {name: task.unfolded(splits[name]) for name in dict.fromkeys((*names, calibration))}
+    features, requested = told_apart(read[names[0]]), _requested(recipe, task)
     lacking = recipe.metric is None and task.lacks_labels(features, requested)
     of_labels = not lacking and recipe.metric != FIDELITY
     columns = (task.columns if of_labels else task.inputs)(features, requested)
@@ -149,9 +160,10 @@ def load_task_data(checkpoint: Checkpoint, recipe: Recipe, *, task: Task, recipe
     chosen = read[calibration].shuffle(seed=recipe.seed)
     chosen = chosen.select(range(min(recipe.calibration_samples, len(chosen))))
     reader = _Reader(task, columns, alignment, processor)
-    evaluated = reader.examples(read[split], split)
+    in_looks = is_mean_of_shares(task.judge(metric)) and recipe.devices == 1
+    evaluated = reader.examples(_together([read[name] for name in names]), split, recipe if in_looks else None)
     calibrated = reader.examples(chosen, calibration)
-    unseen = holdout_split(splits, {split, calibration}, lambda rows: reader.judges(rows))
+    unseen = holdout_split(splits, {*names, calibration}, lambda rows: reader.judges(rows))
     held_out = reader.examples(task.unfolded(splits[unseen]), unseen) if unseen else None
     local = is_path(reference.id)
     info = DatasetInfo(
@@ -180,6 +192,20 @@ def load_task_data(checkpoint: Checkpoint, recipe: Recipe, *, task: Task, recipe
     return TaskData(info, task, metric, processor, calibrated, evaluated, held_out, training, warnings)
 
 
+def _together(parts: "Sequence[Dataset]") -> "Dataset":
+    """The rows of several splits."""
+    from datasets import concatenate_datasets
+
+    if len(parts) == 1:
+        return parts[0]
+    try:
+        return concatenate_datasets(list(parts))
+    except (ValueError, TypeError) as error:
+        raise DataError(
+            f"The splits that --split names have not the same columns: {error}. Name one of them."
+        ) from error
+
+
 @dataclass(frozen=True)
 class _Reader:
     """Rows to examples."""
@@ -190,7 +216,8 @@ class _Reader:
     processor: Processor
     warnings: list[str] = field(default_factory=list)
 
-    def examples(self, rows: "Dataset", split: str) -> Examples:
+    def examples(self, rows: "Dataset", split: str, looked_at: Recipe | None = None) -> Examples:
+        """`looked_at`: by whose seed and batch size examples are drawn, where a part of them may decide."""
         count = len(rows)
         rows, references = self._labelled(rows)
         if len(rows) < count:
@@ -205,17 +232,21 @@ class _Reader:
                 f"Split {split!r} has examples without a usable label (first: row {references.index(None)}, from 0: "
                 f"{', '.join(map(repr, labels))}). Choose a labelled split, or --metric fidelity, agreement with FP32."
             )
-        return self._sorted(rows, references)
+        return self._sorted(rows, references, looked_at)
 
     def unjudged(self, rows: "Dataset") -> Examples:
         """Examples whose labels are not read."""
         return self._sorted(rows, [None] * len(rows))
 
-    def _sorted(self, rows: "Dataset", references: References) -> Examples:
+    def _sorted(self, rows: "Dataset", references: References, looked_at: Recipe | None = None) -> Examples:
         encodings = self.task.encode(rows, self.columns, self.processor)
-        order = sorted(range(len(encodings)), key=self.task.lengths(encodings).__getitem__)
+        places, ends = list(range(len(encodings))), [len(encodings)]
+        if looked_at and len(ends := looks(len(encodings), looked_at.batch_size)) > 1:
+            random.Random(looked_at.seed).shuffle(places)  # noqa: S311 (a sample, not a secret)
+        length = self.task.lengths(encodings).__getitem__
+        order = [row for start, end in pairwise([0, *ends]) for row in sorted(places[start:end], key=length)]
         sorted_ = encodings.ordered(order) if isinstance(encodings, Stream) else [encodings[row] for row in order]
-        return Examples(sorted_, [references[row] for row in order], order)
+        return Examples(sorted_, [references[row] for row in order], order, ends)
 
     def judges(self, rows: "Dataset") -> bool:
         """Whether a split has the columns and, where they are read, the labels."""
@@ -303,9 +334,9 @@ def _warnings(info: DatasetInfo, recipe: Recipe) -> list[str]:
             f"Split {info.calibration_split!r} has {info.calibration_samples} examples, fewer than "
             f"--calibration-samples {recipe.calibration_samples}."
         )
-    if info.calibration_split == info.split:
+    if info.calibration_split in info.split.split(","):
         found.append(
-            f"Calibration and evaluation both read split {info.split!r}: its accuracy is not independent of calibration."
+            f"Calibration and evaluation both read split {info.calibration_split!r}: its accuracy is not independent of calibration."
         )
     if info.alignment.startswith("by position"):
         found.append(f"Labels were aligned {info.alignment}.")

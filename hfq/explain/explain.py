@@ -24,7 +24,7 @@ from ..source.model import load_model
 from ..tuning.candidates import Candidate, Space
 from ..tuning.goal import Goal
 from ..tuning.options import Options, rules_of
-from ..tuning.tuner import prepare
+from ..tuning.tuner import Calibration, prepare
 from .activations import mapping_of, token_peaks
 from .errors import effects, embedding_error
 from .explanation import Activations, Advice, Explanation, LayerCause
@@ -68,7 +68,7 @@ def explain_checkpoint(
     ui.note(f"{session.metric} {floats.score:.4f}")
     ui.stage(f"Calibration on {len(session.data.calibration)} examples")
     batches = [session.task.model_inputs(batch) for batch in session.calibration]
-    space = prepare(session.model, batches, options=Options(rules=rules), ui=ui)
+    space = prepare(session.model, Calibration(batches), options=Options(rules=rules), ui=ui)
     if exported is None:
         name, plan = PLAIN.name, space.plan(PLAIN)
     else:

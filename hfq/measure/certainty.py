@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..tasks.base import Metric, References
-from ..tasks.metrics import MeanOf
+from ..tasks.metrics import MeanOf, is_mean_of_shares
 from ..tuning.goal import Goal
 from .evaluate import Evaluation
 from .statistics import RESAMPLES, resampled_differences
@@ -43,7 +43,7 @@ def claim(
     For a mean over examples of values in [0, 1] the test is exact for any number of them; for the metric of a whole set
     it is a bootstrap, and as good as those are.
     """
-    if not _is_mean_of_shares(judge):
+    if not is_mean_of_shares(judge):
         met = _share_met(pair, resampled_differences(judge, pair, references, seed=seed), goal)
         return Claim(max(1 - met, 1 / RESAMPLES), max(met, 1 / RESAMPLES))
     values, counts, (low, high) = _excess(judge, pair, references, goal)
@@ -69,13 +69,9 @@ def within(
     `differences`: of the scores, resampled, which tell it for the metric of a whole set. For a mean over examples it is
     a posterior, which does not take what never happened for impossible, as resampling does.
     """
-    if not _is_mean_of_shares(judge):
+    if not is_mean_of_shares(judge):
         return _share_met(pair, differences, goal)
     return _posterior(*_excess(judge, pair, references, goal), seed=seed)
-
-
-def _is_mean_of_shares(judge: Metric) -> bool:
-    return isinstance(judge, MeanOf) and judge.higher_is_better and judge.in_points
 
 
 def _share_met(pair: Pair, differences: Tensor, goal: Goal) -> float:

@@ -16,24 +16,28 @@ from ..source.checkpoint import Checkpoint
 from ..source.model import load_model
 from ..tasks.base import Batch, Outputs, References
 from ..tuning.goal import Goal
-from .certainty import within
+from .certainty import Pair, within
 from .evaluate import Engine, Evaluation, evaluate, judged
 from .figures import Comparison, Measurement, StockComparison
+from .kept_outputs import keeping_outputs
 from .statistics import mcnemar_p, middle, resampled_differences
-from .timing import Subject, Timing, examples_in, measure, outputs_of, timed_batches
+from .timing import COMPARED_EXAMPLES, Subject, Timing, examples_in, measure, outputs_of, some_batches
 
 STOCK_TOKENS = 512  # at a time: what stock transformers computes of them takes twice the memory that it takes in float
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Both checkpoints, and the splits they were compared on. `evaluation`: of int8. `stock`: on the holdout, if there is one."""
+    """Both checkpoints, and the splits they were compared on. `evaluation`: of int8. `compared_examples`: with stock
+    transformers, on the tuning split; `stock`: on the holdout, if there is one.
+    """
 
     baseline: Measurement
     quantized: Measurement
     comparisons: list[Comparison]
     timed_examples: int
     evaluation: Evaluation
+    compared_examples: int
     stock: StockComparison | None = None
 
 
@@ -48,21 +52,32 @@ def evaluate_split(session: Session, model: nn.Module, batches: Sequence[Batch],
 
 
 def evaluate_float(session: Session, batches: Sequence[Batch], examples: Examples) -> Evaluation:
-    """The same of the float model. Where no labels are read, its outputs are there already: they are what is right."""
-    if session.judge.of_labels:
-        return evaluate_split(session, session.model, batches, examples)
-    outputs, task = examples.references, session.task
-    return judged(outputs, outputs, task=task, metric=session.metric, duration_s=session.answered_in_s)
+    """The same of the float model, which need not run if it did in an earlier run. Where no labels are read, its outputs
+    are there already: they are what is right.
+    """
+    task, metric = session.task, session.metric
+    if not session.judge.of_labels:
+        outputs = examples.references
+        return judged(outputs, outputs, task=task, metric=metric, duration_s=session.answered_in_s)
+
+    def compute() -> tuple[list[Tensor], float]:
+        found = evaluate_split(session, session.model, batches, examples)
+        return list(found.outputs), found.duration_s
+
+    kept, duration_s = keeping_outputs(session, batches, compute)
+    return judged(kept, examples.references, task=task, metric=metric, duration_s=duration_s)
 
 
-def measure_export(session: Session, exported: Checkpoint, baseline: Evaluation, *, ui: Reporter) -> Measured:
-    """The metric on every split, then time and memory in processes of their own."""
+def measure_export(
+    session: Session, exported: Checkpoint, baseline: Evaluation, *, trials: int, ui: Reporter
+) -> Measured:
+    """The metric on every split, then time and memory in processes of their own. `trials`: it was chosen of so many."""
     recipe, data = session.recipe, session.data
     remote = recipe.trust_remote_code
     model = load_model(exported, session.task.auto_class, trust_remote_code=remote)
     quantized = evaluate_split(session, model, session.evaluation, data.evaluation)
     comparisons = [
-        compare(session, baseline, quantized, references=data.evaluation.references, split=data.info.split),
+        compare(session, (baseline, quantized), data.evaluation.references, split=data.info.split, chosen_of=trials),
     ]
     comparisons[0].remarks.extend(_company(session, model))
     held_out: list[float | None] = [None, None]
@@ -72,12 +87,12 @@ def measure_export(session: Session, exported: Checkpoint, baseline: Evaluation,
         before = evaluate_float(session, session.holdout, data.holdout)
         after = evaluate_split(session, model, session.holdout, data.holdout)
         held_out = [before.score, after.score]
-        comparisons.append(compare(session, before, after, references=references, split=split))
+        comparisons.append(compare(session, (before, after), references, split=split))
         ui.note(f"{split!r}, which tuning never saw: FP32 {before.score:.4f}, INT8 {after.score:.4f}")
-        stock = compare_with_stock(session, timed_outputs(session, model, held_out=True), exported, held_out=True)
+        stock = compare_with_stock(session, compared_outputs(session, model, held_out=True), exported, held_out=True)
         ui.note(f"stock transformers agrees to {stock.agreement:.2%} on {stock.examples} examples there")
 
-    batches = timed_batches(session.evaluation)
+    batches = some_batches(session.evaluation)
     subjects = [
         Subject(checkpoint, session.task, trust_remote_code=remote) for checkpoint in (session.checkpoint, exported)
     ]
@@ -88,6 +103,7 @@ def measure_export(session: Session, exported: Checkpoint, baseline: Evaluation,
         comparisons,
         examples_in(batches),
         quantized,
+        examples_in(_compared(session, held_out=False)),
         stock,
     )
 
@@ -99,9 +115,9 @@ def _company(session: Session, model: nn.Module) -> list[str]:
         return session.task.company(model, batch, session.data.processor)
 
 
-def timed_outputs(session: Session, model: nn.Module, *, held_out: bool = False) -> list[Tensor]:
+def compared_outputs(session: Session, model: nn.Module, *, held_out: bool = False) -> list[Tensor]:
     """Outputs of `model` on what it is compared with stock transformers on: of the tuning split, or `held_out`."""
-    return answers(model, timed_batches(session.holdout if held_out else session.evaluation), task=session.task)
+    return answers(model, _compared(session, held_out=held_out), task=session.task)
 
 
 def compare_with_stock(
@@ -115,7 +131,7 @@ def compare_with_stock(
     Raises:
         ExportError: they are so far apart that they cannot be the same model.
     """
-    whole = timed_batches(session.holdout if held_out else session.evaluation)
+    whole = _compared(session, held_out=held_out)
     batches = [dict(part) for batch in whole for part in in_parts(batch, tokens=STOCK_TOKENS)]
     subject = Subject(exported, session.task, stock=True, trust_remote_code=session.recipe.trust_remote_code)
     stock = outputs_of(subject, batches, threads=session.recipe.threads)
@@ -132,18 +148,23 @@ def compare_with_stock(
     )
 
 
+def _compared(session: Session, *, held_out: bool) -> list[Batch]:
+    return some_batches(session.holdout if held_out else session.evaluation, COMPARED_EXAMPLES)
+
+
 def goal_of(session: Session, baseline: Evaluation) -> Goal:
     """What the recipe allows to be lost of the float model's score on a split."""
     recipe, higher = session.recipe, session.judge.higher_is_better
     return Goal(baseline.score, recipe.tolerable_loss, recipe.criterion, higher, recipe.confidence)
 
 
-def compare(
-    session: Session, first: Evaluation, second: Evaluation, *, references: References, split: str
-) -> Comparison:
-    """Two models' outputs for the same examples of `split`: float first, int8 second."""
-    task, seed, goal = session.task, session.recipe.seed, goal_of(session, first)
-    judge, pair = session.judge, (first, second)
+def compare(session: Session, pair: Pair, references: References, *, split: str, chosen_of: int = 1) -> Comparison:
+    """Two models' outputs for the same examples of `split`: float first, int8 second.
+
+    `chosen_of`: candidates tried on that split, of which int8 is the one that did well.
+    """
+    first, second = pair
+    task, seed, goal, judge = session.task, session.recipe.seed, goal_of(session, first), session.judge
     differences = resampled_differences(judge, pair, references, seed=seed)
     of_labels = session.judge.of_labels
     rights = [task.per_example(found.outputs, references) if of_labels else None for found in (first, second)]
@@ -152,7 +173,7 @@ def compare(
         examples=len(references),
         agreement=task.fidelity(first.outputs, second.outputs),
         difference=second.score - first.score,
-        interval=middle(differences),
+        interval=middle(differences, chosen_of=chosen_of),
         within=within(judge, pair, references, goal=goal, differences=differences, seed=seed),
         seen_in_tuning=split == session.data.info.split,
         remarks=task.remarks(session.judge, first.outputs, second.outputs, references),

@@ -20,12 +20,14 @@ class _Session:
         import torch
         import transformers
 
+        from ..common.memory import free_at_once
         from ..tasks.registry import find_architecture, make_task
 
         if request["threads"]:
             torch.set_num_threads(request["threads"])
-        for module in request["imports"]:
-            import_module(module)
+        import_module("hfq.runtime.loading.quantizer")  # also where it is not used: libraries are no model's memory
+        if request["stock"]:
+            free_at_once()
         folder, settings = Path(request["folder"]), request["settings"]
         self.task = make_task(request["config"], name=request["task"], folder=folder, settings=settings)
         self.auto_class = getattr(transformers, self.task.auto_class)

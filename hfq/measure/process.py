@@ -9,13 +9,15 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
 from ..common.errors import HfqError
+from .forks import FORKS, fork_server
 
 P = TypeVar("P", bound="Process")
 S = TypeVar("S")
@@ -34,25 +36,23 @@ runpy.run_module(sys.argv[2], run_name="__main__")
 class Process:
     """`python -m MODULE`, which answers each JSON line with another. `name`: of what it measures, for messages.
 
-    `python`: an interpreter of another environment, with other packages.
+    `forked`: where that is possible, from a process that has imported the libraries. What importing takes is not to be
+    measured then. `python`: an interpreter of another environment, with other packages.
     """
 
-    def __init__(
-        self, module: str, name: str, *, variables: Mapping[str, str] | None = None, python: str | None = None
-    ) -> None:
+    def __init__(self, module: str, name: str, *, forked: bool = False, python: str | None = None) -> None:
         self.name = name
-        own = [sys.executable, "-m", module]
-        elsewhere = [python, "-c", _ELSEWHERE, str(Path(__file__).parents[1]), module] if python else None
-        variables = {**(variables or {}), **({"PYTHONPATH": ""} if python else {})}
-        self.log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 - closed with the process; a pipe would fill up
-        self.process = subprocess.Popen(  # noqa: S603 - our own module
-            elsewhere or own,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-            env={**os.environ, **variables},
-        )
+        self._log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 - closed with the process; a pipe would fill up
+        theirs, ours = os.pipe()
+        self._requests = os.fdopen(ours, "w")
+        ours, answers = os.pipe()
+        self._answers = os.fdopen(ours)
+        files = (theirs, answers, self._log.fileno())
+        try:
+            self._end = _fork(module, files) if forked and FORKS else _start(module, files, python)
+        finally:
+            os.close(theirs)
+            os.close(answers)
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """Send one request and wait for its answer."""
@@ -61,17 +61,15 @@ class Process:
 
     def tell(self, request: dict[str, Any]) -> None:
         """Send one request."""
-        assert self.process.stdin is not None
         with suppress(BrokenPipeError):  # then there is no answer either
-            print(json.dumps(request), file=self.process.stdin, flush=True)
+            print(json.dumps(request), file=self._requests, flush=True)
 
     def hear(self) -> dict[str, Any]:
         """Wait for the answer to one request."""
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
+        line = self._answers.readline()
         if not line:
-            self.log.seek(0)
-            tail = self.log.read().strip().splitlines()[-1:]
+            self._log.seek(0)
+            tail = self._log.read().strip().splitlines()[-1:]
             raise HfqError(f"The process that measures {self.name} ended early: {' '.join(tail) or 'no message'}.")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
@@ -80,9 +78,11 @@ class Process:
 
     def close(self) -> None:
         """End the process and its pipes."""
-        self.process.kill()
-        self.process.communicate()
-        self.log.close()
+        self._end()
+        with suppress(BrokenPipeError):
+            self._requests.close()
+        self._answers.close()
+        self._log.close()
 
     def __enter__(self: P) -> P:
         return self
@@ -91,6 +91,29 @@ class Process:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _start(module: str, files: Sequence[int], python: str | None) -> Callable[[], None]:
+    """Start a module in a process of its own. Returns what ends it."""
+    own = [sys.executable, "-m", module]
+    elsewhere = [python, "-c", _ELSEWHERE, str(Path(__file__).parents[1]), module] if python else None
+    environ = {**os.environ, **({"PYTHONPATH": ""} if python else {})}
+    request, answer, log = files
+    process = subprocess.Popen(  # noqa: S603 - our own module
+        elsewhere or own, stdin=request, stdout=answer, stderr=log, env=environ
+    )
+
+    def end() -> None:
+        process.kill()
+        process.wait()
+
+    return end
+
+
+def _fork(module: str, files: Sequence[int]) -> Callable[[], None]:
+    """The same from a process that has imported the libraries."""
+    server = fork_server()
+    return partial(server.end, server.start(module, files))
 
 
 def serve(opened: Callable[[dict[str, Any]], S], answer: Callable[[S, dict[str, Any]], dict[str, Any]]) -> None:

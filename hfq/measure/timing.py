@@ -20,9 +20,8 @@ from ..tasks.base import Batch, Task
 from .process import Process
 
 PASSES = 3
-TIMED_EXAMPLES = 512  # a pass over more says nothing new, and FP32 takes its time
-# For glibc: stock transformers widens weights one by one, and what that leaves would add a quarter to their memory.
-_FREED_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+TIMED_EXAMPLES = 128  # a pass over more says nothing new, and FP32 takes its time
+COMPARED_EXAMPLES = 512  # with stock transformers, which takes longer than FP32
 
 
 @dataclass(frozen=True)
@@ -47,9 +46,9 @@ class Subject:
     trust_remote_code: bool = False
 
 
-def timed_batches(batches: Sequence[Batch]) -> list[Batch]:
-    """Batches of up to `TIMED_EXAMPLES` examples, evenly spaced over all of them, which are sorted by length."""
-    step = max(1, -(-examples_in(batches) // TIMED_EXAMPLES))
+def some_batches(batches: Sequence[Batch], examples: int = TIMED_EXAMPLES) -> list[Batch]:
+    """Batches of up to so many examples, evenly spaced over all of them, which are sorted by length."""
+    step = max(1, -(-examples_in(batches) // examples))
     places = range(len(batches))[::-1][::step][::-1]  # counted from the end: the longest batch sets the memory peak
     return [batches[place] for place in places]
 
@@ -67,7 +66,6 @@ def measure(subjects: Sequence[Subject], batches: Sequence[Batch], *, threads: i
     """
     with tempfile.TemporaryDirectory(prefix="hfq-") as folder, ExitStack() as stack:
         file = _save(batches, Path(folder))
-        # All are started before any is waited for: importing takes longer than most of what follows.
         workers = [stack.enter_context(Worker(subject, threads=threads)) for subject in subjects]
         loaded = [worker.load(file) for worker in workers]
         passes = [[worker.ask({"do": "pass"}) for worker in workers] for _ in range(PASSES)]
@@ -90,13 +88,12 @@ def outputs_of(subject: Subject, batches: Sequence[Batch], *, threads: int | Non
 
 
 class Worker(Process):
-    """One `hfq.measure.model_process` process for a checkpoint. It imports what it needs while nobody waits."""
+    """One `hfq.measure.model_process` process for a checkpoint."""
 
     def __init__(self, subject: Subject, *, threads: int | None) -> None:
         name = subject.checkpoint.info.id
-        super().__init__("hfq.measure.model_process", name, variables=_FREED_AT_ONCE if subject.stock else None)
+        super().__init__("hfq.measure.model_process", name, forked=True)
         self._subject = subject
-        quantized = subject.checkpoint.is_quantized
         self.tell(
             {
                 "do": "open",
@@ -104,7 +101,6 @@ class Worker(Process):
                 "config": dict(subject.task.config),
                 "folder": str(subject.checkpoint.path),
                 "settings": dict(subject.task.given),
-                "imports": ["compressed_tensors", "hfq.runtime.loading.quantizer"] if quantized else [],
                 "stock": subject.stock,
                 "threads": threads,
             }

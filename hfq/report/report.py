@@ -61,6 +61,7 @@ class Report:
     `sensitivity`: output error of each layer alone, as the chosen candidate runs it, relative to its float output.
     `baseline_pass_s`: the float model's forward passes over the evaluation split, timed as a trial's `duration_s` is;
     unlike `baseline.duration_s` it compares with them. `calibration_batches`: of an object.
+    `compared_examples`: with stock transformers, on the tuning split; 0: as many as were timed.
     `float32_mib`: what the source's tensors take in float32; of a source in 16 bits, twice its file.
     `explanation`: why the chosen model differs from FP32, where that was asked for.
     `recovery`: the fine-tuning that the weights come from, where post-training quantization missed the goal.
@@ -92,6 +93,7 @@ class Report:
     comparisons: list[Comparison] = field(default_factory=list)
     trivial: Trivial | None = None
     timed_examples: int = 0
+    compared_examples: int = 0
     batch_size: int = 0
     command: str = ""
     warnings: list[str] = field(default_factory=list)

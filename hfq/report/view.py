@@ -96,7 +96,8 @@ def stock_comparison(report: Report) -> StockComparison | None:
     agreement, difference = report.stock_agreement, report.output_difference
     if report.held_out_stock is not None or agreement is None or difference is None:
         return report.held_out_stock
-    return StockComparison(report.data.split, report.timed_examples, agreement, difference, seen_in_tuning=True)
+    examples = report.compared_examples or report.timed_examples
+    return StockComparison(report.data.split, examples, agreement, difference, seen_in_tuning=True)
 
 
 def is_source_halved(report: Report) -> bool:

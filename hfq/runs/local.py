@@ -11,6 +11,7 @@ from typing import Literal
 
 from ..common.errors import HfqError
 from ..common.ui import Reporter
+from ..measure.forks import FORKS, fork_server
 from ..recipe import Recipe
 from ..report.report import Result
 from ..report.tables import show_result
@@ -38,9 +39,11 @@ def run_here(runs: Sequence[Run], *, recipes: Path, token: str | None, resume: b
         token: None for the one `hf auth login` or `HF_TOKEN` left.
         resume: go on with runs that were interrupted or missed their goal; no trial is repeated.
     """
+    if FORKS:
+        fork_server()  # it imports on the other core, while this process does
     import torch
 
-    from ..pipeline import quantize
+    from ..pipeline import Execution, quantize
 
     threads = torch.get_num_threads()
     for run in runs:
@@ -49,7 +52,8 @@ def run_here(runs: Sequence[Run], *, recipes: Path, token: str | None, resume: b
         torch.set_num_threads(threads)  # a recipe's own number is not the next one's
         found: Result | Exception
         try:
-            found = quantize(run.recipe, recipes=recipes, ui=run.ui, token=token, resume=resume, command=run.command)
+            execution = Execution(run.command, resume=resume)
+            found = quantize(run.recipe, recipes=recipes, ui=run.ui, token=token, execution=execution)
         except Exception as error:
             found = error
         yield run, found

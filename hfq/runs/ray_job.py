@@ -105,7 +105,7 @@ def _run(job: Job, secret: Secret, output: Path, send: Callable[[Event], None]) 
 def _quantize(job: Job, secret: Secret, output: Path, send: Callable[[Event], None]) -> Result:
     import torch
 
-    from ..pipeline import quantize
+    from ..pipeline import Execution, quantize
 
     # Workers run several recipes, one after the other. Ray gives each as many CPUs as it has threads.
     torch.set_num_threads(job.recipe.threads or 1)
@@ -117,10 +117,12 @@ def _quantize(job: Job, secret: Secret, output: Path, send: Callable[[Event], No
         recipes=resource("pipelines"),
         ui=_Sender(send),
         token=secret.token,
-        resume=True,
-        command=job.command,
-        copy_log=lambda text: send(("trials", text)),
-        helped_by=partial(_Helpers, job.recipe, secret, send) if job.alone else None,
+        execution=Execution(
+            job.command,
+            resume=True,
+            copy_log=lambda text: send(("trials", text)),
+            helped_by=partial(_Helpers, job.recipe, secret, send) if job.alone else None,
+        ),
     )
 
 

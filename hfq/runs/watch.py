@@ -155,7 +155,7 @@ class Watcher:
         resolve_repo_id(None, default_name="any", token=self._token)  # a bad token costs a second now, or a whole run
         import torch  # most rounds need neither it nor the pipeline
 
-        from ..pipeline import quantize
+        from ..pipeline import Execution, quantize
 
         pinned = {} if is_path(recipe.checkpoint) else {"revision": revision}
         threads = torch.get_num_threads()
@@ -165,8 +165,7 @@ class Watcher:
                 recipes=self._recipes,
                 ui=ui,
                 token=self._token,
-                resume=True,
-                command=f"hfq run {watched.path.name} --push",
+                execution=Execution(f"hfq run {watched.path.name} --push", resume=True),
             )
         finally:
             torch.set_num_threads(threads)  # a recipe's own number is not the next one's

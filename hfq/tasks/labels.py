@@ -33,6 +33,12 @@ class LabelMap:
         return self.ids.get(value)
 
 
+def count_labels(config: Mapping[str, Any], *, default: int = 2) -> int:
+    """How many labels a model gives, as transformers reads its config: those of id2label, else num_labels, else two."""
+    count = config.get("num_labels")
+    return len(config.get("id2label") or ()) or (default if count is None else count)
+
+
 class LabelNames:
     """The labels of one model, in the order of their ids."""
 
@@ -49,7 +55,7 @@ class LabelNames:
                 f"id2label in config.json numbers its {len(given)} labels {numbers[:20]}; expected 0 to {len(given) - 1}, as "
                 "the model's outputs are numbered. Mend id2label."
             )
-        self.names = [str(given[key]) for key in sorted(given, key=int)] or _nameless(2 if count is None else count)
+        self.names = [str(given[key]) for key in sorted(given, key=int)] or _nameless(count_labels(config))
         label2id = config.get("label2id")
         if self.names != _nameless(len(self.names)) or not isinstance(label2id, dict):
             return

@@ -34,6 +34,11 @@ class MeanOf(SumMetric):
         return sums[..., 0] / sums[..., 1]
 
 
+def is_mean_of_shares(judge: Metric) -> bool:
+    """Whether each example has a value in [0, 1], the more the better, and the metric is the mean of them."""
+    return isinstance(judge, MeanOf) and judge.higher_is_better and judge.in_points
+
+
 class Torchmetric(Metric):
     """One of `torchmetrics.functional`, by name. `given`: from outputs and references to what it takes."""
 

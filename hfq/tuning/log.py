@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from ..common.errors import ExportError
@@ -46,8 +46,12 @@ class TrialLog:
         self._append({"ranked": name, "output_error": output_error})
 
     def add(self, trial: Trial) -> None:
-        """Keep a finished evaluation."""
+        """Keep a finished evaluation, in place of an earlier one of that candidate."""
         self._append({"trial": asdict(trial)})
+
+    def refute(self, trial: Trial, *, accuracy: float, loss: float) -> None:
+        """Keep that an accepted trial misses the goal, by what was measured of its export."""
+        self.add(replace(trial, accuracy=accuracy, loss=loss, accepted=False, examples=None))
 
     def evaluated(self, name: str) -> Trial | None:
         """The finished evaluation of that name, if there is one."""
@@ -66,7 +70,8 @@ class TrialLog:
 
     def _remember(self, row: Mapping) -> None:
         if "trial" in row:
-            self.trials.append(Trial(**row["trial"]))
+            trial = Trial(**row["trial"])
+            self.trials = [*(earlier for earlier in self.trials if earlier.name != trial.name), trial]
         else:
             self.ranking[row["ranked"]] = row["output_error"]
 

@@ -38,6 +38,7 @@ class Score:
     stable_from: float = STABLE
     against: float | None = None
     needed: int | None = None
+    examples: int | None = None
 
 
 def rank(options: Options, output_error: Callable[[Candidate], float], *, can_smooth: bool) -> dict[Candidate, float]:
@@ -115,6 +116,7 @@ def tune(
                 score.stable_from,
                 score.against,
                 score.needed,
+                score.examples,
             )
             log.add(trial)
         found[candidate] = trial

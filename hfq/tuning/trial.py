@@ -7,7 +7,7 @@ STABLE = 0.99  # of the answers; a candidate below it meets the goal by luck of 
 
 @dataclass(frozen=True)
 class Trial:
-    """One candidate that was evaluated on the whole evaluation split.
+    """One candidate that was evaluated on the evaluation split.
 
     `duration_s`: its forward passes there. `loss`: as the criterion counts it. `output_error`: squared error of
     the encoder's output on the calibration slice, relative to the float model's output. `stock_agreement`: how alike
@@ -15,7 +15,8 @@ class Trial:
     and `output_difference` the mean absolute difference of their outputs; None where the goal was missed anyway. `memory_mib`: parameters
     and buffers; `size_mib`: what of them is saved. `stable_from`: the agreement from which on it is no luck of rounding.
     `against`: p-value of the hypothesis that more is lost than may be, and
-    `needed` how many examples would decide it, where a confidence was asked for.
+    `needed` how many examples would decide it, where a confidence was asked for. `examples`: how many it took to decide, where
+    that is not all of the split; `accuracy` is then estimated from these, and `duration_s` in proportion.
     """
 
     name: str
@@ -31,3 +32,4 @@ class Trial:
     stable_from: float = STABLE
     against: float | None = None
     needed: int | None = None
+    examples: int | None = None

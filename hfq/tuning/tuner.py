@@ -31,6 +31,34 @@ TRACED = 2  # examples of the batch that the graph is traced with
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """What scales come from: batches, if any. `example`: what the graph is traced with, where that is not the first of them.
+    `learned`: what the model was trained with.
+    """
+
+    batches: Sequence[Batch] = ()
+    example: Batch | None = None
+    learned: Plan | None = None
+
+    @property
+    def traced(self) -> Batch | None:
+        return self.example or (self.batches[0] if self.batches else None)
+
+
+@dataclass(frozen=True)
+class Examiner:
+    """By what candidates are judged. `evaluate` is given an int8 model that runs, and the plan it was made from.
+
+    `metric`: what its score is called. `helped_by`: makes those who evaluate what comes next meanwhile, given the folds.
+    """
+
+    evaluate: Callable[[nn.Module, Plan], Score]
+    goal: Goal
+    metric: str = "score"
+    helped_by: Callable[[Sequence[Fold]], Helpers] | None = None
+
+
+@dataclass(frozen=True)
 class Found:
     """What the search ended with. `plan` is the outcome's, in `space`."""
 
@@ -48,25 +76,11 @@ class Found:
 
 @only_new_garbage()
 def find(
-    model: nn.Module,
-    batches: Sequence[Batch],
-    evaluate: Callable[[nn.Module, Plan], Score],
-    goal: Goal,
-    *,
-    options: Options,
-    log: TrialLog,
-    ui: Reporter,
-    metric: str,
-    example: Batch | None = None,
-    helped_by: Callable[[Sequence[Fold]], Helpers] | None = None,
-    learned: Plan | None = None,
+    model: nn.Module, calibration: Calibration, examiner: Examiner, *, options: Options, log: TrialLog, ui: Reporter
 ) -> Found:
-    """Search for a plan that meets `goal`. The float model is read, never changed.
-
-    `batches`: the calibration slice. `evaluate` is given an int8 model that runs, and the plan it was made from.
-    `example`, `learned`: as of `prepare`. `helped_by`: makes those who evaluate what comes next meanwhile, given the folds.
-    """
-    space = prepare(model, batches, options=options, ui=ui, example=example, learned=learned)
+    """Search for a plan that meets the goal. The float model is read, never changed."""
+    goal, helped_by = examiner.goal, examiner.helped_by
+    space = prepare(model, calibration, options=options, ui=ui)
     searchable = ranked(space, log=log, ui=ui)
     order = ORDERS[options.order]
     ahead: LookAhead | None = None
@@ -76,13 +90,14 @@ def find(
 
     def run_trial(candidate: Candidate) -> Score:
         score = ahead.score(candidate) if ahead else None
-        return score or score_plan(model, space.plan(candidate), space.folds, evaluate)
+        return score or score_plan(model, space.plan(candidate), space.folds, examiner.evaluate)
 
     def tell(trial: Trial) -> None:
         verdict = "meets the goal" if trial.accepted else undecided(trial, goal) or "misses the goal"
         if trial.stock_agreement is not None:
             verdict += f", stock transformers agrees on {trial.stock_agreement:.2%}"
-        ui.note(f"{trial.name:<40} {metric} {trial.accuracy:.4f}, loss {trial.loss:+.4f}: {verdict}")
+        seen = f" by {trial.examples:,} examples" if trial.examples else ""
+        ui.note(f"{trial.name:<40} {examiner.metric} {trial.accuracy:.4f}, loss {trial.loss:+.4f}{seen}: {verdict}")
 
     ui.stage(f"Trials: {goal.kind} loss of at most {goal.tolerable_loss:g}")
     with closing(ahead) if ahead else nullcontext():
@@ -117,20 +132,9 @@ def score_plan(
     return replace(score, memory_mib=memory_mib(quantized), size_mib=state_mib(quantized))
 
 
-def prepare(
-    model: nn.Module,
-    batches: Sequence[Batch],
-    *,
-    options: Options,
-    ui: Reporter,
-    example: Batch | None = None,
-    learned: Plan | None = None,
-) -> Space:
-    """Find what can be int8 and, where activations may need a scale, calibrate. Without batches: by structure alone.
-
-    `example`: what the graph is traced with; the first batch when absent. `learned`: what `model` was trained with.
-    """
-    first = example or (batches[0] if batches else None)
+def prepare(model: nn.Module, calibration: Calibration, *, options: Options, ui: Reporter) -> Space:
+    """Find what can be int8 and, where activations may need a scale, calibrate. Without batches: by structure alone."""
+    first, batches = calibration.traced, calibration.batches
     with unchanged(model):  # examples may be made up, and some models change themselves for good by what they are given
         layers = find_quantizable(
             model, first, first=options.quantize_first, last=options.quantize_last, asked_for=options.wants_int8
@@ -140,7 +144,7 @@ def prepare(
         statistics = calibrate(model, layers.layers, batches, track=lambda b: ui.track(b, text="calibrating"))
     smoothing = f"; {len(folds)} SmoothQuant folds" if options.smooths else ""
     ui.note(f"{len(layers.layers)} matmuls and {len(layers.embeddings)} embeddings can run in int8{smoothing}")
-    return Space(model, layers, statistics, folds, batches=batches, options=options, learned=learned)
+    return Space(model, layers, statistics, folds, batches=batches, options=options, learned=calibration.learned)
 
 
 def ranked(space: Space, *, log: TrialLog, ui: Reporter) -> Searchable:

@@ -6,23 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 from support.command import CHECKPOINT, DEMO, forkserver
+from support.pairs import ACCURACY, drawn, evaluation
 from torch import Tensor
 
 from hfq.measure.certainty import Claim, claim, within
-from hfq.measure.evaluate import Evaluation
 from hfq.measure.statistics import resampled_differences
 from hfq.tasks.base import Metric
-from hfq.tasks.classification import right
-from hfq.tasks.metrics import MeanOf, Torchmetric
+from hfq.tasks.metrics import Torchmetric
 from hfq.tuning.goal import Goal
 
-ACCURACY = MeanOf("Accuracy", right)
 TOLERATED = 0.01
-
-
-def evaluation(rights: Tensor) -> Evaluation:
-    """Of two labels, of which 1 is right."""
-    return Evaluation(rights.double().mean().item(), list(torch.nn.functional.one_hot(rights.long(), 2).float()), 0.0)
 
 
 def found(first: Tensor, second: Tensor, *, confidence: float = 0.95) -> Claim:
@@ -37,14 +30,6 @@ def sure(first: Tensor, second: Tensor, *, metric: Metric = ACCURACY) -> float:
     return within(
         metric, pair, references, goal=goal, differences=resampled_differences(metric, pair, references, seed=0)
     )
-
-
-def drawn(examples: int, *, lost: float, won: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Which examples a float model of 90 % gets right, and an int8 model that loses and wins these shares of all."""
-    chance = torch.rand(examples, generator=generator)
-    first = chance < 0.9
-    second = (chance >= lost) & (chance < 0.9 + won)
-    return first, second
 
 
 @pytest.mark.parametrize("examples", [100, 408, 2000])

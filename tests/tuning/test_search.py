@@ -186,6 +186,18 @@ def test_stablest_of_lucky_candidates_is_better_than_none(search: Search) -> Non
     assert len(outcome.candidate.dynamic_layers) == max(len(c.dynamic_layers) for c in search.evaluated)
 
 
+def test_a_trial_that_its_export_refutes_is_not_chosen_again(search: Search) -> None:
+    accepted = search.run(lambda _: GOOD)
+    search.log.refute(accepted.trial, accuracy=BAD, loss=GOAL.loss(BAD))
+    outcome = search.run(lambda _: GOOD)
+    assert search.evaluated == [MSE, MIN_MAX]  # each once
+    assert (outcome.candidate, outcome.met) == (MIN_MAX, True)
+    assert [(trial.name, trial.accepted) for trial in search.log.trials] == [
+        ("static, mse", False),
+        ("static, min-max", True),
+    ]
+
+
 @pytest.mark.parametrize("limit", [1, 3, 6])
 def test_max_trials_ends_the_search(search: Search, limit: int) -> None:
     scores = iter([0.70, 0.72, 0.75, 0.71, 0.73, 0.74])

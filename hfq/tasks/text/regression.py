@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...common.errors import DataError, UnsupportedError
 from ..base import Alignment, Columns, Metric, Outputs, References, Trivial
+from ..labels import count_labels
 from ..metrics import MeanOf, Torchmetric, stacked
 from .sequence import SequenceTask
 
@@ -37,13 +38,13 @@ class Regression(SequenceTask):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
-        outputs = len(config.get("id2label") or range(config.get("num_labels") or 1))
+        outputs = count_labels(config, default=1)
         if outputs != 1:
             raise UnsupportedError(f"This checkpoint puts out {outputs} numbers; hfq measures regression of one.")
 
     @classmethod
     def fits(cls, config: Mapping[str, Any]) -> bool:
-        outputs = len(config.get("id2label") or range(config.get("num_labels") or 2))
+        outputs = count_labels(config)
         return config.get("problem_type") == "regression" or (config.get("problem_type") is None and outputs == 1)
 
     def align(self, splits: Sequence["Dataset"], columns: Columns) -> Alignment:

@@ -18,6 +18,7 @@ from ...common.errors import DataError
 from ...source.metadata import read_card
 from ...source.sentence_model import read_sentence_model
 from ..base import Columns, Metric, Outputs, References, Trivial, require_column
+from ..labels import count_labels
 from ..metrics import Torchmetric
 from .ranking import Ranking, gains_in_order, ranking_metrics
 from .regression import Regression, as_number, values_of
@@ -230,8 +231,7 @@ _OF_CROSS_ENCODERS = ("sentence_transformers", "sbert_ce_default_activation_func
 
 def _scores_pairs(config: Mapping[str, Any]) -> bool:
     """Whether a classifier puts out one number."""
-    given, count = config.get("id2label"), config.get("num_labels")
-    return len(given) == 1 if given else count == 1
+    return count_labels(config) == 1
 
 
 def _card(folder: Path) -> Mapping[str, Any]:
