@@ -33,6 +33,7 @@ from .runtime.fusion.fuse import fuse
 from .runtime.inside import sentence_transformer
 from .runtime.int8.packed import memory_mib, state_mib
 from .runtime.loading.ownership import own_tensors
+from .runtime.loading.vocabulary import keep_vocabulary
 from .source.checkpoint import CheckpointInfo
 from .tuning.goal import Goal
 from .tuning.log import TrialLog
@@ -119,6 +120,7 @@ def fit(
         quantized = quantize_model(floats, found.plan, found.space.folds)
         if floats is model:
             own_tensors(quantized, model)
+        keep_vocabulary(quantized)
         example = head(batches[0], EXAMPLES) if batches else None
         quantized = quantized_like(model, quantized, plan=found.plan, report=report, example=example)
         fuse(quantized)  # it looks at the class, too

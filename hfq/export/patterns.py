@@ -15,14 +15,14 @@ Group = TypeVar("Group", int, str)
 
 
 def find_patterns(model: nn.Module, groups: Mapping[str, Group]) -> dict[Group, list[str]]:
-    """By group, patterns as compressed-tensors has them: each matches layers of this group and of no other.
+    """By group, patterns as compressed-tensors has them: each matches layers of this group, and nothing else in `model`.
 
     `groups`: each layer's, by its name in `model`.
     """
-    names: dict[Group, set[str]] = {}
-    for name, group in groups.items():
-        names.setdefault(group, set()).update({name, _alone(model, name) or name})
-    patterns: dict[Group, dict[str, None]] = {group: {} for group in names}
+    names: dict[Group | None, set[str]] = {}
+    for name in dict.fromkeys([*groups, *(name for name, _ in model.named_modules() if name)]):
+        names.setdefault(groups.get(name), set()).update({name, _alone(model, name) or name})
+    patterns: dict[Group, dict[str, None]] = {group: {} for group in groups.values()}
     fits: dict[tuple[Group, str], bool] = {}
 
     def fit(pattern: str, group: Group) -> bool:
@@ -60,10 +60,13 @@ def _candidates(model: nn.Module, name: str) -> Iterator[str]:
             yield from (rf"(?:|{part}|.*\.{part}){text}$" for text in _texts(alone))
             yield from (rf"(?:|.*\.){text}$" for text in _texts(name))
     if any(part.isdigit() for part in name.split(".")):
-        yield f"{_texts(name)[0]}$"
+        yield from (f"{text}$" for text in _texts(name)[:-1])
 
 
-def _texts(name: str) -> tuple[str, str]:
-    """`name` with any numbers in the place of its own, and as it is."""
+def _texts(name: str) -> list[str]:
+    """`name` with any numbers in the place of its own; of all but the last, which may say what a layer is; and as it is."""
     parts = [re.escape(part) for part in name.split(".")]
-    return r"\.".join(r"\d+" if part.isdigit() else part for part in parts), r"\.".join(parts)
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    free: tuple[list[int], ...] = (numbers, numbers[:-1], [])
+    texts = [r"\.".join(r"\d+" if i in some else part for i, part in enumerate(parts)) for some in free]
+    return list(dict.fromkeys(texts))

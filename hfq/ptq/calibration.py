@@ -85,7 +85,7 @@ class EncoderOutput:
         return (_relative(self.tokens, reference.tokens) + _relative(self.first, reference.first)) / 2
 
 
-def encoder_output(model: nn.Module, batches: Iterable[Batch]) -> EncoderOutput:
+def encoder_output(model: nn.Module, batches: Sequence[Batch]) -> EncoderOutput:
     """Run `batches` and keep the encoder's output; the answer itself, of a model that is or holds none of transformers'."""
     tokens: list[Tensor] = []
     first: list[Tensor] = []
@@ -97,14 +97,17 @@ def encoder_output(model: nn.Module, batches: Iterable[Batch]) -> EncoderOutput:
         first.append((y[:, 0] if y.dim() == 3 else y.reshape(-1, y.shape[-1])).float())
 
     encoder = next((part.base_model for part in model.modules() if isinstance(part, PreTrainedModel)), model)
-    handle = encoder.register_forward_hook(keep)
-    try:
-        with weights_left_in_file(model), torch.inference_mode():
-            for batch in _parts(model, batches):
-                mask = batch.get("attention_mask")
-                model(**batch)
-    finally:
-        handle.remove()
+    for whole in (encoder, model):  # OPT's head calls what its base model is made of, and not that
+        handle = whole.register_forward_hook(keep)
+        try:
+            with weights_left_in_file(model), torch.inference_mode():
+                for batch in _parts(model, batches):
+                    mask = batch.get("attention_mask")
+                    model(**batch)
+        finally:
+            handle.remove()
+        if tokens:
+            break
     return EncoderOutput(torch.cat(tokens), torch.cat(first))
 
 

@@ -65,6 +65,12 @@ FAMILIES = {
         {"text_config": {**_BERT, "eos_token_id": 2}, "vision_config": _SEEN, "projection_dim": 16},
         lambda: {**_text(), **_image()},
     ),
+    "convnext": Family(
+        "ConvNextForImageClassification",
+        {"hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2, "num_labels": 3, "patch_size": 4},
+        _image,
+    ),
+    "ctrl": Family("CTRLForSequenceClassification", {**_LABELS, "n_embd": 32, "n_layer": 2, "n_head": 4, "dff": 64}),
     "deberta": Family(
         "DebertaV2ForSequenceClassification", {**_BERT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
     ),
@@ -85,6 +91,7 @@ FAMILIES = {
     ),
     "mpnet": Family("MPNetForSequenceClassification", _BERT),
     "qwen2, tied": Family("Qwen2ForCausalLM", {**_DECODER, "tie_word_embeddings": True}),
+    "opt": Family("OPTForCausalLM", {**_BERT, "ffn_dim": 64, "word_embed_proj_dim": 32}),
     "roberta": Family("RobertaForSequenceClassification", _BERT, heads=("AutoModel", "RobertaForTokenClassification")),
     "llama, tied": Family("LlamaForCausalLM", {**_DECODER, "tie_word_embeddings": True}),
     "longt5 encoder": Family("LongT5EncoderModel", _T5, heads=()),

@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 # computes, leave behind: no forward that a graph computes reads it.
 _UNREAD = (
     "_name_or_path", "name_or_path", "_commit_hash", "_in_file_at", "hf_quantizer", "quantization_config",
-    "problem_type", "_output_capturing_hooks_installed",
+    "problem_type", "_output_capturing_hooks_installed", "resize_token_embeddings",
 )  # fmt: skip
 _HOOKS = "_forward_hooks"
 

@@ -23,6 +23,7 @@ from .filling import fill_modules
 from .input_ranges import take_ranges
 from .stock import is_stock
 from .swap import is_int8, swap_modules, tied_scales
+from .vocabulary import keep_vocabulary
 
 WIDENED = "hfq_widened_in_stock"  # an attribute of settings
 
@@ -80,6 +81,7 @@ class Int8HfQuantizer(CompressedTensorsHfQuantizer):
                 # to_dict() leaves it out, and stock could not open the copy
                 settings = {"dequantize": True, INPUT_RANGES: ranges}
                 model.config.quantization_config = {**settings, **self.quantization_config.to_dict()}
+            keep_vocabulary(model)
             fuse(model, at_first_forward=True, then=use_kept)
         return super()._process_model_after_weight_loading(model, **kwargs)
 

@@ -410,6 +410,15 @@ def test_int8_weights_on_disk_are_refused(exports: Exports, options: dict[str, A
     assert not list(tmp_path.iterdir())
 
 
+def test_the_vocabulary_of_a_loaded_model_keeps_its_size(exports: Exports) -> None:
+    model = exports.load("static")
+    embedding = model.get_input_embeddings()
+    for same in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
+        assert same.resize_token_embeddings(embedding.num_embeddings) is same.get_input_embeddings()
+        with pytest.raises(UnsupportedError, match=r"keeps its \d+ tokens. Resize the float checkpoint's"):
+            same.resize_token_embeddings(embedding.num_embeddings + 8)
+
+
 def test_trainer_evaluates_and_predicts_but_refuses_to_train(exports: Exports, tmp_path: Path) -> None:
     model = exports.load("static")
     rows = [dict(zip(BATCHES[0], row, strict=True), labels=0) for row in zip(*BATCHES[0].values(), strict=True)]
