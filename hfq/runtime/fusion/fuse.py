@@ -26,6 +26,7 @@ from . import attention
 from .activation import fuse_activations
 from .encoder_layer import run_directly
 from .flow import Flow, ignores_padding, last_readers, read_for_first_token, trace
+from .planning import Plans
 from .residual import fuse_residual
 from .slicing import SlicedForward, slice_batches
 
@@ -165,9 +166,18 @@ def _fuse_calls(model: nn.Module, wanted: tuple[str, ...]) -> None:
         directly = {"encoder-layer", "residual"}.issubset(wanted)  # it adds in matmuls
         if directly and isinstance(model.__dict__.get("forward"), SlicedForward) and _is_told(model):
             run_directly(model, known)
+        if "plan" in wanted:
+            _plan(model)
     _enter(model, known)
     if "convolutions" in wanted:
         run_convolutions(model)
+
+
+def _plan(model: nn.Module) -> None:
+    """Let short forwards of `model` run as plans, if nothing in it does more than compute an output."""
+    forward = model.__dict__.get("forward")
+    if isinstance(forward, SlicedForward) and all(map(runs_known_code, model.modules())):
+        forward.plans = Plans(model)
 
 
 def _examples(model: nn.Module) -> Iterator[tuple[nn.Module, Mapping[str, Tensor]]]:
@@ -292,7 +302,8 @@ FLOW_FUSIONS: dict[str, Fusion] = {
 }
 # Up to requantization error.
 EXACT = (
-    "activation", "residual", *FLOW_FUSIONS, "slices", "first-token", "encoder-layer", "convolutions", "compiled-matmul",
+    "activation", "residual", *FLOW_FUSIONS, "slices", "first-token", "encoder-layer", "plan", "convolutions",
+    "compiled-matmul",
 )  # fmt: skip
 FUSION_SETS: dict[str, tuple[str, ...]] = {
     "exact": EXACT,

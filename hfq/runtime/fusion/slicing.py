@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...common.memory import LargestInput
 from ..int8.known_forward import FusedForward, KnownForward
+from .planning import Plans
 
 MOST_TOKENS = 1024  # rows x length of a slice
 MOST_TOKENS_IN_TILES = 2048  # with AMX, where matmuls are over so soon that what is between them counts
@@ -108,12 +109,17 @@ class SlicedForward(FusedForward):
     def __init__(self, model: nn.Module, known: KnownForward) -> None:
         super().__init__(model, known)
         self._largest = LargestInput()
+        self.plans: Plans | None = None
         self.whole = False  # the model returns a form that cannot be put together
         self.cuts_padding = False
 
     def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if args or self.whole or self.model.training or not is_token_batch(kwargs):
+        if args or self.model.training or not is_token_batch(kwargs):
             return forward(*args, **kwargs)
+        if self.plans is not None and forward is self.forward and self.known.runs_directly:
+            forward = functools.partial(self._planned, forward)
+        if self.whole:
+            return forward(**kwargs)
         mask = kwargs.get("attention_mask")
         rows, length = kwargs["input_ids"].shape
         lengths = [length] * rows if mask is None or not self.cuts_padding else _kept_lengths(mask)
@@ -121,6 +127,10 @@ class SlicedForward(FusedForward):
         uncut = len(parts) < 2 and max(lengths, default=length) == length
         with self._largest.of(min(rows * length, tokens_at_once())):
             return forward(**kwargs) if uncut else self._in_parts(forward, kwargs, lengths, parts)
+
+    def _planned(self, forward: Callable[..., Any], **inputs: Tensor) -> Any:
+        assert self.plans is not None
+        return self.plans(forward, inputs)
 
     def _in_parts(
         self, forward: Callable[..., Any], inputs: dict[str, Tensor], lengths: list[int], parts: list[list[int]]

@@ -105,5 +105,7 @@ def quantize_uint8(x: Tensor, scale: float, zero_point: int) -> Tensor:
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not hasattr(torch, "quantize_per_tensor"):
         return (x / scale).round().add_(zero_point).clamp_(0, 255).to(torch.uint8)
     quantized = torch.quantize_per_tensor(x, scale, zero_point, torch.quint8)
+    if x.numel() <= FEW_NUMBERS:
+        return quantized.int_repr()
     # A view of the codes: int_repr() would copy them, which takes longer than quantizing did.
     return torch.empty(0, dtype=torch.uint8).set_(quantized.untyped_storage(), 0, quantized.shape, quantized.stride())
