@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from ..runs.local import Engine
     from ..runs.recipe_folder import Outcome
 
+WARMED = "1x16,8x128"  # a single input, and a batch: a graph each, for any length
 app = typer.Typer(
     name="hfq",
     help="INT8 export for the Hugging Face Hub: calibrated, tuned to an accuracy goal, measured, published.",
@@ -74,15 +75,22 @@ def quantize(
         typer.Option(help="Also write the recipe of this run, for `hfq run`.", show_default=False, callback=expanded),
     ] = None,
     resume: Resume = False,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile it at the end, for whoever loads it on this machine: hfq warm.")
+    ] = False,
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Quantize a checkpoint to INT8, measure it, write it to a folder, and publish it with --push."""
     recipe = make_recipe(flags)
+    if compiled:
+        _demand_compiler()
     if save_recipe:
         write_recipe(recipe, save_recipe)
     engine = _engine(Place(resume=resume), token=hub.token)
-    _run(recipe, engine, name=recipe.name, hub=hub, as_json=as_json)
+    result = _run(recipe, engine, name=recipe.name, hub=hub, as_json=as_json)
+    if compiled:
+        _warm({"checkpoint": str(result.folder), "threads": recipe.threads}, WARMED, token=hub.token)
 
 
 @app.command(
@@ -330,7 +338,7 @@ def bench_command(
 @with_options("checkpoint", "revision", "threads")
 def warm_command(
     flags: dict[str, Any],
-    shapes: Annotated[str, typer.Option(help="Batch x length, with commas.")] = "1x16,8x128",
+    shapes: Annotated[str, typer.Option(help="Batch x length, with commas.")] = WARMED,
     export_to: Annotated[
         Path | None,
         typer.Option(
@@ -346,28 +354,14 @@ def warm_command(
 
     One graph is for single inputs of any length, one for batches of any size and length.
     """
-    import torch
-
-    from ..bench.run import read_shapes
     from ..common.ui import Reporter
-    from ..loading import load_with_inputs
     from ..runtime.compiling.folders import export
     from ..runtime.compiling.graphs import made_with
-    from ..runtime.compiling.warming import warm
 
-    if threads := flags.get("threads"):
-        torch.set_num_threads(threads)
-    wanted = read_shapes(shapes)
-    ui = Reporter()
-    model, names = load_with_inputs(flags["checkpoint"], revision=flags.get("revision"), token=token)
-    kept: set[Path] = set()
-    for batch, length in wanted:
-        started = time.monotonic()
-        kept.update(warm(model, (batch, length), names=names))
-        ui.stage(f"{batch}x{length}: compiled, or found, in {time.monotonic() - started:.1f} s")
+    kept = _warm(flags, shapes, token=token)
     if export_to is not None:
-        export(sorted(kept), export_to, made_with=made_with())
-        ui.stage(f"Wrote {export_to}: set HFQ_GRAPHS to where it will be")
+        export(kept, export_to, made_with=made_with())
+        Reporter().stage(f"Wrote {export_to}: set HFQ_GRAPHS to where it will be")
 
 
 @app.command(
@@ -497,7 +491,36 @@ def _engine(place: Place, *, token: str | None) -> "Engine":
     return partial(run_on_ray, address=place.ray_address, token=token, resume=place.resume)
 
 
-def _run(recipe: Recipe, engine: "Engine", *, name: str, hub: Hub, as_json: bool) -> None:
+def _demand_compiler() -> None:
+    from ..runtime.compiling.compile import has_compiler
+
+    if not has_compiler():
+        raise UsageError("--compile needs a C++ compiler (g++ or clang++, or its path in CXX), and there is none.")
+
+
+def _warm(flags: dict[str, Any], shapes: str, *, token: str | None) -> list[Path]:
+    """Compile the checkpoint of `flags` for `shapes`. Returns: the folders of what was compiled, or was there."""
+    import torch
+
+    from ..bench.run import read_shapes
+    from ..common.ui import Reporter
+    from ..loading import load_with_inputs
+    from ..runtime.compiling.warming import warm
+
+    if threads := flags.get("threads"):
+        torch.set_num_threads(threads)
+    wanted = read_shapes(shapes)
+    ui = Reporter()
+    model, names = load_with_inputs(flags["checkpoint"], revision=flags.get("revision"), token=token)
+    kept: set[Path] = set()
+    for batch, length in wanted:
+        started = time.monotonic()
+        kept.update(warm(model, (batch, length), names=names))
+        ui.stage(f"{batch}x{length}: compiled, or found, in {time.monotonic() - started:.1f} s")
+    return sorted(kept)
+
+
+def _run(recipe: Recipe, engine: "Engine", *, name: str, hub: Hub, as_json: bool) -> "Result":
     from ..publish import find_target, hub_session
     from ..report.tables import show_result
     from ..runs.local import Run
@@ -522,6 +545,7 @@ def _run(recipe: Recipe, engine: "Engine", *, name: str, hub: Hub, as_json: bool
     _publish_result(result, recipe, run.ui, hub=hub)
     if as_json:
         write(result.report.to_json().rstrip())
+    return result
 
 
 def _run_many(given: list[Path], engine: "Engine", *, prefixed: bool, push: bool, hub: Hub, as_json: bool) -> None:

@@ -140,3 +140,11 @@ def test_what_was_made_elsewhere_is_not_used_and_that_is_said(
     with pytest.warns(UserWarning, match=r"another transformers \(5\.0\.0, here"):
         model = hfq.load(warmed.checkpoint)
     assert torch.equal(logits(model, BATCHES), warmed.uncompiled)
+
+
+def test_quantize_says_before_it_begins_that_it_cannot_compile(warmed: Warmed, tmp_path: Path) -> None:
+    source = warmed.checkpoint.parent / "float"
+    done = run("quantize", source, "--compile", "--output", tmp_path / "out", cwd=tmp_path, env={"CXX": "no-such"})
+    assert done.code == 2
+    assert "--compile needs a C++ compiler" in done.err
+    assert not (tmp_path / "out").exists()
