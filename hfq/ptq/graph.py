@@ -1,10 +1,11 @@
 """What may be rescaled without changing the model: SmoothQuant folds, read off the exported graph.
 
 A fold is a layer whose output channels feed only Linear layers, through operations that keep channels apart
-(reshapes, transposes, attention over values). Dividing the producer's channels and multiplying the
+(reshapes, transposes, attention over values, the other side of a gate). Dividing the producer's channels and multiplying the
 consumers' columns by the same factors then leaves the float model as it was.
 """
 
+import inspect
 import io
 import warnings
 from collections.abc import Mapping, Sequence
@@ -34,12 +35,14 @@ _TRANSPARENT = {
     aten.detach.default,
     aten.relu.default,  # a positive factor passes through it
     aten.relu_.default,
+    aten.mul.Tensor,  # by a number, or by another tensor, as a gate does; what multiplies itself is found out by `_exact`
 }
+_WEIGHTS = {aten.linear.default: 1, aten.layer_norm.default: 2, aten.rms_norm.default: 2}  # where an operation has it
 
 
 @dataclass(frozen=True)
 class Fold:
-    """`producer` (a Linear or LayerNorm) feeds exactly `consumers` (Linear layers), by module name."""
+    """`producer` (a Linear, LayerNorm or RMSNorm) feeds exactly `consumers` (Linear layers), by module name."""
 
     producer: str
     consumers: tuple[str, ...]
@@ -50,7 +53,7 @@ def find_folds(model: nn.Module, batch: Batch, linears: tuple[str, ...]) -> list
     try:
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()):  # it prints the graph of what it cannot export
             warnings.simplefilter("ignore")
-            graph = torch.export.export(model, (), dict(batch), strict=False)
+            graph = torch.export.export(model, (), {**batch, **_without_cache(model)}, strict=False)
     except Exception:  # torch.export raises whatever the model's own code or its tracer raises
         return []
     parameters = graph.graph_signature.inputs_to_parameters
@@ -71,6 +74,11 @@ def find_folds(model: nn.Module, batch: Batch, linears: tuple[str, ...]) -> list
         if produced.count(fold.producer) == 1 and all(consumed.count(name) == 1 for name in fold.consumers)
     ]
     return once if _exact(model, once, batch) else [fold for fold in once if _exact(model, [fold], batch)]
+
+
+def _without_cache(model: nn.Module) -> dict[str, bool]:
+    """What keeps a decoder from answering with its cache, too: tracing takes no such object for an answer."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
 
 def _exact(model: nn.Module, folds: Sequence[Fold], batch: Batch) -> bool:
@@ -96,10 +104,10 @@ def fold_into(model: nn.Module, folds: Sequence[Fold], factors: Mapping[str, Ten
         if fold.producer not in factors:
             continue
         factor = factors[fold.producer]
-        producer = linear(model, fold.producer)  # or a LayerNorm, which has the same two parameters
+        producer = linear(model, fold.producer)  # or a norm, which has a weight too
         by_row = factor if producer.weight.dim() == 1 else factor[:, None]
         _replace(producer, "weight", producer.weight / by_row)
-        if producer.bias is not None:
+        if getattr(producer, "bias", None) is not None:
             _replace(producer, "bias", producer.bias / factor)
         for name in fold.consumers:
             _replace(linear(model, name), "weight", linear(model, name).weight * factor)
@@ -111,9 +119,15 @@ def _replace(module: nn.Module, name: str, value: Tensor) -> None:
 
 
 def _layer(node: fx.Node, parameters: Mapping[str, str]) -> str | None:
-    """The module name of a Linear or LayerNorm node with a weight of its own."""
-    position = 1 if node.target == aten.linear.default else 2 if node.target == aten.layer_norm.default else None
-    weight = node.args[position] if position is not None and len(node.args) > position else None
+    """The module name of a Linear or norm node with a weight of its own."""
+    if node.target == aten.mul.Tensor:  # the end of an RMSNorm, as transformers writes it
+        return next((name for part in node.args if (name := _owner(part, parameters))), None)
+    position = _WEIGHTS.get(node.target)
+    return _owner(node.args[position], parameters) if position is not None and len(node.args) > position else None
+
+
+def _owner(weight: object, parameters: Mapping[str, str]) -> str | None:
+    """The name of the module whose weight that is."""
     name = parameters.get(weight.name, "") if isinstance(weight, fx.Node) else ""
     return name.removesuffix(".weight") if name.endswith(".weight") else None
 

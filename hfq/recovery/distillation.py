@@ -34,8 +34,8 @@ class Schedule:
 
     steps: int = 400
     look_after: int = 50
-    weights_rate: float = 2e-5
-    scales_rate: float = 1e-3
+    weights_rate: float = 1e-4
+    scales_rate: float = 3e-3
     seed: int = 42
 
 

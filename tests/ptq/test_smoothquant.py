@@ -5,9 +5,10 @@ from functools import cache
 
 import pytest
 import torch
-from support.models import logits, make_space, quantized, relative_error, tiny, token_batches
+from support.models import VOCABULARY, logits, make_space, quantized, relative_error, tiny, token_batches
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaModel
 
 from hfq.ptq.convert import quantize_model
 from hfq.ptq.graph import Fold, find_folds, fold_into
@@ -148,6 +149,8 @@ def mask(x: Tensor) -> Tensor:
         pytest.param(Moves(lambda x: x.transpose(1, 2)), 1, id="exchanged with tokens"),
         pytest.param(Moves(lambda x: heads(x).permute(0, 2, 3, 1).reshape(2, 8, 8)), 1, id="reordered"),
         pytest.param(Moves(mask), 1, id="attention mask"),
+        pytest.param(Moves(lambda x: x * torch.linspace(0.1, 2, 8)), 2, id="gate"),
+        pytest.param(Moves(lambda x: x * x), 1, id="squared"),
         pytest.param(ReadsAWeight(lambda x: x), 0, id="weight read elsewhere"),
     ],
 )
@@ -172,6 +175,27 @@ def test_smoothing_lowers_the_error_of_outlier_channels(family: str) -> None:
 
     plain = error(Candidate("static"))
     assert min(error(Candidate("static", alpha=alpha)) for alpha in (0.3, 0.5, 0.7)) < 0.5 * plain
+
+
+def test_outliers_of_norms_without_a_mean_and_of_gates_are_smoothed_away() -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    torch.manual_seed(0)
+    model = LlamaModel(LlamaConfig(**sizes, num_key_value_heads=4, vocab_size=VOCABULARY)).eval().requires_grad_(False)
+    for layer in model.layers:
+        layer.input_layernorm.weight[:3] *= 100
+        for reader in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+            reader.weight[:, :3] /= 100
+        layer.mlp.up_proj.weight[:3] *= 100
+        layer.mlp.down_proj.weight[:, :3] /= 100
+    space = make_space(model, BATCHES, smooth=True)
+    expected = model(**BATCHES[0]).last_hidden_state
+
+    def error(candidate: Candidate) -> float:
+        int8 = quantize_model(model, space.plan(candidate), space.folds)
+        return relative_error(int8(**BATCHES[0]).last_hidden_state, expected)
+
+    assert len(space.folds) == 8  # of each layer two norms, values, and the other side of the gate
+    assert error(Candidate("static", alpha=0.5)) < 0.3 * min(error(Candidate("static")), error(Candidate("dynamic")))
 
 
 def test_smoothed_statistics_are_those_of_the_smoothed_model() -> None:
