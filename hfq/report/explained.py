@@ -144,7 +144,7 @@ def draw(found: Explanation) -> bytes:
     axes.set_yticks(places, [short(cause.layer) for cause in shown], fontsize=8, family="monospace", parse_math=False)
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set_xlim(0, 1.45 * max([*effects, 1e-9]))
-    axes.set_xlabel("squared error of the encoder's output with this layer alone in INT8, %")
+    axes.set_xlabel("squared error of the output with this layer alone in INT8, %")
     axes.grid(axis="y", visible=False)
     return png(figure)
 

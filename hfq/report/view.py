@@ -232,8 +232,8 @@ def sure(probability: float) -> str:
 
 
 def percent(value: float, digits: int = 4) -> str:
-    """A fraction as percent, to so many significant digits."""
-    return f"{100 * value:.{digits}g} %"
+    """A fraction as percent, to so many significant digits, and never with an exponent for large ones."""
+    return f"{100 * value:.{digits}g} %" if abs(100 * value) < 10**digits - 0.5 else f"{100 * value:,.0f} %"
 
 
 FORMATS = {"number": number, "count": count, "points": points, "percent": percent, "sure": sure}  # for templates
