@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -37,7 +38,11 @@ _TRANSPARENT = {
     aten.relu_.default,
     aten.mul.Tensor,  # by a number, or by another tensor, as a gate does; what multiplies itself is found out by `_exact`
 }
-_WEIGHTS = {aten.linear.default: 1, aten.layer_norm.default: 2, aten.rms_norm.default: 2}  # where an operation has it
+_WEIGHTS: dict[Any, int] = {
+    aten.linear.default: 1,
+    aten.layer_norm.default: 2,
+    aten.rms_norm.default: 2,
+}  # where an operation has it
 
 
 @dataclass(frozen=True)

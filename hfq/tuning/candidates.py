@@ -109,6 +109,10 @@ class Space:
         tied = self.layers.tied.get(embedding, (embedding,))
         return all("int8" in self._rules[name].precisions for name in tied)
 
+    def may_stay_float(self, name: str) -> bool:
+        """Whether no rule wants the layer in int8 whatever it costs."""
+        return "fp32" in self._rules[name].precisions
+
     def must_stay_float(self) -> dict[str, str]:
         """Layers that a rule keeps float, with the reason."""
         wanted = [name for name, rule in self._rules.items() if "int8" not in rule.precisions]

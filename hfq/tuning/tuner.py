@@ -166,7 +166,8 @@ def ranked(space: Space, *, log: TrialLog, ui: Reporter) -> Searchable:
 
     @cache
     def sensitive(candidate: Candidate) -> list[str]:
-        return list(layer_errors(space, replace(candidate, alpha=None, gptq=False)))
+        found = layer_errors(space, replace(candidate, alpha=None, gptq=False))
+        return [name for name in found if space.may_stay_float(name)]
 
     return Searchable(errors, sensitive, output_error, space.options, peek)
 
