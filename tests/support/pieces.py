@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hfq.runtime.compiling.blocked import gelu
+from hfq.runtime.compiling.blocked import gelu, quantize_rows
 from hfq.runtime.compiling.inductor.compiler import compile_graph
 from hfq.runtime.kernels.cpu import compiles_to_bfloat16
 from hfq.runtime.kernels.layouts import VNNI
@@ -67,6 +67,8 @@ class Pieces(nn.Module):
             "attention by matmuls, of what was changed since": of_changed,
             "attention by matmuls, of a copy that was changed": attended_by_matmuls(*qkv, copied)[0],
             "attention by matmuls, of what comes after them": attended_by_matmuls(*qkv, mask, late=True)[0],
+            "attention by distance": attended_by_distance(qkv, added, seen),
+            "attention by distance as codes": codes_of(attended_by_distance(qkv, added, seen), codes),
             "gelu as codes": codes_of(gelu(y) if torch.compiler.is_compiling() else F.gelu(y), codes),
             "numbers as codes": codes_of(x[..., :90], codes),
             "sum, normed": normed,
@@ -78,6 +80,10 @@ class Pieces(nn.Module):
             "normed as codes": codes_of(F.layer_norm(other + 1e3, (FEATURES,)), codes),
             "normed for a sum, as codes": codes_of(first, codes),
             "sum with what was normed, as codes": codes_of(F.layer_norm(other + first, (FEATURES,)), codes),
+            **rows_of("numbers in rows", x),
+            **rows_of("numbers in short rows", x[..., :90]),
+            **rows_of("normed in rows", F.layer_norm(y, (FEATURES,), weight, bias)),
+            **rows_of("normed in halves of rows", F.layer_norm(x, (3 * FEATURES,)).unflatten(-1, (6, -1))),
         }
         if multiplies_blocks():
             products = multiplied(codes_of(y, codes), *matrix).view(*x.shape[:2], PRODUCTS)
@@ -87,6 +93,13 @@ class Pieces(nn.Module):
             products = multiplied(codes_of(other, codes), *matrix).view(*x.shape[:2], PRODUCTS)
             sums = F.layer_norm(products + wide, (PRODUCTS,))
             answers |= {"normed for products": codes_of(wide, codes), "products and that": codes_of(sums, codes)}
+            of_rows = [codes_of(other, codes), *matrix, x.abs().amax(-1).view(-1, 1), table[5, :PRODUCTS]]
+            products = multiplied(*of_rows).view(*x.shape[:2], PRODUCTS)
+            sums = F.layer_norm(x[..., :PRODUCTS] + products, (PRODUCTS,), table[7, :PRODUCTS])
+            answers |= {"products of rows and a sum, normed": sums, **rows_of("products of rows and a sum", sums)}
+            answers |= rows_of("gelu of products of rows", F.gelu(multiplied(*of_rows)))
+            answers |= rows_of("relu of products", multiplied(codes_of(y, codes), *matrix).relu_())
+            answers |= rows_of("gelu of products", F.gelu(multiplied(*of_rows[:-1])))
         return answers
 
 
@@ -95,12 +108,27 @@ def multiplies_blocks() -> bool:
     return torch.backends.cpu.get_cpu_capability() == "AVX512" and bool(torch.cpu.get_capabilities()["avx512_vnni"])
 
 
-def multiplied(codes: Tensor, matrix: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+def multiplied(
+    codes: Tensor,
+    matrix: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    row_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
     """float32 `[rows, out]` of uint8 `[rows, in]` and int8 `[out / block, in, block]`."""
     if torch.compiler.is_compiling():
-        found: Tensor = torch.ops.hfq.int8_linear(codes, matrix, scale, offset)
+        found: Tensor = torch.ops.hfq.int8_linear(codes, matrix, scale, offset, row_scale, bias)
         return found
-    return F.linear(codes.float(), VNNI.restore(matrix).float()) * scale + offset
+    y = F.linear(codes.float(), VNNI.restore(matrix).float()) * scale + offset
+    return (y if row_scale is None else y * row_scale) + (0 if bias is None else bias)
+
+
+def rows_of(name: str, x: Tensor) -> dict[str, Tensor]:
+    """Codes of each row of `x` with a scale of its own, and the scales."""
+    rows = x.reshape(-1, x.shape[-1])
+    codes, scales = torch.ops.hfq.quantize_rows(rows) if torch.compiler.is_compiling() else quantize_rows(rows)
+    return {f"{name}, their codes": codes, f"{name}, their scales": scales}
 
 
 def attended(
@@ -120,6 +148,23 @@ def attended_by_matmuls(
         scores = x + scores
     weights = (scores * then if then != 1 else scores).softmax(-1)
     return torch.matmul(weights, value).permute(0, 2, 1, 3).contiguous().flatten(2), weights
+
+
+def attended_by_distance(qkv: list[Tensor], added: Tensor, seen: Tensor) -> Tensor:
+    """Attention in rows of all heads, with products by distance as in DeBERTa. They are of 512 distances."""
+    query, key, value = (part.contiguous().view(-1, *part.shape[2:]) for part in qkv)
+    batch, _, length, _ = qkv[0].shape
+    tables = [added[None, ..., start : start + SIZE].contiguous().view(-1, 512, SIZE) for start in (0, SIZE)]
+    tables = [table.repeat(batch, 1, 1) for table in tables]
+    distances = torch.arange(length)[:, None] - torch.arange(length)[None]
+    of_query, of_key = ((x + 256).clamp(0, 511)[None].expand(query.shape[0], -1, -1) for x in (distances, -distances))
+    scores = torch.bmm(query, key.transpose(-1, -2) / 8)
+    by = torch.gather(torch.bmm(query, tables[0].transpose(-1, -2)), -1, of_query) / 8
+    by += torch.gather(torch.bmm(key, tables[1].transpose(-1, -2)), -1, of_key).transpose(-1, -2) / 8
+    scores = (scores + by).view(-1, HEADS, length, length)
+    weights = scores.masked_fill(~seen, torch.finfo(torch.float32).min).softmax(-1)
+    attended = torch.bmm(weights.view(-1, length, length), value)
+    return attended.view(-1, HEADS, length, SIZE).permute(0, 2, 1, 3).contiguous().flatten(2)
 
 
 def codes_of(x: Tensor, codes: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..int8.linear import PackedLinear, packed_linears
 from ..kernels.checked import CheckedKernel
-from ..kernels.kernel import PostOp, apply_post_op, token_scale
+from ..kernels.kernel import SMALLEST, SYMMETRIC_RANGE, PostOp, apply_post_op
 from ..kernels.layouts import PANELS, VNNI
 from ..kernels.native import bytes_of
 from ..kernels.onednn import OneDnnKernel
@@ -98,10 +98,8 @@ class BlockedMatmul:
         elif self.input_codes is not None:
             y = self._matmul(torch.ops.hfq.quantize(rows.float(), self.input_codes))
         else:
-            rows = rows.float()
-            row_scale = token_scale(rows)
-            y = self._matmul(quantize(rows, 1 / row_scale, 128)) * row_scale
-            y = y if self.bias is None else y + self.bias
+            codes, row_scale = torch.ops.hfq.quantize_rows(rows.float())
+            y = self._matmul(codes, row_scale)
         y = y.view(*x.shape[:-1], len(self.scale))
         rounded = self.output_codes is not None
         y = gelu(y) if post_op == "gelu" and rounded else apply_post_op(y, post_op)
@@ -122,9 +120,16 @@ class BlockedMatmul:
         layout = VNNI if self.weight.shape[-1] == VNNI.block else PANELS
         return layout.restore(self.weight)
 
-    def _matmul(self, codes: Tensor) -> Tensor:
-        y: Tensor = torch.ops.hfq.int8_linear(codes, self.weight, self.scale, self.offset)
+    def _matmul(self, codes: Tensor, row_scale: Tensor | None = None) -> Tensor:
+        y: Tensor = torch.ops.hfq.int8_linear(codes, self.weight, self.scale, self.offset, row_scale, self.bias)
         return y
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 to uint8 codes, and the scale of each row, in such operations; as `token_scale` of kernels finds it."""
+    largest = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True))
+    scale = (largest / SYMMETRIC_RANGE).clamp(min=SMALLEST)
+    return quantize(x, 1 / scale, 128), scale
 
 
 def quantize(x: Tensor, inverse_scale: Tensor, zero_point: Tensor | int) -> Tensor:

@@ -2,14 +2,16 @@
 
 import subprocess
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 from support import pieces
 from support.command import forkserver
 from support.models import quantized, relative_error, tiny, token_batches
-from torch import Tensor
+from torch import Tensor, fx
 
+from hfq.ptq.scheme import Approach
 from hfq.runtime.compiling import compile as compiling
 from hfq.runtime.compiling.blocked import gelu, lay_out
 from hfq.runtime.compiling.graphs import Graph
@@ -71,6 +73,8 @@ def test_the_pieces_of_an_encoder_are_equal_to_torchs(compiled: Graph, batch: in
             within = 1e-2 if "attention" in name and compiles_to_bfloat16() else 1e-5
             if "alone" in name:
                 within = max(within, 1e-3)  # they are kept in 16 bits
+            if "gelu" in name:
+                within = 1e-4
             assert relative_error(found[name], y) < within, name
 
 
@@ -114,17 +118,13 @@ def test_numbers_that_16_bits_cannot_hold_are_the_largest(compiled: Graph) -> No
     assert y[0].isfinite().all() and (y[0] > 6e4).all() and y[1].abs().max() < 10
 
 
-@pytest.mark.skipif(not can_compile() or not multiplies_itself(), reason="oneDNN multiplies int8 on this CPU")
-@pytest.mark.parametrize(
-    ("family", "attentions"),
-    [("Bert", 2), ("DistilBert", 2), ("Roberta", 2), ("Electra", 2), ("MPNet", 2)],  # the last multiplies itself
-)
-def test_they_are_found_whatever_the_family(family: str, attentions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def rewritten(model: Any, approach: Approach, monkeypatch: pytest.MonkeyPatch) -> fx.GraphModule:
+    """What is compiled of `model` in int8."""
     from hfq.runtime.compiling.inductor.compiler import Rebuilt, trace
     from hfq.runtime.compiling.inductor.rewriting import rewrite
 
     monkeypatch.setenv("HFQ_FUSIONS", "exact")  # torch's attention, which is looked for, whatever the CPU
-    model = quantized(tiny(family), Candidate("static"), BATCHES)
+    model = quantized(model, Candidate(approach), BATCHES)
     fuse(model)
     pack_all(model)
     lay_out(model, panels=True)
@@ -133,6 +133,16 @@ def test_they_are_found_whatever_the_family(family: str, attentions: int, monkey
     rebuilt = Rebuilt(parts[0], ["attention_mask", "input_ids"])
     module = trace(rebuilt, torch.ones(2, 3, 11, dtype=torch.long), parts[1]).module(check_guards=False)
     rewrite(module, fusions=["compiled-attention", "compiled-residual"])
+    return module
+
+
+@pytest.mark.skipif(not can_compile() or not multiplies_itself(), reason="oneDNN multiplies int8 on this CPU")
+@pytest.mark.parametrize(
+    ("family", "attentions"),
+    [("Bert", 2), ("DistilBert", 2), ("Roberta", 2), ("Electra", 2), ("MPNet", 2)],  # the last multiplies itself
+)
+def test_they_are_found_whatever_the_family(family: str, attentions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = rewritten(tiny(family), "static", monkeypatch)
     counts = Counter(str(node.target) for node in module.graph.nodes)
     assert counts["hfq.attention.default"] == attentions
     assert counts["aten.scaled_dot_product_attention.default"] == 0
@@ -147,6 +157,30 @@ def test_they_are_found_whatever_the_family(family: str, attentions: int, monkey
     ]
     assert sum(node.args[-1] for node in norms) >= 2  # nothing but a sum reads their numbers
     assert counts["hfq.quantize.default"] <= 6 - attentions  # what follows an attention is in it
+
+
+@pytest.mark.skipif(not can_compile() or not multiplies_itself(), reason="oneDNN multiplies int8 on this CPU")
+def test_the_range_of_a_row_is_found_where_the_row_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = rewritten(tiny(), "dynamic", monkeypatch)
+    counts = Counter(str(node.target) for node in module.graph.nodes)
+    assert counts["hfq.attention.default"] == 2
+    assert counts["hfq.layer_norm.default"] + counts["hfq.int8_linear_norm.default"] >= 4
+    if pieces.multiplies_blocks():
+        assert counts["hfq.int8_linear_rows.default"] == 2
+        assert (
+            counts["hfq.quantize_rows.default"] <= 2 + 1
+        )  # of attention, whose heads have parts of rows, and of a pooler
+
+
+@pytest.mark.skipif(not can_compile() or not multiplies_itself(), reason="oneDNN multiplies int8 on this CPU")
+@pytest.mark.parametrize("shared", [True, False])
+def test_attention_by_distance_is_found(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(
+        "DebertaV2", relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=8, share_att_key=shared
+    )
+    counts = Counter(str(node.target) for node in rewritten(model, "static", monkeypatch).graph.nodes)
+    assert counts["hfq.attention.default"] == 2
+    assert counts["aten.bmm.default"] == counts["aten.gather.default"] == 0
 
 
 def test_gelu_of_codes_is_far_below_a_step() -> None:

@@ -21,7 +21,9 @@ def register() -> None:
     replace_lowering(torch.ops.hfq.attention.default, _attention)
 
 
-def _attention(query: Any, key: Any, value: Any, mask: Any, bias: Any, codes: Any, scale: float) -> Any:
+def _attention(
+    query: Any, key: Any, value: Any, mask: Any, bias: Any, codes: Any, scale: float, *by_distance: Any
+) -> Any:
     batch, heads, length, size = query.get_size()
     tensors = {name: in_rows(x) for name, x in (("query", query), ("key", key), ("value", value))}
     for name, x in (("mask", mask), ("bias", bias)):
@@ -30,6 +32,9 @@ def _attention(query: Any, key: Any, value: Any, mask: Any, bias: Any, codes: An
                 x = lowering.clone(lowering.expand(x, [*x.get_size()[:-1], key.get_size()[2]]))
             x.realize()  # before it is expanded, once for all layers
             tensors[name] = in_rows(lowering.expand(x, [batch, heads, length, key.get_size()[2]]))
+    for name, x in zip(("by_query", "of_query", "by_key", "of_key"), by_distance, strict=False):
+        if x is not None:
+            tensors[name] = in_rows(x) if name.startswith("by") else ir.ExternKernel.require_contiguous(in_rows(x))
     if codes is not None:
         tensors["codes"] = ir.ExternKernel.realize_input(codes)
     dtype = torch.float32 if codes is None else torch.uint8
@@ -37,7 +42,8 @@ def _attention(query: Any, key: Any, value: Any, mask: Any, bias: Any, codes: An
     adds = mask is not None and mask.get_dtype() == torch.float32
     narrow = compiles_to_bfloat16()
     power = _POWER_OF_TWO[narrow]
-    return AttentionTemplate(tensors, layouts, scale=scale, adds=adds, narrow=narrow, power=power).results()[0]
+    kinds = {"adds": adds, "narrow": narrow, "by_distance": any(x is not None for x in by_distance)}
+    return AttentionTemplate(tensors, layouts, scale=scale, power=power, **kinds).results()[0]
 
 
 # 2^x for x from -0.5 to 0.5, minimax by Lawson's iteration: to 8e-5, a fiftieth of what bfloat16 rounds, and to 2e-7.
@@ -54,7 +60,8 @@ class AttentionTemplate(Template):
     """`softmax(q k^T * scale + mask + bias) v`. Every head of every row is a task; a long one is several, if there are few.
 
     A row that sees no key gets zeros. Keys are laid out in columns, keys and values are padded with zeros, and `narrow`
-    ones, bfloat16, are laid out for products of pairs.
+    ones, bfloat16, are laid out for products of pairs. `by_distance`: products of queries and keys with what stands for
+    distances are added to theirs; as computed for the distances that there are, of which there may be few.
     """
 
     NAME = "attention"
@@ -66,7 +73,7 @@ extern "C" {{definition}}
     using Vector = at::vec::Vectorized<float>;
     using Number = {{"at::BFloat16" if narrow else "float"}};
 {%- set strides = {} %}
-{%- for name in tensors if name != "codes" %}
+{%- for name in tensors if name not in ("codes", "of_query", "of_key") %}
 {%- set _ = strides.update({name: [kernel.stride(tensors[name], 0), kernel.stride(tensors[name], 1), kernel.stride(tensors[name], 2)]}) %}
 {%- endfor %}
     constexpr int64_t LANES = Vector::size(), ROWS = 64, D = {{kernel.size(tensors["query"], 3)}};
@@ -126,10 +133,30 @@ extern "C" {{definition}}
     auto put = [](float* to, Vector x) { x.store(to); };
 {%- endif %}
 
+{%- if by_distance %}
+    // Of all distances, those that there are; where their products are, for each query and key.
+    const int64_t pairs = L * S;
+    int64_t nearest = std::numeric_limits<int64_t>::max(), farthest = 0;
+{%- for name in ("of_query", "of_key") if name in at %}
+    const int64_t* {{name}}_at = &{{at[name]}};
+    for (int64_t i = 0; i < pairs; i++) {
+        nearest = std::min(nearest, {{name}}_at[i]);
+        farthest = std::max(farthest, {{name}}_at[i]);
+    }
+{%- endfor %}
+    const int64_t distances = (farthest - nearest + 32) / 32 * 32;
+{%- for name in ("query", "key") if "by_" + name in at %}
+    std::unique_ptr<int32_t[]> {{name}}_index(new int32_t[L * keys]());
+    for (int64_t l = 0; l < L; l++)
+        for (int64_t s = 0; s < S; s++)
+            {{name}}_index[l * keys + s] = {% if name == "query" %}of_query_at[l * S + s] - nearest{% else %}s * distances + of_key_at[s * L + l] - nearest{% endif %};
+{%- endfor %}
+{%- endif %}
+
     #pragma omp parallel num_threads(threads)
     {
-        const int64_t floats = ROWS * (keys + D) + keys;
-        const int64_t numbers = 2 * keys * D + ROWS * (D + keys) + LANES * D;
+        const int64_t floats = ROWS * (keys + D) + keys{% if "by_query" in at %} + ROWS * distances{% endif %}{% if "by_key" in at %} + keys * distances{% endif %};
+        const int64_t numbers = 2 * keys * D + ROWS * (D + keys) + {% if by_distance %}(keys + distances) * D{% else %}LANES * D{% endif %};
         std::unique_ptr<char[]> memory(new char[floats * sizeof(float) + numbers * sizeof(Number) + 64]);
         char* unused = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64);
         auto take = [&](auto number, int64_t count) {
@@ -144,17 +171,39 @@ extern "C" {{definition}}
         Number* values = take(Number(), keys * D);   // [keys / PAIR, D, PAIR]
         Number* queries = take(Number(), ROWS * D);
         Number* weights = take(Number(), ROWS * keys);
+{%- if by_distance %}
+        Number* rows_of_keys = take(Number(), keys * D);
+        Number* of_distances = take(Number(), distances * D);  // [D / PAIR, distances, PAIR]
+{%- if "by_query" in at %}
+        float* query_products = take(float(), ROWS * distances);
+{%- endif %}
+{%- if "by_key" in at %}
+        float* key_products = take(float(), keys * distances);
+{%- endif %}
+{%- else %}
         Number* few_keys = take(Number(), LANES * D);
+{%- endif %}
+        // Lays out `LANES` rows in columns `s` and following of `width`.
+        auto in_columns = [&](const Number* rows, int64_t s, Number* to, int64_t width) {
+            for (int64_t d = 0; d < D / PAIR; d += LANES)
+                at::vec::transpose_mxn<float>(
+                    reinterpret_cast<const float*>(rows) + d, D / PAIR,
+                    reinterpret_cast<float*>(to) + d * width + s, width,
+                    LANES, std::min(LANES, D / PAIR - d));
+        };
 
         #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < B * H * parts; task++) {
             const int64_t b = task / parts / H, h = task / parts % H;
 {%- for name in strides %}
-            const auto* {{name}}_at = &{{at[name]}} + b * {{strides[name][0]}} + h * {{strides[name][1]}};
+            const auto* {{name}}_at = &{{at[name]}} + {% if name[:3] != "by_" %}b * {{strides[name][0]}} + {% endif %}h * {{strides[name][1]}};
 {%- endfor %}
             const int64_t first = task % parts * part, last = std::min(first + part, L);
             if (first >= L) continue;  // parts are rounded up
             for (int64_t s = 0; s < keys; s += LANES) {
+{%- if by_distance %}
+                Number* few_keys = rows_of_keys + s * D;
+{%- endif %}
                 for (int64_t i = 0; i < LANES; i++)
                     for (int64_t d = 0; d < D; d += LANES) {
                         if (d * sizeof(*key_at) % 64 == 0) {
@@ -164,12 +213,27 @@ extern "C" {{definition}}
                         }
                         put(few_keys + i * D + d, get(key_at + (s + i) * {{strides["key"][2]}} + d, s + i < S));
                     }
-                for (int64_t d = 0; d < D / PAIR; d += LANES)
-                    at::vec::transpose_mxn<float>(
-                        reinterpret_cast<float*>(few_keys) + d, D / PAIR,
-                        reinterpret_cast<float*>(columns) + d * keys + s, keys,
-                        LANES, std::min(LANES, D / PAIR - d));
+                in_columns(few_keys, s, columns, keys);
             }
+{%- if by_distance %}
+            auto lay_out_distances = [&](const auto* from, int64_t stride, int64_t count) {
+                alignas(64) Number rows[LANES * D];
+                for (int64_t s = 0; s < distances; s += LANES) {
+                    for (int64_t i = 0; i < LANES; i++)
+                        for (int64_t d = 0; d < D; d += LANES)
+                            put(rows + i * D + d, get(from + (nearest + s + i) * stride + d, nearest + s + i < count));
+                    in_columns(rows, s, of_distances, distances);
+                }
+            };
+{%- endif %}
+{%- if "by_key" in at %}
+            lay_out_distances(by_key_at, {{strides["by_key"][2]}}, {{kernel.size(tensors["by_key"], 2)}});
+            at::native::cpublas::brgemm(
+                keys, distances, D, D, distances, distances, false, rows_of_keys, of_distances, key_products);
+{%- endif %}
+{%- if "by_query" in at %}
+            lay_out_distances(by_query_at, {{strides["by_query"][2]}}, {{kernel.size(tensors["by_query"], 2)}});
+{%- endif %}
             for (int64_t s = 0; s < keys; s += PAIR)
                 for (int64_t d = 0; d < D; d += LANES) {
                     const auto* from = value_at + s * {{strides["value"][2]}} + d;
@@ -209,12 +273,22 @@ extern "C" {{definition}}
                     for (int64_t d = 0; d < D; d += LANES)
                         put(queries + i * D + d, get(query_at + (l + i) * {{strides["query"][2]}} + d, i < count));
                 at::native::cpublas::brgemm(M, keys, D, D, keys, keys, false, queries, columns, scores);
+{%- if "by_query" in at %}
+                at::native::cpublas::brgemm(
+                    M, distances, D, D, distances, distances, false, queries, of_distances, query_products);
+{%- endif %}
                 for (int64_t i = 0; i < count; i++) {
                     if (!alike) look(l + i);
                     float* score = scores + i * keys;
                     Vector highest(never);
                     for (int64_t s = 0; s < keys; s += LANES) {
-                        const Vector x = at::vec::fmadd(Vector::loadu(score + s), scale, Vector::loadu(added + s));
+                        Vector product = Vector::loadu(score + s);
+{%- for name in ("query", "key") if "by_" + name in at %}
+                        product = product + at::vec::gather<sizeof(float)>(
+                            {{name}}_products{% if name == "query" %} + i * distances{% endif %},
+                            at::vec::Vectorized<int32_t>::loadu({{name}}_index.get() + (l + i) * keys + s));
+{%- endfor %}
+                        const Vector x = at::vec::fmadd(product, scale, Vector::loadu(added + s));
                         x.store(score + s);
                         highest = highest_of(highest, x);
                     }

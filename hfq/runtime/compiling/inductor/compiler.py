@@ -101,7 +101,15 @@ def compile_graph(
     from torch._inductor import aot_compile
 
     # Here: torch's private names may be missing, and that is a refusal.
-    from . import attention_template, lowerings, matmul_norm_template, norm_template, rewriting, templates
+    from . import (
+        attention_template,
+        lowerings,
+        matmul_rows_template,
+        norm_template,
+        rewriting,
+        row_codes_template,
+        templates,
+    )
 
     with torch.no_grad():
         program = trace(model, inputs, tensors)
@@ -113,8 +121,9 @@ def compile_graph(
         module = program.module(check_guards=False)
         templates.keep_apart()
         attention_template.register()
+        row_codes_template.register()
         norm_template.register()
-        matmul_norm_template.register()
+        matmul_rows_template.register()
         rewriting.rewrite(module, fusions=fusions)
         aot_compile(
             module,

@@ -75,7 +75,14 @@ def _register_blocked_matmul() -> None:
     The template is made for constant weights, which it would lay out itself.
     """
 
-    def lower(codes: Any, weight: Any, scale: Any, offset: Any) -> Any:
+    def decompose(codes: Tensor, weight: Tensor, scale: Tensor, offset: Tensor, *of_rows: Tensor | None) -> Any:
+        row_scale, bias = (*of_rows, None, None)[:2]
+        if row_scale is None:
+            return NotImplemented
+        y = torch.ops.hfq.int8_linear(codes, weight, scale, offset) * row_scale
+        return y if bias is None else y + bias
+
+    def lower(codes: Any, weight: Any, scale: Any, offset: Any, *of_rows: None) -> Any:
         for tensor in (codes, weight, scale, offset):
             tensor.realize()
         codes = ir.ExternKernel.require_contiguous(codes)
@@ -104,6 +111,7 @@ def _register_blocked_matmul() -> None:
         )
         return template.generate().output_node()
 
+    decomposition.decompositions[torch.ops.hfq.int8_linear.default] = decompose
     replace_lowering(torch.ops.hfq.int8_linear.default, lower)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch._inductor import ir
 
 from .lowerings import replace_lowering
+from .row_codes_template import QUANTIZE_ROW, row_layouts
 from .templates import Template, in_rows, plain_layout
 
 
@@ -23,17 +24,23 @@ def _layer_norm(
 ) -> list[Any]:
     found = {"x": x, "residual": residual, "weight": weight, "bias": bias}
     tensors = {name: ir.ExternKernel.require_contiguous(in_rows(x)) for name, x in found.items() if x is not None}
-    tensors["codes"] = ir.ExternKernel.realize_input(codes)
-    return NormTemplate(tensors, norm_layouts(x, both, narrow), eps=eps, both=both).results()
+    if codes is not None:
+        tensors["codes"] = ir.ExternKernel.realize_input(codes)
+    return NormTemplate(tensors, norm_layouts(x, codes, both, narrow), eps=eps, both=both).results()
 
 
-def norm_layouts(x: Any, both: bool, narrow: bool) -> dict[str, ir.FixedLayout]:
-    """Of the outputs for rows like those of `x`: numbers, if `both`, and codes."""
+def norm_layouts(x: Any, codes: Any, both: bool, narrow: bool) -> dict[str, ir.FixedLayout]:
+    """Of the outputs for rows like those of `x`: numbers, if `both`, codes, and without `codes` the scales of rows."""
     layouts = {"y": plain_layout(x, torch.bfloat16 if narrow else torch.float32, x.get_size())} if both else {}
-    return layouts | {"out": plain_layout(x, torch.uint8, x.get_size())}
+    coded = row_layouts(x, x.get_size())
+    if codes is not None:
+        del coded["scales"]
+    return layouts | coded
 
 
-NORMALIZE = r"""
+NORMALIZE = (
+    QUANTIZE_ROW
+    + r"""
 #ifndef HFQ_NORMALIZE
 #define HFQ_NORMALIZE
 // float32 or, with AVX-512, bfloat16.
@@ -51,10 +58,11 @@ inline void put_numbers(at::BFloat16* to, at::vec::Vectorized<float> x) {
 }
 #endif
 
-// What is a null pointer is left out. `read` gives the numbers of a row, a vector at a time.
-template <int64_t N, typename Read, typename Number>
+// What is a null pointer is left out. `read` gives the numbers of a row, a vector at a time. `codes`: `ToCodes`, or where
+// the scale of the row is to be written.
+template <int64_t N, typename Read, typename Codes, typename Number>
 inline __attribute__((always_inline)) void normalize(
-    const Read& read, const float* weight, const float* bias, float eps, const ToCodes& put_codes, Number* y, uint8_t* out
+    const Read& read, const float* weight, const float* bias, float eps, const Codes& codes, Number* y, uint8_t* out
 ) {
     using Vector = at::vec::Vectorized<float>;
     constexpr int64_t LANES = Vector::size();
@@ -83,11 +91,16 @@ inline __attribute__((always_inline)) void normalize(
         if (weight) number = number * Vector::loadu(weight + n);
         if (bias) number = number + Vector::loadu(bias + n);
         if (y) put_numbers(y + n, number);
-        put_codes(out + n, number);
+        if constexpr (std::is_same_v<Codes, ToCodes>)
+            codes(out + n, number);
+        else
+            number.store(kept + n);
     }
+    if constexpr (!std::is_same_v<Codes, ToCodes>) quantize_row<N>([&](int64_t n) { return kept + n; }, out, codes);
 }
 #endif
 """
+)
 
 
 class NormTemplate(Template):
@@ -104,7 +117,9 @@ extern "C" {{definition}}
 {
     constexpr int64_t N = {{kernel.size(tensors["x"], -1)}};
     const int64_t rows = {{kernel.size(tensors["x"], 0)}} * {{kernel.size(tensors["x"], 1)}};
+{%- if "codes" in at %}
     const ToCodes put_codes(&{{at["codes"]}});
+{%- endif %}
 {%- for name in at if name != "codes" %}
     const auto* {{name}}_at = &{{at[name]}};
 {%- endfor %}
@@ -119,7 +134,7 @@ extern "C" {{definition}}
         };
         normalize<N>(
             read, {{"weight_at" if "weight" in at else "nullptr"}}, {{"bias_at" if "bias" in at else "nullptr"}},
-            {{eps}}f, put_codes, {{"y + row * N" if both else "static_cast<float*>(nullptr)"}}, out + row * N);
+            {{eps}}f, {{"put_codes" if "codes" in at else "scales + row"}}, {{"y + row * N" if both else "static_cast<float*>(nullptr)"}}, out + row * N);
     }
 }
 """

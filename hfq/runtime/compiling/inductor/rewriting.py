@@ -5,7 +5,7 @@ They are found by what computes them, in whatever model.
 
 import operator
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ...kernels.cpu import compiles_to_bfloat16
 from ...kernels.layouts import VNNI
+from .disentangled_attention import read_disentangled
 from .own_attention import before_it_is_repeated, read_attention
 
 LANES = 16  # float32 numbers, of which rows are multiples: one AVX-512 register, or two of AVX2
@@ -26,8 +27,12 @@ _VIEWS = (
     _aten.select.int, _aten.unflatten.int, _aten.chunk.default, _aten.split.Tensor, _aten.split_with_sizes.default,
     _aten.unbind.int, operator.getitem,
 )  # fmt: skip
-_NORMS = {torch.ops.hfq.layer_norm.default: {0, 1}, torch.ops.hfq.int8_linear_norm.default: {4}}  # what each adds
+_NORMS = {torch.ops.hfq.layer_norm.default: {0, 1}, torch.ops.hfq.int8_linear_norm.default: {6}}  # what each adds
 _KEEP_ORDER = (_aten.reshape.default, _aten.view.default, _aten.contiguous.default)
+_MULTIPLIED = {0, 1, 2, 7, 9}  # of what attention is given
+_FUNCTIONS = {
+    _aten.relu.default: "relu", _aten.relu_.default: "relu", _aten.gelu.default: "gelu", _aten.gelu_.default: "gelu",
+}  # fmt: skip
 
 
 def rewrite(module: fx.GraphModule, *, fusions: Collection[str]) -> None:
@@ -43,6 +48,8 @@ def rewrite(module: fx.GraphModule, *, fusions: Collection[str]) -> None:
     for node in graph.find_nodes(op="call_function", target=_LAYER_NORM):
         if node not in changed:
             _replace_norm(graph, node, changed)
+    for node in graph.find_nodes(op="call_function", target=torch.ops.hfq.quantize_rows.default):
+        _multiply_in_rows(graph, node)
     graph.eliminate_dead_code()  # sums that norms compute now
     if "compiled-residual" in fusions:
         for target in _NORMS:
@@ -54,9 +61,12 @@ def rewrite(module: fx.GraphModule, *, fusions: Collection[str]) -> None:
             if arguments is not None and changed.keys().isdisjoint(map(_origin, [node, *filter(None, arguments[0])])):
                 _replace_attention(graph, [node], *arguments)
         _replace_own_attention(graph, changed)
+        _replace_disentangled_attention(graph, changed)
+        graph.eliminate_dead_code()  # who reads query, key and value no more
     for node in graph.find_nodes(op="call_function", target=torch.ops.hfq.attention.default):
-        for x in node.args[:3]:
-            _narrow(graph, x)
+        for i in _MULTIPLIED:
+            if i < len(node.args) and node.args[i] is not None:
+                _narrow(graph, node.args[i])
     graph.eliminate_dead_code()
     graph.lint()
     module.recompile()
@@ -157,29 +167,65 @@ def _replace_norm(graph: fx.Graph, node: Node, changed: Mapping[Node, Node]) -> 
     suits &= all(y is None or y.meta["val"].dtype == torch.float32 for y in (weight, bias))
     readers = list(_readers(node))
     codes = next((y.args[1] for y in readers if _quantizes(y) and y.args[1].op == "placeholder"), None)
-    if not suits or codes is None or node.kwargs:
+    quantized = [y for y in readers if _quantizes(y) and y.args[1] is codes]
+    quantized = quantized or [y for y in readers if _quantizes_rows(y, shape[0])]
+    if not suits or not quantized or node.kwargs:
         return
     residual = None
     adds = x.target is _aten.add.Tensor and len(x.users) == 1 and not x.kwargs and _are_alike(*x.args, x)
     if adds and changed.keys().isdisjoint(map(_origin, x.args)):
         x, residual = x.args
-    quantized = [y for y in readers if _quantizes(y) and y.args[1] is codes]
     both = len(quantized) < len(readers)
     operation, operands = torch.ops.hfq.layer_norm.default, (x, residual)
     if residual is not None:
         for product, other in ((x, residual), (residual, x)):
             matmul = _matmul_behind(product)
             if matmul is not None:
-                operation, operands = torch.ops.hfq.int8_linear_norm.default, (*matmul.args, other)
+                operation, operands = torch.ops.hfq.int8_linear_norm.default, (*_operands(matmul), other)
     with graph.inserting_before(node):
         results = graph.call_function(operation, (*operands, weight, bias, codes, eps, both, False))
-        *numbers, coded = (graph.call_function(operator.getitem, (results, i)) for i in range(1 + both))
+        count = 1 + both + (codes is None)
+        outputs = [graph.call_function(operator.getitem, (results, i)) for i in range(count)]
+    coded = outputs[both]
     for y in quantized:
+        if codes is None:
+            _read_rows(graph, y, coded, outputs[-1])
+            continue
         with graph.inserting_before(y):
             _stand_in(y, graph.call_function(_aten.reshape.default, (coded, [-1, y.meta["val"].shape[1]])))
         graph.erase_node(y)
     if both:
-        _stand_in(node, numbers[0])
+        _stand_in(node, outputs[0])
+
+
+def _multiply_in_rows(graph: fx.Graph, node: Node) -> None:
+    """Have what `node` quantizes in rows found with these, if it is of an int8 matmul and an activation function."""
+    function = _behind_views(node.args[0])
+    is_known = function.target in _FUNCTIONS and function.kwargs.get("approximate", "none") == "none"
+    matmul = _matmul_behind(function.args[0]) if is_known and len(function.users) == 1 else None
+    if matmul is None or matmul.meta["val"].shape[1] != node.args[0].meta["val"].shape[1]:
+        return
+    with graph.inserting_before(node):
+        arguments = *_operands(matmul), _FUNCTIONS[function.target]
+        results = graph.call_function(torch.ops.hfq.int8_linear_rows.default, arguments)
+        _read_rows(graph, node, *(graph.call_function(operator.getitem, (results, i)) for i in range(2)))
+    function.replace_all_uses_with(function.args[0])
+    graph.erase_node(function)  # no dead code if it works in place
+
+
+def _read_rows(graph: fx.Graph, node: Node, codes: Node, scales: Node) -> None:
+    """Have `codes` and `scales` of rows read in the place of those of `node`, which quantizes the same."""
+    for user in list(node.users):
+        found = (codes, scales)[user.args[1]]
+        with graph.inserting_before(user):
+            _stand_in(user, graph.call_function(_aten.reshape.default, (found, [-1, user.meta["val"].shape[1]])))
+        graph.erase_node(user)
+    graph.erase_node(node)
+
+
+def _operands(matmul: Node) -> tuple[Any, ...]:
+    """All that `hfq::int8_linear` takes."""
+    return (*matmul.args, None, None)[:6]
 
 
 def _narrow_sums(norm: Node) -> None:
@@ -207,11 +253,17 @@ def _only_read(x: Node, places: Mapping[Any, set[int]], through: Collection[Any]
 
 def _matmul_behind(node: Node) -> Node | None:
     """The int8 matmul whose products `node` is, if nobody else reads them and a norm can be computed with it."""
-    while node.target in _KEEP_ORDER and len(node.users) == 1:
-        node = node.args[0]
+    node = _behind_views(node)
     if node.target is not torch.ops.hfq.int8_linear.default or len(node.users) != 1:
         return None
     return node if node.args[1].meta["val"].shape[-1] == VNNI.block else None
+
+
+def _behind_views(node: Node) -> Node:
+    """What `node` shows in another shape, if nobody else reads it."""
+    while node.target in _KEEP_ORDER and len(node.users) == 1:
+        node = node.args[0]
+    return node
 
 
 def _stand_in(node: Node, other: Node) -> None:
@@ -225,6 +277,11 @@ def _quantizes(node: Node) -> bool:
         return False
     shape = node.meta["val"].shape
     return len(shape) == 2 and isinstance(shape[1], int)
+
+
+def _quantizes_rows(node: Node, features: int) -> bool:
+    """Whether it quantizes rows of so many numbers."""
+    return node.target is torch.ops.hfq.quantize_rows.default and node.args[0].meta["val"].shape[-1] == features
 
 
 def _readers(node: Node) -> Iterator[Node]:
@@ -298,8 +355,29 @@ def _replace_own_attention(graph: fx.Graph, changed: Mapping[Node, Node]) -> Non
             _replace_attention(graph, found.operations[::-1], [*tensors, mask, bias], found.scale)
 
 
-def _replace_attention(graph: fx.Graph, operations: list[Node], tensors: list[Any], scale: float) -> None:
-    """`operations`: those that compute it, in order."""
+def _replace_disentangled_attention(graph: fx.Graph, changed: Mapping[Node, Node]) -> None:
+    """Have attention computed so that also multiplies by what stands for distances. `changed`: as above."""
+    masks: dict[Node, Node] = {}  # what is added to scores: once for all layers
+    for node in graph.find_nodes(op="call_function", target=_aten.bmm.default):
+        found = read_disentangled(node)
+        if found is None or not _suits(found.query, found.key, found.value):
+            continue
+        if not changed.keys().isdisjoint(map(_origin, found.tensors)):
+            continue
+        if found.hidden is not None and found.hidden not in masks:
+            with graph.inserting_after(found.hidden):
+                numbers = graph.call_function(_aten.to.dtype, (found.hidden, torch.float32))
+            with graph.inserting_after(numbers):
+                mask = masks[found.hidden] = graph.call_function(_aten.mul.Tensor, (numbers, found.fill))
+            numbers.meta["val"] = mask.meta["val"] = found.hidden.meta["val"].float()
+        tensors = [found.query, found.key, found.value, masks.get(found.hidden), None]
+        _replace_attention(graph, found.operations, tensors, found.scale, [*found.by_query, *found.by_key])
+
+
+def _replace_attention(
+    graph: fx.Graph, operations: list[Node], tensors: list[Any], scale: float, by_distance: Sequence[Any] = ()
+) -> None:
+    """`operations`: those that compute it, in order. `by_distance`: the last that `hfq::attention` takes."""
     *before, node = operations
     dead = [node, *_until_quantized(node)]
     last = dead[-1]
@@ -310,8 +388,12 @@ def _replace_attention(graph: fx.Graph, operations: list[Node], tensors: list[An
                 if x is not None and x.meta["val"].shape[-2] != 1:
                     added[i] = graph.call_function(_aten.slice.Tensor, (x, -2, 0, 1))
             tensors = [graph.call_function(_aten.slice.Tensor, (query, 2, 0, 1)), key, value, *added]
+            by_distance = list(by_distance)
+            for i, axis in ((1, 1), (3, 2)):
+                if i < len(by_distance) and by_distance[i] is not None:
+                    by_distance[i] = graph.call_function(_aten.slice.Tensor, (by_distance[i], axis, 0, 1))
         codes = last.args[1] if len(dead) > 1 else None
-        found = graph.call_function(torch.ops.hfq.attention.default, (*tensors, codes, scale))
+        found = graph.call_function(torch.ops.hfq.attention.default, (*tensors, codes, scale, *by_distance))
         if codes is None:
             found = graph.call_function(_aten.transpose.int, (found, 1, 2))
         else:
@@ -346,7 +428,7 @@ def _narrow(graph: fx.Graph, x: Node) -> None:
 
 
 def _only_attention_reads(x: Node) -> bool:
-    return _only_read(x, {torch.ops.hfq.attention.default: {0, 1, 2}}, _VIEWS)
+    return _only_read(x, {torch.ops.hfq.attention.default: _MULTIPLIED}, _VIEWS)
 
 
 def _until_quantized(node: Node) -> list[Node]:
