@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -88,7 +89,8 @@ def find_quantizable(
     kinds = (*MATMULS, *CONVOLUTIONS, nn.Embedding)
     candidates = {name: module for name, module in model.named_modules() if type(module) in kinds}
     stock = any(isinstance(module, PreTrainedModel) for module in model.modules())
-    called = dict.fromkeys(candidates, Call(0, False)) if batch is None else _called(model, candidates, batch)
+    bypassed = Bypassed(model)
+    called = dict.fromkeys(candidates, Call(0, False)) if batch is None else _called(model, candidates, batch, bypassed)
     reasons = {name: "not used by the forward pass" for name in candidates if name not in called}
     reasons |= {
         name: f"is a {type(module).__name__}, not a plain Embedding"
@@ -100,7 +102,7 @@ def find_quantizable(
         for name, module in model.named_modules()
         if name not in candidates and name not in reasons and next(module.parameters(recurse=False), None) is not None
     }
-    tied, untied = _sharing(model, called)
+    tied, untied = _sharing(model, called, bypassed)
     reasons = {name: reason for name, reason in (reasons | untied).items() if name not in tied}
     # With one in int8 stock transformers opens the model only if it is widened, and drops all other layers' input scales.
     convolutions = [module for module in model.modules() if isinstance(module, CONVOLUTIONS)]
@@ -137,7 +139,9 @@ class Call(NamedTuple):
     answers: bool
 
 
-def _called(model: nn.Module, candidates: Mapping[str, nn.Module], batch: Batch) -> dict[str, Call]:
+def _called(
+    model: nn.Module, candidates: Mapping[str, nn.Module], batch: Batch, bypassed: "Bypassed"
+) -> dict[str, Call]:
     """By name, in the order they were called first."""
     called: dict[str, int] = {}
     outputs: dict[str, Tensor] = {}
@@ -145,6 +149,7 @@ def _called(model: nn.Module, candidates: Mapping[str, nn.Module], batch: Batch)
     def note(name: str) -> Callable[..., None]:
         def before_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             called.setdefault(name, layer_input(args, kwargs).dim())
+            bypassed.inside += 1
 
         return before_forward
 
@@ -152,19 +157,43 @@ def _called(model: nn.Module, candidates: Mapping[str, nn.Module], batch: Batch)
         def after_forward(_: nn.Module, __: Any, output: Tensor) -> None:
             outputs.clear()
             outputs[name] = output
+            bypassed.inside -= 1
 
         return after_forward
 
     handles = [module.register_forward_pre_hook(note(name), with_kwargs=True) for name, module in candidates.items()]
     handles += [module.register_forward_hook(keep(name)) for name, module in candidates.items()]
     try:
-        with weights_left_in_file(model), torch.inference_mode():
+        with weights_left_in_file(model), torch.inference_mode(), bypassed:
             answer = tree_leaves(model(**batch))
     finally:
         for handle in handles:
             handle.remove()
     last = {name for name, output in outputs.items() if any(leaf is output for leaf in answer)}
     return {name: Call(dimensions, name in last) for name, dimensions in called.items()}
+
+
+class Bypassed(TorchFunctionMode):
+    """Notes which weights a forward reads while it is in no layer, as MobileBERT's head does: there, codes would be wrong.
+
+    `weight in`: whether it was one of them. `inside`: in how many layers the forward is.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.inside = 0
+        self._weights = {id(parameter) for parameter in model.parameters()}
+        self._read: set[int] = set()
+
+    def __contains__(self, weight: Tensor | None) -> bool:
+        return id(weight) in self._read
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if not self.inside and any(isinstance(leaf, Tensor) for leaf in tree_leaves(output)):  # not its dtype or shape
+            given = tree_leaves((args, kwargs))
+            self._read |= {id(leaf) for leaf in given if isinstance(leaf, nn.Parameter)} & self._weights
+        return output
 
 
 def _are_few(convolutions: Sequence[nn.Module], model: nn.Module) -> bool:
@@ -186,8 +215,10 @@ def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     return args[0] if args else next(iter(kwargs.values()))
 
 
-def _sharing(model: nn.Module, called: Iterable[str]) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
-    """Of layers whose weight other modules have too: by name, all that have it; and why the rest stays float.
+def _sharing(
+    model: nn.Module, called: Iterable[str], bypassed: Bypassed
+) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+    """Of layers whose weight others have or read too: by name, all that have it as one; and why the rest stays float.
 
     One int8 weight serves lookups, and a Linear that multiplies by the same rows, whether or not they are called.
     """
@@ -199,8 +230,11 @@ def _sharing(model: nn.Module, called: Iterable[str]) -> tuple[dict[str, tuple[s
     tied: dict[str, tuple[str, ...]] = {}
     reasons: dict[str, str] = {}
     for name in called:
-        names = owners[id(modules[name]._parameters["weight"])] if "weight" in modules[name]._parameters else []
-        if len(names) < 2:
+        weight = modules[name]._parameters.get("weight")
+        names = [] if weight is None else owners[id(weight)]
+        if weight in bypassed:
+            reasons[name] = "has a weight that is read elsewhere, too"
+        if len(names) < 2 or name in reasons:
             continue
         kinds = {type(modules.get(owner)) for owner in names}
         if kinds == {nn.Embedding} or kinds == {nn.Embedding, nn.Linear}:

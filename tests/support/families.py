@@ -85,6 +85,9 @@ FAMILIES = {
         {**_LABELS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "bos_token_id": 1, "eos_token_id": 2},
     ),
     "llama": Family("LlamaForCausalLM", _DECODER, heads=("AutoModel", "LlamaForSequenceClassification")),
+    "mobilebert with words": Family(
+        "MobileBertForMaskedLM", {**_SMALL, "true_hidden_size": 16, "intra_bottleneck_size": 16}, heads=()
+    ),
     "modernbert": Family(
         "ModernBertForSequenceClassification",
         {**_BERT, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2},
