@@ -109,7 +109,7 @@ def in_whole_registers(key: Tensor, value: Tensor, mask: Tensor | None) -> tuple
     torch sums what is beyond a multiple in another order than the rest, and in yet another without a mask. That is 3e-7 of
     a number, and enough to move an int8 code: with these, a text's codes are the same alone, padded, and in a batch.
 
-    `key` and `value`: `[batch, heads, keys, size]`. `mask`: bool, true where a key may be seen.
+    `key` and `value`: `[batch, heads, keys, size]`. `mask`: bool, true where a key may be seen, or float, which is added.
     """
     keys = key.shape[2]
     more = -keys % LANES
@@ -119,7 +119,8 @@ def in_whole_registers(key: Tensor, value: Tensor, mask: Tensor | None) -> tuple
         mask = mask[:, :, :1]
     if not more:
         return key, value, mask
-    return F.pad(key, (0, 0, 0, more)), F.pad(value, (0, 0, 0, more)), F.pad(mask, (0, more))
+    unseen = -torch.inf if mask.is_floating_point() else False
+    return F.pad(key, (0, 0, 0, more)), F.pad(value, (0, 0, 0, more)), F.pad(mask, (0, more), value=unseen)
 
 
 def _dtype_of(module: torch.nn.Module, default: torch.dtype) -> torch.dtype:

@@ -165,7 +165,7 @@ def _fuse_calls(model: nn.Module, wanted: tuple[str, ...]) -> None:
                 _fuse_attention(model, example, flow)
         directly = {"encoder-layer", "residual"}.issubset(wanted)  # it adds in matmuls
         if directly and isinstance(model.__dict__.get("forward"), SlicedForward) and _is_told(model):
-            run_directly(model, known)
+            run_directly(model, known, narrow="attention" in wanted and cpu.multiplies_in_tiles())
         if "plan" in wanted:
             _plan(model)
     _enter(model, known)
