@@ -12,7 +12,6 @@ from ..common.names import is_path
 from ..recipe import Recipe, flag
 from ..source.checkpoint import Checkpoint
 from ..tasks.base import FIDELITY, Alignment, Batch, Columns, Encoding, Processor, References, Task
-from ..tasks.metrics import is_mean_of_shares
 from ..tasks.stream import Stream
 from ..tasks.text.tokens import is_text
 from .dataset import load_splits
@@ -160,7 +159,7 @@ def load_task_data(checkpoint: Checkpoint, recipe: Recipe, *, task: Task, recipe
     chosen = read[calibration].shuffle(seed=recipe.seed)
     chosen = chosen.select(range(min(recipe.calibration_samples, len(chosen))))
     reader = _Reader(task, columns, alignment, processor)
-    in_looks = is_mean_of_shares(task.judge(metric)) and recipe.devices == 1
+    in_looks = task.judge(metric).averages_shares and recipe.devices == 1
     evaluated = reader.examples(_together([read[name] for name in names]), split, recipe if in_looks else None)
     calibrated = reader.examples(chosen, calibration)
     unseen = holdout_split(splits, {*names, calibration}, lambda rows: reader.judges(rows))

@@ -4,14 +4,16 @@ Two questions, two answers. How probable it is, given these examples: a posterio
 Whether it may be claimed at a level of confidence: a test, whose false claims are bounded whatever the size of the split.
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
 
 from ..tasks.base import Metric, References
-from ..tasks.metrics import MeanOf, is_mean_of_shares
+from ..tasks.metrics import MeanOf
 from ..tuning.goal import Goal
 from .evaluate import Evaluation
 from .statistics import RESAMPLES, resampled_differences
@@ -41,11 +43,17 @@ def claim(
     """What two models' outputs for the same examples, float first, say of the goal. `level`: 1 less the confidence asked for.
 
     For a mean over examples of values in [0, 1] the test is exact for any number of them; for the metric of a whole set
-    it is a bootstrap, and as good as those are.
+    it is a bootstrap that reckons with what was not drawn, and as good as those are.
     """
-    if not is_mean_of_shares(judge):
-        met = _share_met(pair, resampled_differences(judge, pair, references, seed=seed), goal)
-        return Claim(max(1 - met, 1 / RESAMPLES), max(met, 1 / RESAMPLES))
+    if not judge.averages_shares:
+        seen = resampled_differences(judge, pair, references, seed=seed)
+        differences = resampled_differences(judge, pair, references, seed=seed, unseen=True)
+        met = _share_met(pair, differences, goal)
+        found = Claim(max(1 - met, 1 / RESAMPLES), max(met, 1 / RESAMPLES))
+        if min(found.against, found.for_) <= level:
+            return found
+        losses = _losses(pair, differences, goal), _losses(pair, seen, goal)
+        return replace(found, needed=_needed_of_set(losses, goal, examples=len(references), level=level))
     values, counts, (low, high) = _excess(judge, pair, references, goal)
 
     def refuted(more: float) -> float:
@@ -69,9 +77,22 @@ def within(
     `differences`: of the scores, resampled, which tell it for the metric of a whole set. For a mean over examples it is
     a posterior, which does not take what never happened for impossible, as resampling does.
     """
-    if not is_mean_of_shares(judge):
+    if not judge.averages_shares:
         return _share_met(pair, differences, goal)
     return _posterior(*_excess(judge, pair, references, goal), seed=seed)
+
+
+def plausible_differences(judge: Metric, pair: Pair, references: References, *, seed: int) -> Tensor:
+    """float64 `[draws]`: the second score less the first on all examples of this kind, as far as these tell.
+
+    By bootstrap; for a mean over examples of values in [0, 1] by the posterior, which leaves room for what never happened.
+    """
+    if not judge.averages_shares:
+        return resampled_differences(judge, pair, references, seed=seed)
+    assert isinstance(judge, MeanOf)
+    first, second = (judge.value(found.outputs, references).double() for found in pair)
+    values, counts = (second - first).unique(return_counts=True)
+    return _drawn_means(values, counts.double(), (-1.0, 1.0), seed=seed)
 
 
 def _share_met(pair: Pair, differences: Tensor, goal: Goal) -> float:
@@ -120,8 +141,35 @@ def _needed(p_value: Callable[[float], float], examples: float, level: float) ->
     return int(more * examples) + 1
 
 
+def _losses(pair: Pair, differences: Tensor, goal: Goal) -> Tensor:
+    """float64 `[resamples]`, as the goal counts them."""
+    return torch.tensor([goal.loss(pair[0].score + difference) for difference in differences.tolist()]).double()
+
+
+def _needed_of_set(losses: tuple[Tensor, Tensor], goal: Goal, *, examples: int, level: float) -> int | None:
+    """The same, of losses that were resampled with what was not drawn, and of what was seen alone.
+
+    By the normal approximation: spread falls with the square root of the examples, and what may not have been drawn with
+    their number.
+    """
+    with_unseen, seen = losses
+    mean, spread = seen.mean().item(), NormalDist().inv_cdf(1 - level) * seen.std().item()
+    gap = abs(goal.tolerable_loss - mean)
+    unseen = max(0.0, with_unseen.quantile(1 - level).item() - mean - spread) if mean < goal.tolerable_loss else 0.0
+    # spread / sqrt(more) + unseen / more = gap
+    root = (spread + math.sqrt(spread**2 + 4 * unseen * gap)) / 2
+    if root == 0 or root**2 * examples > LARGEST * gap**2:
+        return None
+    return max(examples, int((root / gap) ** 2 * examples)) + 1
+
+
 def _posterior(values: Tensor, counts: Tensor, most: tuple[float, float], *, seed: int) -> float:
-    """The probability that the mean is not above zero: a Dirichlet posterior of the shares of each kind of example.
+    """The probability that the mean is not above zero."""
+    return (_drawn_means(values, counts, most, seed=seed) <= 0).double().mean().item()
+
+
+def _drawn_means(values: Tensor, counts: Tensor, most: tuple[float, float], *, seed: int) -> Tensor:
+    """float64 `[DRAWS]`: the mean of values, by a Dirichlet posterior of the shares of each kind of example.
 
     The extremes are among them though never drawn, each with half an example (Jeffreys' prior): what did not happen in
     a few hundred examples is not impossible.
@@ -130,4 +178,4 @@ def _posterior(values: Tensor, counts: Tensor, most: tuple[float, float], *, see
     weights = torch.cat([counts, torch.tensor([0.5, 0.5], dtype=torch.float64)])
     generator = torch.Generator().manual_seed(seed)
     drawn = torch._standard_gamma(weights.expand(DRAWS, -1), generator=generator)
-    return ((drawn * kinds).sum(1) <= 0).double().mean().item()
+    return (drawn * kinds).sum(1) / drawn.sum(1)

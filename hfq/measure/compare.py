@@ -16,11 +16,11 @@ from ..source.checkpoint import Checkpoint
 from ..source.model import load_model
 from ..tasks.base import Batch, Outputs, References
 from ..tuning.goal import Goal
-from .certainty import Pair, within
+from .certainty import Pair, plausible_differences, within
 from .evaluate import Engine, Evaluation, evaluate, judged
 from .figures import Comparison, Measurement, StockComparison
 from .kept_outputs import keeping_outputs
-from .statistics import mcnemar_p, middle, resampled_differences
+from .statistics import mcnemar_p, middle, on_others
 from .timing import COMPARED_EXAMPLES, Subject, Timing, examples_in, measure, outputs_of, some_batches
 
 STOCK_TOKENS = 512  # at a time: what stock transformers computes of them takes twice the memory that it takes in float
@@ -165,7 +165,7 @@ def compare(session: Session, pair: Pair, references: References, *, split: str,
     """
     first, second = pair
     task, seed, goal, judge = session.task, session.recipe.seed, goal_of(session, first), session.judge
-    differences = resampled_differences(judge, pair, references, seed=seed)
+    differences = plausible_differences(judge, pair, references, seed=seed)
     of_labels = session.judge.of_labels
     rights = [task.per_example(found.outputs, references) if of_labels else None for found in (first, second)]
     found = Comparison(
@@ -174,6 +174,7 @@ def compare(session: Session, pair: Pair, references: References, *, split: str,
         agreement=task.fidelity(first.outputs, second.outputs),
         difference=second.score - first.score,
         interval=middle(differences, chosen_of=chosen_of),
+        elsewhere=middle(on_others(differences), chosen_of=chosen_of),
         within=within(judge, pair, references, goal=goal, differences=differences, seed=seed),
         seen_in_tuning=split == session.data.info.split,
         remarks=task.remarks(session.judge, first.outputs, second.outputs, references),

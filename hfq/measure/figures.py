@@ -41,7 +41,7 @@ class Comparison:
     """Both models on the same examples of `split`.
 
     `agreement`: how alike they answer, in [0, 1], by the task's own measure. `difference`: int8's score less the float
-    model's, and `interval` its 95 % interval, by paired bootstrap over examples. `within`: the probability, given these
+    model's, `interval` its 95 % interval, and `elsewhere` that of the difference on as many other examples. `within`: the probability, given these
     examples, that the loss is within the tolerance. `both_right`, `only_float_right`,
     `only_int8_right`: examples, where each is right or wrong by itself, and `p_value` the exact McNemar test that the
     two are equally often right; else None. `remarks`: the task's own, in sentences.
@@ -58,4 +58,5 @@ class Comparison:
     only_int8_right: int | None = None
     p_value: float | None = None
     within: float | None = None
+    elsewhere: tuple[float, float] | None = None
     remarks: list[str] = field(default_factory=list)

@@ -22,10 +22,13 @@ def mcnemar_p(only_first_right: int, only_second_right: int) -> float:
     return min(1.0, 2 * tail)
 
 
-def resampled(metric: Callable[[Tensor], Tensor], first: Tensor, second: Tensor, *, seed: int) -> Tensor:
+def resampled(
+    metric: Callable[[Tensor], Tensor], first: Tensor, second: Tensor, *, seed: int, unseen: Tensor | None = None
+) -> Tensor:
     """float64 `[RESAMPLES]`: metric(second) - metric(first), by bootstrap over pairs (Efron 1979).
 
     `first`, `second`: float64 `[examples, k]`, numbers of the same examples that add up. `metric`: from sums `[..., k]`.
+    `unseen`: `[k]`, of an example that may be among those that were not drawn: as many as there may be of them.
     """
     examples = len(first)
     generator = torch.Generator().manual_seed(seed)
@@ -33,27 +36,74 @@ def resampled(metric: Callable[[Tensor], Tensor], first: Tensor, second: Tensor,
     differences = []
     for done in range(0, RESAMPLES, chunk):
         drawn = torch.randint(examples, (min(chunk, RESAMPLES - done), examples), generator=generator)
-        differences.append(metric(second[drawn].sum(1)) - metric(first[drawn].sum(1)))
+        after = second[drawn].sum(1)
+        if unseen is not None:
+            after += _unseen(len(drawn), examples, generator)[:, None] * (unseen - second.mean(0))
+        differences.append(metric(after) - metric(first[drawn].sum(1)))
     return torch.cat(differences)
 
 
-def resampled_sets(difference: Callable[[list[int]], float], examples: int, *, seed: int) -> Tensor:
-    """The same for a metric of a whole set. `difference`: second less first, on the examples of the given numbers."""
+def resampled_sets(
+    before: Callable[[list[int]], float],
+    after: Callable[[list[int]], float],
+    examples: int,
+    *,
+    seed: int,
+    unseen: bool = False,
+) -> Tensor:
+    """The same for a metric of a whole set, of examples by their numbers, as `Metric.of_some` has them."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = [torch.randint(examples, (examples,), generator=generator).tolist() for _ in range(RESAMPLES_OF_SETS)]
-    found = torch.tensor([difference(rows) for rows in drawn], dtype=torch.float64)
-    return found[found.isfinite()]
+    found = []
+    for count in _unseen(RESAMPLES_OF_SETS, examples, generator).int().tolist():
+        drawn = torch.randint(examples, (examples,), generator=generator)
+        opposite = drawn.clone()
+        if unseen:
+            opposite[:count] += examples  # they were drawn in random order
+        found.append(after(opposite.tolist()) - before(drawn.tolist()))
+    differences = torch.tensor(found, dtype=torch.float64)
+    return differences[differences.isfinite()]
+
+
+def _unseen(resamples: int, examples: int, generator: torch.Generator) -> Tensor:
+    """float64 `[resamples]`: how many of so many examples may be of a kind that none of them was.
+
+    By the posterior of its share under a uniform prior, 95 % of which lies below 3 / examples, as the rule of three has it
+    (Hanley and Lippman-Hand 1983). A bootstrap alone takes what never happened for impossible.
+    """
+    share = 1 - torch.rand(resamples, generator=generator, dtype=torch.float64) ** (1 / examples)
+    return torch.binomial(torch.full_like(share, examples), share, generator=generator)
 
 
 def resampled_differences(
-    judge: Metric, pair: tuple[Evaluation, Evaluation], references: References, *, seed: int
+    judge: Metric,
+    pair: tuple[Evaluation, Evaluation],
+    references: References,
+    *,
+    seed: int,
+    unseen: bool = False,
 ) -> Tensor:
-    """The score of the second of two models less that of the first, on resamples of the examples."""
+    """The score of the second of two models less that of the first, on resamples of the examples.
+
+    `unseen`: as if among them were some, too few to be seen, that the second answers as badly as it answers any.
+    """
     first, second = (found.outputs for found in pair)
     if isinstance(judge, SumMetric):
-        return resampled(judge.of_sums, judge.numbers(first, references), judge.numbers(second, references), seed=seed)
+        numbers = [judge.numbers(outputs, references) for outputs in (first, second)]
+        worst = _worst(judge, numbers[1]) if unseen else None
+        return resampled(judge.of_sums, *numbers, seed=seed, unseen=worst)
     before, after = judge.of_some(first, references), judge.of_some(second, references)
-    return resampled_sets(lambda rows: after(rows) - before(rows), len(references), seed=seed)
+    return resampled_sets(before, after, len(references), seed=seed, unseen=unseen)
+
+
+def _worst(judge: SumMetric, numbers: Tensor) -> Tensor:
+    """`[k]`, of the example that, were there one more of it, would harm the metric most."""
+    scores = judge.of_sums(numbers.sum(0) + numbers)
+    return numbers[int(scores.argmin() if judge.higher_is_better else scores.argmax())]
+
+
+def on_others(differences: Tensor) -> Tensor:
+    """What differences of all examples are on as many others as they are drawn from: those have the same luck of their own."""
+    return differences + differences.flip(0) - differences.mean()
 
 
 def middle(values: Tensor, *, chosen_of: int = 1) -> tuple[float, float]:

@@ -155,9 +155,7 @@ class Report:
                 "trials": [Trial(**row) for row in data["trials"]],
                 "baseline": Measurement(**data["baseline"]),
                 "quantized": Measurement(**data["quantized"]),
-                "comparisons": [
-                    Comparison(**{**row, "interval": tuple(row["interval"])}) for row in data["comparisons"]
-                ],
+                "comparisons": [_comparison(row) for row in data["comparisons"]],
                 "trivial": trivial and Trivial(**trivial),
                 "held_out_stock": stock and StockComparison(**stock),
                 "layers": Layers(**data["layers"]),
@@ -225,3 +223,8 @@ def package_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def _comparison(row: dict[str, Any]) -> Comparison:
+    intervals = {name: tuple(row[name]) for name in ("interval", "elsewhere") if row.get(name)}
+    return Comparison(**{**row, **intervals})

@@ -38,13 +38,22 @@ class Metric(ABC):
     in_points = True
     of_labels: ClassVar[bool] = True  # else of outputs: it says nothing of what is right
 
+    @property
+    def averages_shares(self) -> bool:
+        """Whether it is the mean over examples of values in [0, 1], the more the better."""
+        return False
+
     @abstractmethod
     def score(self, outputs: Outputs, references: References) -> float:
         """Its value."""
 
     def of_some(self, outputs: Outputs, references: References) -> Callable[[list[int]], float]:
-        """Its value for some of the examples, by their numbers, of which one may be there twice."""
-        return lambda rows: self.score([outputs[row] for row in rows], [references[row] for row in rows])
+        """Its value for some of the examples, by their numbers, of which one may be there twice.
+
+        A number of `len(references)` or more is that of the example so many before, with an output that is the opposite.
+        """
+        both, twice = [*outputs, *(-output for output in outputs)], [*references, *references]
+        return lambda rows: self.score([both[row] for row in rows], [twice[row] for row in rows])
 
 
 class SumMetric(Metric):

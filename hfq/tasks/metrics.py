@@ -26,17 +26,16 @@ class MeanOf(SumMetric):
         self.higher_is_better = higher_is_better
         self.in_points = in_points
 
+    @property
+    def averages_shares(self) -> bool:
+        return self.higher_is_better and self.in_points
+
     def numbers(self, outputs: Outputs, references: References) -> Tensor:
         values = self.value(outputs, references).double()
         return torch.stack([values, torch.ones_like(values)], 1)
 
     def of_sums(self, sums: Tensor) -> Tensor:
         return sums[..., 0] / sums[..., 1]
-
-
-def is_mean_of_shares(judge: Metric) -> bool:
-    """Whether each example has a value in [0, 1], the more the better, and the metric is the mean of them."""
-    return isinstance(judge, MeanOf) and judge.higher_is_better and judge.in_points
 
 
 class Torchmetric(Metric):
@@ -58,8 +57,9 @@ class Torchmetric(Metric):
         return self.of_values(*self.given(outputs, references))
 
     def of_some(self, outputs: Outputs, references: References) -> Callable[[list[int]], float]:
-        values = self.given(outputs, references)
-        return lambda rows: self.of_values(*(value[rows] for value in values))
+        given, right = self.given(outputs, references)
+        given, right = torch.cat([given, given.amin(0) + given.amax(0) - given]), torch.cat([right, right])
+        return lambda rows: self.of_values(given[rows], right[rows])
 
     def of_values(self, given: Tensor, right: Tensor) -> float:
         """From what torchmetrics takes."""

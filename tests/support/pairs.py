@@ -4,10 +4,24 @@ import torch
 from torch import Tensor
 
 from hfq.measure.evaluate import Evaluation
+from hfq.tasks.base import Outputs, References, SumMetric
 from hfq.tasks.classification import right
 from hfq.tasks.metrics import MeanOf
 
 ACCURACY = MeanOf("Accuracy", right)
+
+
+class F1(SumMetric):
+    """Of label 1, whose numbers are true positives, false positives and false negatives."""
+
+    label = "F1"
+
+    def numbers(self, outputs: Outputs, references: References) -> Tensor:
+        given, expected = torch.stack(list(outputs)).argmax(1) == 1, torch.tensor(references) == 1
+        return torch.stack([given & expected, given & ~expected, ~given & expected], 1).double()
+
+    def of_sums(self, sums: Tensor) -> Tensor:
+        return 2 * sums[..., 0] / (2 * sums[..., 0] + sums[..., 1] + sums[..., 2]).clamp(min=1e-9)
 
 
 def evaluation(rights: Tensor) -> Evaluation:
