@@ -152,7 +152,7 @@ def bench(
             ui.stage(f"Prepare and load {name}")
             found[name] = {}
             try:
-                loading[name] = _prepare(name, opening, Path(folder) / name)
+                loading[name] = prepare(name, opening, Path(folder) / name)
                 process, used[name], found[name] = _load(name, opening, loading[name])
                 running[name] = stack.enter_context(process)
             except Exception as error:  # a peer's own failure, of any type: it is a result
@@ -306,7 +306,7 @@ def _check(quantized: Checkpoint, baseline: Checkpoint, shapes: Sequence[Shape])
         raise UsageError(f"{quantized.info.id} takes at most {most} tokens, and --shapes has {longest}.")
 
 
-def _prepare(name: str, opening: dict[str, Any], folder: Path) -> dict[str, Any]:
+def prepare(name: str, opening: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Make what the engine loads; return the request that loads it.
 
     In a process of its own, so that quantizing is in neither time nor memory.
@@ -314,13 +314,14 @@ def _prepare(name: str, opening: dict[str, Any], folder: Path) -> dict[str, Any]
     if checkpoint := ENGINES[name].loads:
         return {**opening, "do": "load", "path": opening[checkpoint]}
     folder.mkdir()
-    with _open(name, opening) as process:
+    with open_engine(name, opening) as process:
         process.hear()
         process.ask({"do": "prepare", "folder": str(folder)})
     return {**opening, "do": "load", "path": str(folder)}
 
 
-def _open(name: str, opening: dict[str, Any]) -> Process:
+def open_engine(name: str, opening: dict[str, Any]) -> Process:
+    """A process for the engine called `name`, which was told `opening` and has not answered yet."""
     process = Process("hfq.bench.engine_process", name, python=opening["pythons"].get(name))
     process.tell({**opening, "engine": name})
     return process
@@ -330,7 +331,7 @@ def _load(
     name: str, opening: dict[str, Any], loading: dict[str, Any]
 ) -> tuple[Process, dict[str, str], dict[str, Any]]:
     """The process, versions of what it runs, and what loading took."""
-    process = _open(name, opening)
+    process = open_engine(name, opening)
     try:
         versions = process.hear()["versions"]
         return process, versions, {**process.ask(loading), "by_shape": {}}

@@ -10,7 +10,7 @@ from ..common.files import write_bytes, write_text
 from ..common.redact import redact
 from ..report.plots import png, quiet_matplotlib
 from .engines import ENGINES, PEERS, REFERENCE
-from .growth import BATCH, LENGTH, Point
+from .growth import BATCH, LENGTH, Point, steeper
 from .run import SAME_ANSWER, SAME_LOGITS, BenchResult, EngineResult
 
 
@@ -78,6 +78,7 @@ def markdown(result: BenchResult, growth: Sequence[Point]) -> str:
             f"| {point.axis} | {point.value} | {point.engine} | {point.milliseconds:.1f} | {point.peak_mib:.0f} |"
             for point in growth
         ]
+        lines += [f"\n**{sentence}**" for sentence in steeper(growth)]
     versions = {"": result.setup.get("versions"), **result.setup.get("elsewhere", {})}
     for where, packages in versions.items():
         if packages:
@@ -153,12 +154,13 @@ def _plot(result: BenchResult) -> bytes:
 
 
 def _plot_growth(growth: Sequence[Point]) -> bytes:
-    """Time above, memory below; a column each for layers, batch and length."""
+    """Time above, memory below; a column for each axis."""
     quiet_matplotlib()
     from matplotlib.figure import Figure
 
     axes_names = list(dict.fromkeys(point.axis for point in growth))
-    fixed = {"layers": f"{BATCH}x{LENGTH}", "batch": f"length {LENGTH}", "length": f"batch {BATCH}"}
+    usual = f"{BATCH}x{LENGTH}"
+    fixed = {"layers": usual, "batch": f"length {LENGTH}", "length": f"batch {BATCH}", "processes": usual}
     figure = Figure(figsize=(3.6 * len(axes_names), 5.6), layout="constrained")
     grid = figure.subplots(2, len(axes_names), squeeze=False, sharey="row")
     for column, axis in enumerate(axes_names):

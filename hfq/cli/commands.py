@@ -315,7 +315,9 @@ def bench_command(
     points: list[Point] = []
     written = write_bench(found, points, output)
     if contest.growth:
-        points = grow(quantized, float_model, threads=threads, ui=ui)
+        ran = {engine.name for engine in found.engines} - {engine.name for engine in found.failed}
+        growing = {name: python for name, python in names.items() if name in ran}
+        points = grow(quantized, float_model, names=growing, threads=threads, ui=ui)
         written = write_bench(found, points, output)
     if as_json:
         write_json(as_dict(found, points))

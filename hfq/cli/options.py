@@ -225,5 +225,5 @@ class Contest:
     rounds: Annotated[int, typer.Option(min=1, help="Turns of every engine on each shape.")] = 5
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Also time `hfq.compile`.")] = True
     growth: Annotated[
-        bool, typer.Option("--growth", help="Also measure how time and memory grow with layers, batch and length.")
+        bool, typer.Option("--growth", help="Also how time and memory grow with batch, length, processes and layers.")
     ] = False
