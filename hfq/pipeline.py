@@ -20,9 +20,10 @@ from .common.memory import return_freed_memory
 from .common.names import EXPORT, REPORT_FILE, TRIALS_FILE
 from .common.ui import Reporter
 from .common.version import __version__
-from .data.session import Session, open_session
+from .data.session import Session, calibration_inputs, open_session
 from .explain.explain import Case, explain
 from .export.checkpoint import export
+from .export.stock import check_openable
 from .measure.compare import (
     compare_with_stock,
     compared_outputs,
@@ -122,6 +123,7 @@ def quantize(
     torch.manual_seed(recipe.seed)
     with work_folder(output) as work:
         session = open_session(recipe, recipes=recipes, ui=ui, token=token)
+        check_openable(session.model)
         trivial = _trivial(session)
         baseline = _baseline(session, trivial, ui)
         goal = goal_of(session, baseline)
@@ -256,7 +258,7 @@ def _tune(
         session.metric,
         helped_by and (lambda folds: helped_by(replace(context, folds=folds, number=None))),
     )
-    calibration = Calibration([session.task.model_inputs(batch) for batch in session.calibration])
+    calibration = Calibration(calibration_inputs(session, session.calibration))
     return find(
         session.model, calibration, examiner, options=search_options(session.recipe, session.model), log=log, ui=ui
     )

@@ -111,6 +111,12 @@ def answers(model: nn.Module, batches: Sequence[Batch], *, task: Task) -> list[T
         return [output for batch in batches for output in task.outputs(model, batch)]
 
 
+def calibration_inputs(session: Session, batches: Sequence[Batch]) -> list[Batch]:
+    """What the float model is called with, where it is to be calibrated on `batches` or to teach."""
+    with torch.no_grad():
+        return [session.task.calibration_inputs(session.model, batch) for batch in batches]
+
+
 def _float_model(session: Session, baseline: str | None, *, token: str | None) -> nn.Module:
     """The model whose answers are right where no labels are read."""
     checkpoint = session.checkpoint

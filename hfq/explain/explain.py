@@ -8,7 +8,7 @@ from statistics import median
 import torch
 
 from ..common.ui import Reporter
-from ..data.session import Session, open_session
+from ..data.session import Session, calibration_inputs, open_session
 from ..measure.compare import evaluate_float, evaluate_split, goal_of
 from ..measure.evaluate import Evaluation
 from ..ptq.calibration import encoder_output
@@ -67,7 +67,7 @@ def explain_checkpoint(
     floats = evaluate_float(session, session.evaluation, session.data.evaluation)
     ui.note(f"{session.metric} {floats.score:.4f}")
     ui.stage(f"Calibration on {len(session.data.calibration)} examples")
-    batches = [session.task.model_inputs(batch) for batch in session.calibration]
+    batches = calibration_inputs(session, session.calibration)
     space = prepare(session.model, Calibration(batches), options=Options(rules=rules), ui=ui)
     if exported is None:
         name, plan = PLAIN.name, space.plan(PLAIN)

@@ -94,7 +94,9 @@ def quantization_config(model: nn.Module, plan: Plan, *, widened: bool = False) 
     """
     # Stock transformers opens an int8 Conv1D only so.
     unknown_in_stock = (Int8Conv1D, Int8Conv) if isinstance(model, PreTrainedModel) else Int8Conv1D
-    widened = widened or any(isinstance(module, unknown_in_stock) for module in model.modules())
+    widened = (
+        widened or _runs_in_parts(model) or any(isinstance(module, unknown_in_stock) for module in model.modules())
+    )
     ranges = input_ranges(model) if widened else {}
     approaches: dict[str, str] = dict.fromkeys(plan.embeddings, "weight-only")
     approaches |= {name: "weight-only" if name in ranges else s.approach for name, s in plan.layers.items()}
@@ -108,6 +110,13 @@ def quantization_config(model: nn.Module, plan: Plan, *, widened: bool = False) 
         "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
         "ignore": patterns.get("ignore", []),
     }
+
+
+def _runs_in_parts(model: nn.Module) -> bool:
+    """Whether users run a part of it, such as the encoder that text is generated from, before its own forward or without."""
+    return hasattr(model, "get_image_features") or (
+        isinstance(model, PreTrainedModel) and model.can_generate() and bool(model.config.is_encoder_decoder)
+    )
 
 
 def _group(approach: str, targets: list[str]) -> dict[str, Any]:

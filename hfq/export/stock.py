@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedModel
+from transformers import CompressedTensorsConfig, PreTrainedModel, __version__
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
-from ..common.errors import ExportError
+from ..common.errors import ExportError, UnsupportedError
 from ..ptq.inputs import Batch
 from ..runtime.int8.conv import Int8Conv
 from ..runtime.int8.embedding import Int8Embedding
@@ -22,6 +24,39 @@ from ..runtime.int8.linear import Int8Linear
 from ..runtime.loading.stock import stock_transformers
 
 FAR = 0.5  # relative to the answer: more than a code here and there that rounds the other way
+
+
+def check_openable(model: nn.Module) -> None:
+    """Before any work is done: whether stock transformers opens int8 checkpoints of this architecture at all.
+
+    Some it loads by splitting a weight in two, which transformers 5.23 cannot do with a weight that has a scale, even
+    where a checkpoint has none to split (DINOv2, whose largest model alone has one).
+
+    Raises:
+        UnsupportedError: it opens none.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return
+    quantizer = CompressedTensorsHfQuantizer(CompressedTensorsConfig(format="int-quantized"), pre_quantized=True)
+    quantizer.use_fp8_kernel = False
+    try:
+        quantizer.update_weight_conversions(get_model_conversion_mapping(model), _Named(model))
+    except ValueError as error:
+        raise UnsupportedError(
+            f"transformers {__version__} opens no compressed-tensors checkpoint of {type(model).__name__}: its loader "
+            f"cannot split a quantized weight ({str(error)[:100]}…). Nothing was quantized. Upgrade transformers, if it can."
+        ) from error
+
+
+class _Named:
+    """The names that a model's parameters have in int8."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.names = [name for name, _ in model.named_parameters()]
+
+    def named_parameters(self) -> Iterator[tuple[str, None]]:
+        for name in self.names:
+            yield from ((name, None), (f"{name}_scale", None))
 
 
 def check_written(model: PreTrainedModel, folder: Path, *, kind: type[PreTrainedModel], batch: Batch | None) -> None:

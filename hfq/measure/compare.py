@@ -135,15 +135,20 @@ def compare_with_stock(
     batches = [dict(part) for batch in whole for part in in_parts(batch, tokens=STOCK_TOKENS)]
     subject = Subject(exported, session.task, stock=True, trust_remote_code=session.recipe.trust_remote_code)
     stock = outputs_of(subject, batches, threads=session.recipe.threads)
-    difference = answers_otherwise(*(torch.cat([row.float().flatten() for row in rows]) for rows in (ours, stock)))
-    if difference is not None:
-        raise ExportError(other_model(difference))
+    agreement = session.task.fidelity(stock, ours)
+    if session.task.discrete:
+        mean_difference = 1 - agreement
+    else:
+        difference = answers_otherwise(*(torch.cat([row.float().flatten() for row in rows]) for rows in (ours, stock)))
+        if difference is not None:
+            raise ExportError(other_model(difference))
+        mean_difference = _mean_difference(stock, ours)
     info = session.data.info
     return StockComparison(
         split=(info.holdout_split or "") if held_out else info.split,
         examples=len(stock),
-        agreement=session.task.fidelity(stock, ours),
-        output_difference=_mean_difference(stock, ours),
+        agreement=agreement,
+        output_difference=mean_difference,
         seen_in_tuning=not held_out,
     )
 
@@ -178,6 +183,7 @@ def compare(session: Session, pair: Pair, references: References, *, split: str,
         within=within(judge, pair, references, goal=goal, differences=differences, seed=seed),
         seen_in_tuning=split == session.data.info.split,
         remarks=task.remarks(session.judge, first.outputs, second.outputs, references),
+        confusion=task.confusion(first.outputs, second.outputs, references) if of_labels else None,
     )
     a, b = rights
     if a is None or b is None:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from ..tasks.base import Confusion
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -44,7 +46,7 @@ class Comparison:
     model's, `interval` its 95 % interval, and `elsewhere` that of the difference on as many other examples. `within`: the probability, given these
     examples, that the loss is within the tolerance. `both_right`, `only_float_right`,
     `only_int8_right`: examples, where each is right or wrong by itself, and `p_value` the exact McNemar test that the
-    two are equally often right; else None. `remarks`: the task's own, in sentences.
+    two are equally often right; else None. `remarks`: the task's own, in sentences; `confusion`: of few labels.
     """
 
     split: str
@@ -60,3 +62,4 @@ class Comparison:
     within: float | None = None
     elsewhere: tuple[float, float] | None = None
     remarks: list[str] = field(default_factory=list)
+    confusion: Confusion | None = None

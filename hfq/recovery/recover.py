@@ -7,7 +7,7 @@ from torch import nn
 
 from ..common.copies import deep_copy
 from ..common.ui import Reporter
-from ..data.session import Session
+from ..data.session import Session, calibration_inputs
 from ..measure.compare import evaluate_split
 from ..ptq.convert import quantize_model
 from ..ptq.scheme import Plan
@@ -49,7 +49,7 @@ def recover(session: Session, plan: Plan, goal: Goal, *, before: float, work: Pa
         return goal.met(score) or _stalls([-goal.loss(seen.score) for seen in looks])
 
     schedule = Schedule(seed=session.recipe.seed)
-    batches = [session.task.model_inputs(batch) for batch in session.training]
+    batches = calibration_inputs(session, session.training)
     distill(student, session.model, batches, schedule=schedule, look=look, state=work / STATE)
     record = Recovery(session.data.info.calibration_split, examples, before, looks)
     return Recovered(*learned(student, session.model, plan), record)

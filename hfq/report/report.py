@@ -20,7 +20,7 @@ from ..explain.explanation import Explanation
 from ..measure.figures import Comparison, Measurement, StockComparison
 from ..recovery.record import Look, Recovery
 from ..source.checkpoint import CheckpointInfo
-from ..tasks.base import FIDELITY, Trivial
+from ..tasks.base import FIDELITY, Confusion, Trivial
 from ..tuning.goal import Goal
 from ..tuning.trial import Trial
 from .upgrade import SCHEMA_VERSION, upgraded
@@ -227,4 +227,5 @@ def package_versions() -> dict[str, str]:
 
 def _comparison(row: dict[str, Any]) -> Comparison:
     intervals = {name: tuple(row[name]) for name in ("interval", "elsewhere") if row.get(name)}
-    return Comparison(**{**row, **intervals})
+    confusion = row.get("confusion")
+    return Comparison(**{**row, **intervals, "confusion": Confusion(**confusion) if confusion else None})

@@ -83,7 +83,7 @@ class Fidelity(Metric):
     def score(self, outputs: Outputs, references: References) -> float:
         """Raises `DataError` where the references are of another model than the outputs."""
         for output, reference in zip(outputs, references, strict=True):
-            if output.shape != reference.shape:
+            if output.shape != reference.shape and not self.task.discrete:
                 raise DataError(
                     f"The float model puts out {list(reference.shape)} where this one puts out {list(output.shape)}: they are "
                     "not one model. Compare with the checkpoint that it was made from."
@@ -97,6 +97,15 @@ class Trivial:
 
     score: float
     how: str
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """How often each label was answered, by what is right: a row for each right label, of the float model and of INT8."""
+
+    labels: list[str]
+    baseline: list[list[int]]
+    quantized: list[list[int]]
 
 
 class Alignment(Protocol):
@@ -131,6 +140,7 @@ class Task(ABC):
     label_role: ClassVar[str] = "label"  # the role that --label-column names
     settings: ClassVar[Sequence[str]] = ()  # a recipe's keys that it reads, and only such tasks do
     stable_agreement: ClassVar[float] = 0.99  # fidelity of two orders of summation, below which a trial is not trusted
+    discrete: ClassVar[bool] = False  # outputs are ids, of tokens or labels: how far apart two are says nothing
     library: str = "transformers"  # which opens the model: the `library_name` of its card
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -246,8 +256,12 @@ class Task(ABC):
         """What the model is called with, here and to calibrate it: without labels, for which it would compute a loss."""
         return {name: value for name, value in batch.items() if name != "labels"}
 
+    def calibration_inputs(self, model: "nn.Module", batch: Batch) -> Batch:
+        """What the float `model` is called with to calibrate it: with what it wrote so far, where it writes."""
+        return self.model_inputs(batch)
+
     def outputs(self, model: "nn.Module", batch: Batch) -> list["Tensor"]:
-        """Run the model. One float tensor for each example, of any shape; its logits, where a task says nothing else."""
+        """Run the model. One tensor for each example, of any shape, float or `discrete`; its logits, where a task says nothing else."""
         return list(model(**self.model_inputs(batch)).logits.float().unbind())
 
     def score(self, metric: str, outputs: Outputs, references: References) -> float:
@@ -279,6 +293,10 @@ class Task(ABC):
     def company(self, model: "nn.Module", batch: Batch, processor: Processor) -> list[str]:
         """What the card says of how much an INT8 model's outputs depend on what else is in a batch: whole sentences."""
         return []
+
+    def confusion(self, outputs: Outputs, others: Outputs, references: References) -> Confusion | None:
+        """What a float model and another one take for what, where there are few labels."""
+        return None
 
     def trivial(self, metric: str, references: References) -> Trivial | None:
         """What a model that looks at no input scores; None where that is not known."""

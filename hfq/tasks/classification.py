@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from ..common.errors import UnsupportedError
-from .base import Columns, Metric, Outputs, References, Task, Trivial
+from .base import Columns, Confusion, Metric, Outputs, References, Task, Trivial
 from .labels import LabelMap, LabelNames, distinct
 from .metrics import MeanOf, Torchmetric, leads, stacked
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+FEW = 12  # labels, whose confusions are a table that can be read
 
 
 class Classification(Task):
@@ -67,6 +70,19 @@ class Classification(Task):
             f"INT8 gives another label than FP32 to {lost:.2f} % of these examples: on examples like them its accuracy is "
             f"lower by about {lost:.2f} points at most, whatever is right."
         ]
+
+    def confusion(self, outputs: Outputs, others: Outputs, references: References) -> Confusion | None:
+        """Counts by right label and answer, of up to `FEW` labels."""
+        count = len(self.labels)
+        if count > FEW:
+            return None
+        from torchmetrics.functional import confusion_matrix  # takes a second to import
+
+        tables = [
+            confusion_matrix(*_answered(rows, references), task="multiclass", num_classes=count).tolist()
+            for rows in (outputs, others)
+        ]
+        return Confusion(list(self.labels.names), *tables)
 
     def trivial(self, metric: str, references: References) -> Trivial:
         """Always the most common label."""

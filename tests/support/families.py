@@ -60,6 +60,7 @@ FAMILIES = {
     "bert alone": Family("BertModel", _BERT, heads=("BertForSequenceClassification",)),
     "bert without pooler": Family("BertModel", _BERT, options={"add_pooling_layer": False}),
     "bert with words": Family("BertForMaskedLM", _BERT, heads=("AutoModel", "BertForSequenceClassification")),
+    "beit": Family("BeitForImageClassification", {**_IMAGE, "use_relative_position_bias": True}, _image),
     "clip": Family(
         "CLIPModel",
         {"text_config": {**_BERT, "eos_token_id": 2}, "vision_config": _SEEN, "projection_dim": 16},
@@ -98,6 +99,14 @@ FAMILIES = {
     "roberta": Family("RobertaForSequenceClassification", _BERT, heads=("AutoModel", "RobertaForTokenClassification")),
     "llama, tied": Family("LlamaForCausalLM", {**_DECODER, "tie_word_embeddings": True}),
     "longt5 encoder": Family("LongT5EncoderModel", _T5, heads=()),
+    "swin": Family(
+        "SwinForImageClassification",
+        {
+            **{"image_size": 16, "patch_size": 2, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2]},
+            **{"window_size": 4, "num_labels": 3},
+        },
+        _image,
+    ),
     "t5": Family("T5ForConditionalGeneration", _T5, lambda: {**_text(), "decoder_input_ids": _text()["input_ids"]}, ()),
     "t5 encoder": Family("T5EncoderModel", _T5, heads=("T5ForTokenClassification",)),
     "t5 of tokens": Family("T5ForTokenClassification", _T5, heads=("T5EncoderModel",)),

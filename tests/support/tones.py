@@ -19,6 +19,7 @@ from transformers import (
 RATE = 2000  # samples a second
 LETTERS = "ABCDE"
 TONES = dict(zip(LETTERS, (150, 250, 380, 550, 780), strict=True))  # Hz
+PHRASES = ["A BE", "CAB ED", "DEAD", "BEE CB", "EA DA D", "CC"]
 LENGTH = 0.08  # seconds of a letter
 VOCABULARY = {token: i for i, token in enumerate(["<pad>", "|", *LETTERS, "<unk>"])}
 SIZES: dict[str, Any] = {
@@ -60,12 +61,19 @@ def sentences(count: int, *, seed: int) -> Iterator[str]:
         yield " ".join("".join(draw.choice(list(LETTERS), draw.integers(1, 4))) for _ in range(3))
 
 
-def write_recordings(folder: Path, **counts: int) -> Path:
+def phrases(count: int, *, seed: int) -> Iterator[str]:
+    """Of a few, which a model learns by heart."""
+    draw = np.random.default_rng(seed)
+    for _ in range(count):
+        yield str(draw.choice(PHRASES))
+
+
+def write_recordings(folder: Path, texts: Any = sentences, **counts: int) -> Path:
     """Recordings of each split with what is said in them, spelled as people write: `write_recordings(path, train=20)`."""
     for seed, (split, count) in enumerate(counts.items(), 1):
         (folder / split).mkdir(parents=True)
         rows = []
-        for i, text in enumerate(sentences(count, seed=seed)):
+        for i, text in enumerate(texts(count, seed=seed)):
             sound = spoken(text, noise=np.random.default_rng(i), rate=2 * RATE)
             soundfile.write(folder / split / f"{i}.wav", sound, 2 * RATE)
             rows.append({"file_name": f"{i}.wav", "text": f"{text.capitalize()}.", "first": text[0]})

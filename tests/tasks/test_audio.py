@@ -11,8 +11,8 @@ import soundfile
 import torch
 from datasets import Dataset, Features, Value
 from support.command import forkserver
-from support.tones import LETTERS, RATE, spoken, train_classifier, train_recognizer, write_recordings
-from transformers import AutoModelForCTC, AutoProcessor
+from support.tones import LETTERS, RATE, sentences, spoken, train_classifier, train_recognizer, write_recordings
+from transformers import AutoModelForCTC, AutoProcessor, pipeline
 
 from hfq.common.errors import DataError, UsageError
 from hfq.data.dataset import load_splits
@@ -123,6 +123,24 @@ def test_padding_is_no_part_of_what_is_heard(recognizer: Path, recordings: Path)
     assert task.write(alone) == task.write(beside[1:])
 
 
+def test_a_long_recording_is_heard_in_windows_as_pipelines_do(recognizer: Path, tmp_path: Path) -> None:
+    text = " ".join(sentences(120, seed=3))
+    sound = spoken(text, noise=np.random.default_rng(1))
+    assert len(sound) > 60 * RATE
+    soundfile.write(tmp_path / "long.wav", sound, RATE)
+    rows = load_splits(str(tmp_path), None, token=None)[0]["train"]
+    task, found = task_of(recognizer), pull(str(recognizer))
+    processor = task.processor(found, max_length=None, trust_remote_code=False)
+    batch = task.collate(list(task.encode(rows, task.inputs(rows.features, {}), processor)), processor)
+    assert batch["input_values"].shape[1] > 2
+    model = AutoModelForCTC.from_pretrained(recognizer)
+    with torch.inference_mode():
+        (written,) = task.write(task.outputs(model, batch))
+    whole = pipeline("automatic-speech-recognition", model=str(recognizer), device="cpu")
+    assert written == whole({"raw": sound, "sampling_rate": RATE}, chunk_length_s=30, stride_length_s=5)["text"]
+    assert sum(a == b for a, b in zip(written.split(), text.split(), strict=False)) > 100
+
+
 def test_recordings_of_any_rate_and_of_several_channels_are_one_waveform(tmp_path: Path) -> None:
     sound = spoken("ACE", noise=np.random.default_rng(0), rate=8000)
     soundfile.write(tmp_path / "two.flac", np.stack([sound, sound], 1), 8000)
@@ -134,6 +152,8 @@ def test_recordings_of_any_rate_and_of_several_channels_are_one_waveform(tmp_pat
 BAD: dict[str, tuple[Any, str]] = {
     "empty": (np.zeros(0, np.float32), "it holds no sound"),
     "silent": (np.zeros(800, np.float32), "it is silent throughout"),
+    "too short": (np.ones(30, np.float32), "it has 30 samples at 2000 Hz, and the model hears no less than 50"),
+    "no numbers": (np.full(800, np.nan, np.float32), "it holds samples that are no numbers"),
     "broken": (None, "cannot be read in column 'audio'"),
 }
 
@@ -143,7 +163,7 @@ def test_a_bad_recording_is_named(kind: str, recognizer: Path, recordings: Path,
     sound, says = BAD[kind]
     data = tmp_path / "data"
     shutil.copytree(recordings / "test", data / "validation")
-    soundfile.write(data / "validation" / "3.wav", np.ones(8) if sound is None else sound, RATE)
+    soundfile.write(data / "validation" / "3.wav", np.ones(8) if sound is None else sound, RATE, subtype="FLOAT")
     if sound is None:
         (data / "validation" / "3.wav").write_bytes(b"RIFF and nothing")
     arguments = ("quantize", recognizer, "--dataset", data, "--label-column", "text", "--output", "out")

@@ -1,7 +1,6 @@
 """Image classification, from a folder of strangers' images to a published model."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +8,8 @@ import pytest
 import torch
 from datasets import Dataset, Features, Image, Value, load_dataset
 from PIL import Image as Pillow
-from PIL.Image import Image as Picture
 from support.command import forkserver
+from support.pictures import COUNTS, NAMES, SIDE, pictures, write_pictures
 from transformers import (
     AutoModelForImageClassification,
     ResNetConfig,
@@ -29,28 +28,6 @@ from hfq.runtime.int8.conv import Int8Conv
 from hfq.source.checkpoint import pull
 from hfq.tasks.image.image_classification import ImageClassification
 from hfq.tasks.registry import make_task
-
-SIDE = 16
-NAMES = ["red", "green", "blue"]
-COUNTS = {"train": 60, "validation": 90, "test": 60}
-
-
-def pictures(count: int, *, seed: int) -> Iterator[tuple[Picture, int]]:
-    """Noise in which one colour is a little stronger."""
-    generator = torch.Generator().manual_seed(seed)
-    for i in range(count):
-        pixels = torch.randint(0, 200, (SIDE, SIDE, 3), generator=generator, dtype=torch.uint8)
-        pixels[..., i % 3] += 40
-        yield Pillow.fromarray(pixels.numpy()), i % 3
-
-
-def write_pictures(folder: Path) -> Path:
-    for seed, (split, count) in enumerate(COUNTS.items(), 1):
-        for i, (picture, label) in enumerate(pictures(count, seed=seed)):
-            path = folder / split / NAMES[label] / f"{i}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(path)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +80,13 @@ def test_a_folder_of_images_is_quantized_and_judged(checkpoint: Path, data: Path
     card = (tmp_path / "out" / "README.md").read_text()
     assert "pipeline_tag: image-classification" in card
     assert 'pipeline("image-classification"' in card
-    assert forkserver().hfq("report", "out", cwd=tmp_path).code == 0
+    confusion = report["comparisons"][-1]["confusion"]
+    assert confusion["labels"] == NAMES
+    assert [sum(row) for row in confusion["quantized"]] == [COUNTS["test"] // 3] * 3
+    right = sum(row[i] for i, row in enumerate(confusion["quantized"]))
+    assert right / COUNTS["test"] == pytest.approx(report["quantized"]["holdout_accuracy"])
+    assert forkserver().hfq("report", "out", "--output", "page.html", cwd=tmp_path).code == 0
+    assert "What is taken for what" in (tmp_path / "page.html").read_text()
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
     float_model = AutoModelForImageClassification.from_pretrained(checkpoint)
     rows = load_dataset(str(data), split="test")
@@ -162,9 +145,12 @@ def test_top_five_is_offered_where_there_are_more_than_five_labels() -> None:
     assert "top5_accuracy" not in make_task({**config, "id2label": {"0": "a", "1": "b"}}).metrics
 
 
-def test_a_broken_image_is_named(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kept", [0, 60])
+def test_a_broken_image_is_named(kept: int, checkpoint: Path, tmp_path: Path) -> None:
+    """Another file, or one that ends too soon."""
     data = write_pictures(tmp_path / "data")
-    (data / "validation" / "red" / "0.png").write_bytes(b"no image")
+    broken = data / "validation" / "red" / "0.png"
+    broken.write_bytes(broken.read_bytes()[:kept] + b"no image")
     done = forkserver().hfq("quantize", checkpoint, "--dataset", data, "--output", "out", cwd=tmp_path)
     assert done.code == 1
     assert "cannot be read in column 'image'" in done.err

@@ -45,7 +45,17 @@ class AudioTask(Task):
     def encode(self, rows: "Dataset", columns: Columns, processor: Processor) -> Sequence[Encoding]:
         (column,) = columns["audio"]
         rows = undecoded(rows.select_columns([column]), column)
-        return Stream(rows, partial(_features, column=column, tool=processor.tool), what=column)
+        decode = partial(_features, column=column, tool=processor.tool, least=self.least_samples)
+        return Stream(rows, decode, what=column)
+
+    @property
+    def least_samples(self) -> int:
+        """What a model that hears waveforms makes one frame of: its convolutions see so many."""
+        least = hop = 1
+        pairs = zip(self.config.get("conv_kernel") or [], self.config.get("conv_stride") or [], strict=False)
+        for kernel, stride in pairs:
+            least, hop = least + (kernel - 1) * hop, hop * stride
+        return least
 
     def lengths(self, encodings: Sequence[Encoding]) -> Sequence[int]:
         """Thousandths of a second, by the files' headers. Raises `DataError` for one that cannot be read."""
@@ -80,11 +90,11 @@ def require_decoder() -> None:
         ) from error
 
 
-def waveform(value: Mapping[str, Any], rate: int) -> "NDArray[Any]":
+def waveform(value: Mapping[str, Any], rate: int, *, least: int = 1) -> "NDArray[Any]":
     """float32 `[samples]`, one channel, the mean of those there are, at `rate` samples a second.
 
     Raises:
-        ValueError: it is empty, or silent throughout.
+        ValueError: it is empty or has less than `least` samples, or is silent throughout.
     """
     import numpy as np
     import soundfile
@@ -99,7 +109,10 @@ def waveform(value: Mapping[str, Any], rate: int) -> "NDArray[Any]":
         raise ValueError("it is silent throughout")
     if not np.isfinite(mono).all():
         raise ValueError("it holds samples that are no numbers")
-    return mono if found == rate else soxr.resample(mono, found, rate)
+    heard: NDArray[Any] = mono if found == rate else soxr.resample(mono, found, rate)
+    if len(heard) < least:
+        raise ValueError(f"it has {len(heard)} samples at {rate} Hz, and the model hears no less than {least}")
+    return heard
 
 
 def _opened(value: Mapping[str, Any] | None) -> Any:
@@ -115,7 +128,11 @@ def _header(row: dict[str, Any], *, column: str) -> Encoding:
         return {"seconds": soundfile.info(file).duration}
 
 
-def _features(row: dict[str, Any], *, column: str, tool: Any) -> Encoding:
-    sound = waveform(row[column], tool.sampling_rate)
+def extracted(sound: "NDArray[Any]", tool: Any) -> Encoding:
+    """What the feature extractor makes of a waveform alone, and how many samples it has."""
     found = tool(sound, sampling_rate=tool.sampling_rate, return_tensors="np")
     return {**{name: value[0] for name, value in found.items()}, SAMPLES: len(sound)}
+
+
+def _features(row: dict[str, Any], *, column: str, tool: Any, least: int) -> Encoding:
+    return extracted(waveform(row[column], tool.sampling_rate, least=least), tool)

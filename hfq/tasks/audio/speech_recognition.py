@@ -1,28 +1,34 @@
 """Speech recognition by CTC: a recording, and the text that is spoken (Graves et al. 2006).
 
 The text is read off greedily: the likeliest token of each frame, repetitions and blanks left out, as transformers'
-pipeline does without a language model. Models that write their text token by token (Whisper) are not here.
+pipeline does without a language model. Models that write their text token by token are in `speech_to_text.py`.
+
+A recording of more than a minute is heard in windows that overlap, as by that pipeline with `chunk_length_s=30`: of each,
+the frames that have seconds around them count.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ...common.errors import DataError
-from ..base import Batch, Columns, Metric, Outputs, References, SumMetric, Task, Trivial, require_column
-from ..text.tokens import is_text
-from .recordings import AudioTask
+from ..base import Batch, Columns, Encoding, Outputs, Processor
+from ..stream import Stream
+from .recordings import extracted, undecoded, waveform
+from .transcripts import Transcription
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch import nn
 
-TEXTS = ("text", "sentence", "transcription", "transcript", "normalized_text")
+LONGEST = 60  # seconds that are heard at once
+WINDOW, STRIDE = 30, 5  # seconds of a window, and of it that the windows on each side hear too
+_WINDOWS = "windows"
 
 
 @dataclass(frozen=True)
@@ -46,78 +52,11 @@ class Spelling:
         return " ".join(kept.split())
 
 
-class ErrorRate(SumMetric):
-    """Edits from what was written to what was said, by what was said: of words, or of characters. May exceed one."""
-
-    higher_is_better = False
-
-    def __init__(self, task: "SpeechRecognition", unit: str) -> None:
-        self.task = task
-        self.unit = unit
-        self.label = f"{unit.capitalize()} error rate"
-
-    def numbers(self, outputs: Outputs, references: References) -> Tensor:
-        """Edits, and units that were said: `[examples, 2]`, for rates of sets are of their sums."""
-        from torchmetrics.functional.text import char_error_rate, word_error_rate
-
-        rate = word_error_rate if self.unit == "word" else char_error_rate
-        rows = []
-        for written, said in zip(self.task.write(outputs), references, strict=True):
-            units = len(said.split()) if self.unit == "word" else len(said)
-            rows.append([round(float(rate([written], [said])) * units), units])
-        return torch.tensor(rows, dtype=torch.float64)
-
-    def of_sums(self, sums: Tensor) -> Tensor:
-        return sums[..., 0] / sums[..., 1]
-
-
-class SpeechRecognition(AudioTask):
+class SpeechRecognition(Transcription):
     """What is said. Outputs are logits float32 `[frames, tokens]`, of the frames of the recording and none of its padding."""
 
     name = "speech-recognition"
     auto_class = "AutoModelForCTC"
-    pipeline_tag = "automatic-speech-recognition"
-    roles: ClassVar[Mapping[str, str]] = {"audio": "a recording", "text": "what is said in it"}
-    label_role = "text"
-
-    folder: Path | None = None
-
-    def bound(self, folder: Path) -> Task:
-        self.folder = folder
-        return self
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The checkpoint's.
-
-        Raises:
-            DataError: it has none.
-        """
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(self.folder)
-        except Exception as error:  # transformers raises many types for one cause: there is none
-            raise DataError(
-                f"The tokenizer of {self.folder} cannot be loaded, which writes what the model hears: {error}. Save it there."
-            ) from error
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the tokenizer, which another process loads itself."""
-        return {name: value for name, value in vars(self).items() if name != "tokenizer"}
-
-    def columns(self, features: Mapping[str, Any], requested: Columns) -> Columns:
-        heard = self.inputs(features, requested)
-        named = requested.get("text", ())
-        for name in named:
-            require_column(name, features, "--label-column")
-        found = list(named) or [name for name in TEXTS if name in features and is_text(features[name])][:1]
-        found = found or [name for name, feature in features.items() if is_text(feature)]
-        if len(found) != 1:
-            raise DataError(
-                f"Which column holds what is said is not clear. Columns: {', '.join(features)}. Name it with --label-column."
-            )
-        return {**heard, "text": found}
 
     def align(self, splits: "Sequence[Dataset]", columns: Columns) -> Spelling:
         tokenizer = self.tokenizer
@@ -138,43 +77,80 @@ class SpeechRecognition(AudioTask):
             characters=characters,
         )
 
-    def references(self, rows: "Dataset", columns: Columns, alignment: Spelling) -> list[Any]:
-        """What is said, as the model writes. None where nothing is left of it."""
-        (column,) = columns["text"]
-        return [(alignment(text) or None) if isinstance(text, str) else None for text in rows[column]]
+    def encode(self, rows: "Dataset", columns: Columns, processor: Processor) -> Sequence[Encoding]:
+        (column,) = columns["audio"]
+        frame = math.prod(self.config.get("conv_stride") or [1])  # samples
+        decode = partial(_heard, column=column, tool=processor.tool, frame=frame, least=self.least_samples)
+        return Stream(undecoded(rows.select_columns([column]), column), decode, what=column)
+
+    def collate(self, encodings: Sequence[Encoding], processor: Processor) -> Batch:
+        """What the extractor makes of windows: `[examples, windows, …]`; `labels`: the samples of each, 0 for none."""
+        counts = torch.tensor([len(encoding[_WINDOWS]) for encoding in encodings])
+        there = torch.arange(int(counts.max())) < counts[:, None]
+        flat = super().collate([window for encoding in encodings for window in encoding[_WINDOWS]], processor)
+        return {name: _by_example(rows, there) for name, rows in flat.items()}
+
+    def model_inputs(self, batch: Batch) -> Batch:
+        """All windows, one after the other."""
+        there = batch["labels"] > 0
+        return {name: rows[there] for name, rows in super().model_inputs(batch).items()}
+
+    def calibration_inputs(self, model: "nn.Module", batch: Batch) -> Batch:
+        """The first windows."""
+        return self.model_inputs({name: rows[:, :1] for name, rows in batch.items()})
 
     def outputs(self, model: "nn.Module", batch: Batch) -> list[Tensor]:
-        logits = model(**self.model_inputs(batch)).logits.float()
-        frames = _frames(model, batch["labels"].cpu(), logits.shape[1])
-        return [row[:count] for row, count in zip(logits, frames, strict=True)]
+        samples, inputs = batch["labels"], self.model_inputs(batch)
+        windows: list[Tensor] = []
+        for start in range(0, int((samples > 0).sum()), len(samples)):
+            part = {name: rows[start : start + len(samples)] for name, rows in inputs.items()}
+            logits = model(**part).logits.float()
+            heard = samples[samples > 0][start : start + len(samples)].cpu()
+            windows += [row[:count] for row, count in zip(logits, _frames(model, heard, logits.shape[1]), strict=True)]
+        counts = (samples > 0).sum(1).tolist()
+        rows = iter(windows)
+        return [_joined([next(rows) for _ in range(count)]) for count in counts]
 
     def write(self, outputs: Outputs) -> list[str]:
         """The text of each example."""
         return [self.tokenizer.decode(logits.argmax(-1)) for logits in outputs]
-
-    @cached_property
-    def metrics(self) -> Mapping[str, Metric]:
-        return {"wer": ErrorRate(self, "word"), "cer": ErrorRate(self, "character")}
-
-    def per_example(self, outputs: Outputs, references: References) -> Tensor:
-        """bool `[examples]`: whether every word is right."""
-        return torch.tensor([a == b for a, b in zip(self.write(outputs), references, strict=True)])
-
-    def fidelity(self, outputs: Outputs, others: Outputs) -> float:
-        """Share of characters that stay, from one text to the other."""
-        from torchmetrics.functional.text import char_error_rate
-
-        first, second = self.write(outputs), self.write(others)
-        if not any(first):
-            return float(not any(second))
-        return max(0.0, 1 - float(char_error_rate(second, first)))
-
-    def trivial(self, metric: str, references: References) -> Trivial:
-        """Always writing nothing."""
-        return Trivial(1.0, "writing nothing")
 
 
 def _frames(model: "nn.Module", samples: Tensor, most: int) -> list[int]:
     """Of each recording, those that its samples make; all where the model does not say."""
     count = getattr(model, "_get_feat_extract_output_lengths", None)
     return [min(most, int(frames)) for frames in count(samples)] if count else [most] * len(samples)
+
+
+def _heard(row: dict[str, Any], *, column: str, tool: Any, frame: int, least: int) -> Encoding:
+    sound = waveform(row[column], tool.sampling_rate, least=least)
+    return {_WINDOWS: [extracted(window, tool) for window in _windows(sound, tool.sampling_rate, frame)]}
+
+
+def _windows(sound: Any, rate: int, frame: int) -> Iterator[Any]:
+    """A recording, or where it is long its windows, each as many samples as make whole frames."""
+    if len(sound) <= LONGEST * rate:
+        yield sound
+        return
+    size, stride = (round(seconds * rate / frame) * frame for seconds in (WINDOW, STRIDE))
+    for start in range(0, len(sound) - stride, size - 2 * stride):
+        yield sound[start : start + size]
+        if start + size >= len(sound):
+            return
+
+
+def _joined(windows: list[Tensor]) -> Tensor:
+    """Logits `[frames, tokens]` of a recording, of those `[frames, tokens]` of its windows."""
+    if len(windows) == 1:
+        return windows[0]
+    edge = round(len(windows[0]) * STRIDE / WINDOW)
+    last = len(windows) - 1
+    cut = [row[edge if i else 0 : None if i == last else len(row) - edge] for i, row in enumerate(windows)]
+    return torch.cat(cut)
+
+
+def _by_example(rows: Tensor, there: Tensor) -> Tensor:
+    """Of windows `[n, …]` to `[examples, windows, …]`, zero where `there` is not."""
+    found = rows.new_zeros((*there.shape, *rows.shape[1:]))
+    found[there] = rows
+    return found

@@ -35,12 +35,9 @@ class ImageTask(Task):
         return {"image": find_file_column(features, named, kind=Image, role="image", what="image")}
 
     def encode(self, rows: "Dataset", columns: Columns, processor: Processor) -> Sequence[Encoding]:
-        from datasets import Image
-
         (column,) = columns["image"]
-        if not isinstance(rows.features[column], Image):
-            rows = rows.cast_column(column, Image())
-        return Stream(rows.select_columns([column]), partial(_pixels, column=column, tool=processor.tool), what=column)
+        rows = as_images(rows, column).select_columns([column])
+        return Stream(rows, partial(_pixels, column=column, tool=processor.tool), what=column)
 
     def lengths(self, encodings: Sequence[Encoding]) -> Sequence[int]:
         """All alike: a processor makes images of one size."""
@@ -58,10 +55,26 @@ class ImageTask(Task):
         return {"pixel_values": torch.stack([encoding["pixel_values"] for encoding in encodings])}
 
 
-def _pixels(row: dict[str, Any], *, column: str, tool: Any) -> Encoding:
-    """float32 `[channels, height, width]`, of an image turned as its EXIF says and in RGB, as transformers' pipelines have it."""
+def as_images(rows: "Dataset", column: str) -> "Dataset":
+    """The rows with images in a column, where Parquet has their files without a note of what they are."""
+    from datasets import Image
+
+    return rows if isinstance(rows.features[column], Image) else rows.cast_column(column, Image())
+
+
+def picture(value: Any) -> Any:
+    """An image turned as its EXIF says and in RGB, as transformers' pipelines have it.
+
+    Raises:
+        ValueError: there is none.
+    """
     from transformers.image_utils import load_image
 
-    if row[column] is None:
+    if value is None:
         raise ValueError("there is no image")
-    return {"pixel_values": tool(load_image(row[column]), return_tensors="pt")["pixel_values"][0]}
+    return load_image(value)
+
+
+def _pixels(row: dict[str, Any], *, column: str, tool: Any) -> Encoding:
+    """float32 `[channels, height, width]`."""
+    return {"pixel_values": tool(picture(row[column]), return_tensors="pt")["pixel_values"][0]}
