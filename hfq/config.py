@@ -254,6 +254,42 @@ class PostTrainingQuantConfig:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class QuantizationAwareTrainingConfig:
+    """What `hfq.training.prepare_compression` may do to a model that is trained afterwards.
+
+    Args:
+        approach: "static", which Neural Compressor's training always is, or "dynamic".
+        backend, device, op_type_dict, op_name_dict, excluded_precisions, reduce_range, quant_level, accuracy_criterion,
+            tuning_criterion, example_inputs: as of `PostTrainingQuantConfig`. Of layers' rules an observer is not used:
+            ranges are observed first, and learned then.
+
+    Raises:
+        TypeError, ValueError: naming the keyword, what it holds, and what was expected.
+    """
+
+    approach: str = "static"
+    backend: str = "default"
+    device: str = "cpu"
+    op_type_dict: Mapping[str, Mapping[str, Any]] | None = None
+    op_name_dict: Mapping[str, Mapping[str, Any]] | None = None
+    excluded_precisions: Sequence[str] = ()
+    reduce_range: bool | None = None
+    quant_level: str | int = "auto"
+    accuracy_criterion: AccuracyCriterion = field(default_factory=AccuracyCriterion)
+    tuning_criterion: TuningCriterion = field(default_factory=TuningCriterion)
+    example_inputs: Any = None
+
+    def __post_init__(self) -> None:
+        if self.reduce_range:
+            raise ValueError("reduce_range is True; expected False: ranges that are learned take all codes.")
+        self.options()
+
+    def options(self) -> Options:
+        """What this lets training round."""
+        return PostTrainingQuantConfig(**{**vars(self), "recipes": {"smooth_quant": False}}).options()
+
+
 def _recipes(given: Mapping[str, Any]) -> Mapping[str, Any]:
     switches = (
         "smooth_quant",

@@ -21,7 +21,7 @@ from .common.errors import GoalNotMetError, HfqError
 from .common.memory import weights_left_in_file
 from .common.ui import Reporter
 from .common.version import __version__
-from .config import PostTrainingQuantConfig
+from .config import PostTrainingQuantConfig, QuantizationAwareTrainingConfig
 from .measure.figures import Measurement
 from .measure.hardware import hardware
 from .ptq.convert import quantize_model
@@ -41,6 +41,7 @@ from .tuning.options import Options
 from .tuning.search import Outcome, Score, untuned
 from .tuning.tuner import Calibration, Examiner, Found, find, prepare, ranked
 
+Config = PostTrainingQuantConfig | QuantizationAwareTrainingConfig
 Evaluate = Callable[[nn.Module], float]
 HALF = (torch.bfloat16, torch.float16)
 EXAMPLES = 2  # that a saved folder is checked with
@@ -89,17 +90,17 @@ def fit(
     conf = PostTrainingQuantConfig() if conf is None else conf
     _check_arguments(model, conf, calib_dataloader, calib_func, eval_func, eval_dataloader, eval_metric)
     if sentence_transformer(model) is not None:
-        return _fit_inside(_in_float32(model), conf, calib_dataloader, calib_func, eval_func)
+        return _fit_inside(in_float32(model), conf, calib_dataloader, calib_func, eval_func)
     evaluate = eval_func
     if evaluate is None and eval_dataloader is not None:
-        evaluate = _metric_evaluation(eval_dataloader, eval_metric)
+        evaluate = metric_evaluation(eval_dataloader, eval_metric)
     ui = Reporter()
     with _inference(model), tempfile.TemporaryDirectory(prefix="hfq-") as folder:
         started = time.monotonic()
         with weights_left_in_file(model):
-            baseline = None if evaluate is None else _score(evaluate, model)
+            baseline = None if evaluate is None else score_of(evaluate, model)
         seconds = time.monotonic() - started
-        floats = _in_float32(model)
+        floats = in_float32(model)
         if evaluate is None:
             warnings.warn(
                 "Neither eval_func nor eval_dataloader is given: the model is quantized without tuning, and nothing "
@@ -114,9 +115,9 @@ def fit(
             found = _search(floats, batches, evaluate, baseline, conf=conf, log=log, ui=ui)
             if found.outcome.met:
                 break
-        report = _report(floats, found, conf, baseline, seconds, log, batches, ui)
+        report = report_of(floats, found, conf, baseline, seconds, log, batches, ui)
         if evaluate is not None and not found.outcome.met:
-            raise _goal_missed(report)
+            raise goal_missed(report)
         quantized = quantize_model(floats, found.plan, found.space.folds)
         if floats is model:
             own_tensors(quantized, model)
@@ -161,7 +162,7 @@ def _fit_inside(
     return quantized_like(model, whole, plan=plan, report=report, example=example)
 
 
-def _in_float32(model: nn.Module) -> nn.Module:
+def in_float32(model: nn.Module) -> nn.Module:
     """`model`, or a copy of it in float32: int8 layers have float32 scales, and so does the folder that is saved."""
     half = any(tensor.dtype in HALF for tensor in [*model.parameters(), *model.buffers()])
     return deep_copy(model).float() if half else model
@@ -191,11 +192,11 @@ def _search(
 
     def run(quantized: nn.Module, _: object) -> Score:
         started = time.monotonic()
-        score = _score(evaluate, quantized)
+        score = score_of(evaluate, quantized)
         return Score(score, time.monotonic() - started)
 
     ui.note(f"FP32 scores {baseline:.4f}")
-    return find(model, calibration, Examiner(run, _goal(conf, baseline)), options=options, log=log, ui=ui)
+    return find(model, calibration, Examiner(run, goal_of(conf, baseline)), options=options, log=log, ui=ui)
 
 
 def _check_arguments(
@@ -286,7 +287,8 @@ def _recorded(model: nn.Module, function: Callable[[nn.Module], Any], samples: i
     return calls
 
 
-def _score(evaluate: Evaluate, model: nn.Module) -> float:
+def score_of(evaluate: Evaluate, model: nn.Module) -> float:
+    """What `evaluate` says of a model. Raises `TypeError`, `HfqError` where that is no number."""
     score: Any = evaluate(model)
     try:
         number = float(score)
@@ -299,7 +301,7 @@ def _score(evaluate: Evaluate, model: nn.Module) -> float:
     return number
 
 
-def _metric_evaluation(dataloader: Iterable[Any], metric: Any) -> Evaluate:
+def metric_evaluation(dataloader: Iterable[Any], metric: Any) -> Evaluate:
     """An `eval_func` that runs a dataloader and updates a metric with (predicted classes or values, labels)."""
     import torchmetrics
 
@@ -353,18 +355,19 @@ def _inference(model: nn.Module) -> Any:
             module.training = mode
 
 
-def _report(
+def report_of(
     model: nn.Module,
     found: Found,
-    conf: PostTrainingQuantConfig,
+    conf: Config,
     baseline: float | None,
     seconds: float,
     log: TrialLog,
     batches: Sequence[Mapping[str, Any]],
     ui: Reporter,
 ) -> Report:
+    """What was done to `model`. `seconds`: of its own evaluation."""
     trial = found.outcome.trial
-    goal = _goal(conf, baseline)
+    goal = goal_of(conf, baseline)
     int8 = quantize_model(model, found.plan, found.space.folds)
     return Report(
         hfq_version=__version__,
@@ -395,12 +398,14 @@ def _report(
     )
 
 
-def _goal(conf: PostTrainingQuantConfig, baseline: float | None) -> Goal:
+def goal_of(conf: Config, baseline: float | None) -> Goal:
+    """What a configuration tolerates."""
     accuracy = conf.accuracy_criterion
     return Goal(baseline, accuracy.tolerable_loss, accuracy.criterion, accuracy.higher_is_better)
 
 
-def _goal_missed(report: Report) -> GoalNotMetError:
+def goal_missed(report: Report) -> GoalNotMetError:
+    """The error that says so."""
     goal, best = report.goal, report.quantized.accuracy
     return GoalNotMetError(
         f"No trial met the goal: at most {goal.tolerable_loss:g} {goal.kind} loss from {report.baseline.accuracy:.4f}. "

@@ -43,19 +43,32 @@ class FakeWeight(nn.Module):
 
 
 class FakeInput(nn.Module):
-    """An input as its int8 codes have it: with one learned scale, or with one for each token of what comes."""
+    """An input as its int8 codes have it: with one learned scale, or with one for each token of what comes.
 
-    def __init__(self, scheme: LayerScheme) -> None:
+    `observes`: the first forwards of training that make its range, where calibration did not.
+    """
+
+    def __init__(self, scheme: LayerScheme, *, observes: int = 0) -> None:
         super().__init__()
         self.scheme = scheme
+        self.observes = observes
+        self.range = (0.0, 0.0)
         if scheme.approach == "static":
             self.log_scale = nn.Parameter(torch.tensor(scheme.input_scale).clamp(min=SMALLEST).log())
 
     def forward(self, x: Tensor) -> Tensor:
         if self.scheme.approach == "static":
+            if self.observes and self.training:
+                self._observe(x.detach())
             zero_point = self.scheme.input_zero_point
             return rounded(x, self.log_scale.exp(), (-128 - zero_point, 127 - zero_point))
         return rounded(x, token_scale(x.detach().float()), (-128, 127))
+
+    def _observe(self, x: Tensor) -> None:
+        self.observes -= 1
+        self.range = (min(self.range[0], x.amin().item()), max(self.range[1], x.amax().item()))
+        self.scheme = LayerScheme.static(self.range)
+        self.log_scale.data.fill_(self.scheme.input_scale).log_()
 
     def learned(self) -> LayerScheme:
         """How the layer's input becomes codes now."""
@@ -70,38 +83,44 @@ def rounded(x: Tensor, scale: Tensor, codes: tuple[int, int]) -> Tensor:
     return (inside + (inside.round() - inside).detach()) * scale
 
 
-def fake_quantize(model: nn.Module, plan: Plan) -> None:
+def fake_quantize(model: nn.Module, plan: Plan, *, observes: int = 0) -> None:
     """Have `model` compute in float what `plan` would make of it, in place. Embeddings are rounded once and for all.
 
-    Only the weights and biases of these layers, their scales, and the parameters of norms are trained from then on.
+    `observes`: as of `FakeInput`.
     """
-    model.requires_grad_(False)
     for name in plan.embeddings:
         weight = model.get_submodule(name)._parameters["weight"]
         assert weight is not None
         codes, scale = quantize_rows(weight)
         weight.data = (codes * scale).to(weight.dtype)
-    for module in model.modules():
-        if next(module.parameters(recurse=False), None) is not None and "Norm" in type(module).__name__:
-            module.requires_grad_(True)
     for name, scheme in plan.layers.items():
-        layer = model.get_submodule(name).requires_grad_(True)
+        layer = model.get_submodule(name)
         rows = plan.weights.get(name) or quantize_rows(weight_rows(layer))
         parametrize.register_parametrization(layer, "weight", FakeWeight(rows, turned=isinstance(layer, Conv1D)))
         if scheme.approach != "weight-only":
-            layer.fake_input = FakeInput(scheme)
+            layer.fake_input = FakeInput(scheme, observes=observes)
             layer.register_forward_pre_hook(_round_input, with_kwargs=True)
+
+
+def train_what_is_rounded(model: nn.Module, plan: Plan) -> None:
+    """Leave to training the weights and biases of `plan`, their scales, and the parameters of norms."""
+    model.requires_grad_(False)
+    for name in plan.layers:
+        model.get_submodule(name).requires_grad_(True)
+    for module in model.modules():
+        if "Norm" in type(module).__name__:
+            module.requires_grad_(True)
 
 
 def learned(student: nn.Module, floats: nn.Module, plan: Plan) -> tuple[nn.Module, Plan]:
     """What `student`, of the model `floats` and a plan, is now: a float model with what was trained, and its plan.
 
-    Its tensors are the student's own: further training changes them.
+    Its tensors are the student's own: further training changes them. Embeddings are those of `floats`.
     """
     model = twin(floats)
     for name, parameter in student.named_parameters():
         layer, _, tensor = name.replace(".parametrizations.weight.original", ".weight").rpartition(".")
-        if parameter.requires_grad and tensor != "log_scale":
+        if tensor != "log_scale" and not (tensor == "weight" and layer in plan.embeddings):
             setattr(model.get_submodule(layer), tensor, nn.Parameter(parameter.detach(), requires_grad=False))
     schemes: dict[str, LayerScheme] = {}
     weights: dict[str, Rows] = {}

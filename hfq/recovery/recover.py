@@ -14,7 +14,7 @@ from ..ptq.scheme import Plan
 from ..runtime.fusion.fuse import fuse
 from ..tuning.goal import Goal
 from .distillation import Schedule, distill
-from .fake_quantization import fake_quantize, learned
+from .fake_quantization import fake_quantize, learned, train_what_is_rounded
 from .record import Look, Recovery
 
 STATE = "recovery.safetensors"
@@ -40,6 +40,7 @@ def recover(session: Session, plan: Plan, goal: Goal, *, before: float, work: Pa
     for parameter in student.parameters():
         parameter.data = parameter.data.clone()
     fake_quantize(student, plan)
+    train_what_is_rounded(student, plan)
     looks: list[Look] = []
 
     def look(steps: int, loss: float) -> bool:

@@ -13,7 +13,7 @@ from hfq.common.copies import deep_copy
 from hfq.ptq.convert import quantize_model
 from hfq.ptq.scheme import Plan
 from hfq.recovery.distillation import Schedule, distill
-from hfq.recovery.fake_quantization import fake_quantize, learned, rounded
+from hfq.recovery.fake_quantization import fake_quantize, learned, rounded, train_what_is_rounded
 from hfq.tuning.candidates import Candidate
 
 BATCHES = token_batches(4)
@@ -35,6 +35,7 @@ def coarse(model: nn.Module, approach: Any = "static") -> Plan:
 def student_of(teacher: nn.Module, plan: Plan) -> nn.Module:
     student = deep_copy(teacher)
     fake_quantize(student, plan)
+    train_what_is_rounded(student, plan)
     return student
 
 
