@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..common.errors import UnsupportedError
 from ..runtime.int8.conv import Int8Conv, Int8Conv1D
-from ..runtime.int8.embedding import Int8Embedding
+from ..runtime.int8.embedding import Int8Embedding, factor_of
 from ..runtime.int8.linear import Int8Linear
 from ..runtime.loading.swap import replacer
 from .graph import Fold, fold_into
@@ -91,7 +91,10 @@ def int8_embedding(layer: nn.Module, rows: Rows | None = None) -> Int8Embedding 
         return int8_linear(layer, LayerScheme("weight-only"), rows=rows)
     if not isinstance(layer, nn.Embedding):
         raise TypeError(f"{type(layer).__name__} has no int8 twin.")
-    int8 = Int8Embedding(layer.num_embeddings, layer.embedding_dim, padding_idx=layer.padding_idx)
+    factor = factor_of(layer)
+    if factor is None:
+        raise TypeError(f"{type(layer).__name__} is no plain Embedding, and has no int8 twin.")
+    int8 = Int8Embedding(layer.num_embeddings, layer.embedding_dim, padding_idx=layer.padding_idx, factor=factor)
     int8.weight.data, int8.weight_scale.data = rows or quantize_rows(layer.weight)
     return int8
 

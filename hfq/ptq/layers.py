@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from ..common.copies import deep_copy
 from ..common.errors import UnsupportedError
 from ..common.memory import weights_left_in_file
+from ..runtime.int8.embedding import factor_of
 from .inputs import Batch
 
 WORTH_WIDENING = 0.05  # of a model's numbers, in convolutions
@@ -86,8 +87,8 @@ def find_quantizable(
     Raises:
         UnsupportedError: no layer can run in int8.
     """
-    kinds = (*MATMULS, *CONVOLUTIONS, nn.Embedding)
-    candidates = {name: module for name, module in model.named_modules() if type(module) in kinds}
+    kinds = (*MATMULS, *CONVOLUTIONS)
+    candidates = {name: module for name, module in model.named_modules() if type(module) in kinds or _is_table(module)}
     stock = any(isinstance(module, PreTrainedModel) for module in model.modules())
     bypassed = Bypassed(model)
     called = dict.fromkeys(candidates, Call(0, False)) if batch is None else _called(model, candidates, batch, bypassed)
@@ -203,6 +204,11 @@ def _are_few(convolutions: Sequence[nn.Module], model: nn.Module) -> bool:
     return len(convolutions) <= 2 or share < WORTH_WIDENING
 
 
+def _is_table(module: nn.Module | None) -> bool:
+    """Whether it looks up rows of its weight, and at most multiplies them."""
+    return isinstance(module, nn.Embedding) and factor_of(module) is not None
+
+
 def _in_encoder(model: nn.Module, name: str) -> bool:
     """Whether a layer is in a transformers model itself, and not in a head on it."""
     layer = model.get_submodule(name)
@@ -236,7 +242,8 @@ def _sharing(
             reasons[name] = "has a weight that is read elsewhere, too"
         if len(names) < 2 or name in reasons:
             continue
-        kinds = {type(modules.get(owner)) for owner in names}
+        owned = [modules.get(owner) for owner in names]
+        kinds = {nn.Embedding if _is_table(module) else type(module) for module in owned}
         if kinds == {nn.Embedding} or kinds == {nn.Embedding, nn.Linear}:
             tied |= dict.fromkeys(names, tuple(names))
         else:

@@ -10,10 +10,12 @@ from torch import Tensor
 
 _WORDS = 120
 _ENCODER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+_LONG = {"max_position_embeddings": 640}
 _LABELS = {"vocab_size": _WORDS, "num_labels": 3, "pad_token_id": 0}
-_BERT = {**_ENCODER, **_LABELS}
+_BERT = {**_ENCODER, **_LABELS, **_LONG}
 _SMALL = {**_BERT, "embedding_size": 16}
 _DECODER = {**_BERT, "num_key_value_heads": 2, "head_dim": 8, "bos_token_id": 1, "eos_token_id": 2}
+_EMBEDDER = {**_DECODER, "use_cache": False}
 _T5 = {**_LABELS, "d_model": 32, "d_ff": 64, "d_kv": 8, "num_heads": 4, "num_layers": 2, "decoder_start_token_id": 0}
 _SEEN = {**_ENCODER, "image_size": 16, "patch_size": 8}
 _IMAGE = {**_SEEN, "num_labels": 3}
@@ -43,14 +45,14 @@ class Family:
     heads: tuple[str, ...] = ("AutoModel",)
     options: dict[str, Any] = field(default_factory=dict)
 
-    def make(self) -> Any:
-        """The model, random in float; its answers differ by input."""
+    def make(self, *, widened: float = 4) -> Any:
+        """The model, random in float; its answers differ by input. `widened`: how often its small weights are taken."""
         torch.manual_seed(0)
         kind = getattr(transformers, self.model)
         model = kind(kind.config_class(**self.config), **self.options).eval().requires_grad_(False)
         for parameter in model.parameters():
             if parameter.dim() == 2 and parameter.std() < 0.1:
-                parameter.mul_(4)
+                parameter.mul_(widened)
         return model
 
 
@@ -77,15 +79,21 @@ FAMILIES = {
     ),
     "dinov2": Family("Dinov2ForImageClassification", {**_IMAGE, "use_swiglu_ffn": True}, _image),
     "distilbert": Family(
-        "DistilBertForSequenceClassification", {**_LABELS, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}
+        "DistilBertForSequenceClassification",
+        {**_LABELS, **_LONG, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64},
     ),
     "electra": Family("ElectraForSequenceClassification", _SMALL),
+    "eurobert": Family("EuroBertModel", {**_BERT, "bos_token_id": 1, "eos_token_id": 2}),
     "gemma3": Family("Gemma3ForCausalLM", _DECODER),
+    "gemma3, bidirectional": Family("Gemma3TextModel", {**_EMBEDDER, "use_bidirectional_attention": True}, heads=()),
     "gpt2": Family(
         "GPT2ForSequenceClassification",
         {**_LABELS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "bos_token_id": 1, "eos_token_id": 2},
     ),
+    "gte": Family("GteModel", _BERT),
+    "jina v3": Family("JinaEmbeddingsV3Model", _BERT),
     "llama": Family("LlamaForCausalLM", _DECODER, heads=("AutoModel", "LlamaForSequenceClassification")),
+    "longformer": Family("LongformerModel", {**_BERT, "attention_window": [8, 8]}),
     "mobilebert with words": Family(
         "MobileBertForMaskedLM", {**_SMALL, "true_hidden_size": 16, "intra_bottleneck_size": 16}, heads=()
     ),
@@ -94,8 +102,10 @@ FAMILIES = {
         {**_BERT, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2},
     ),
     "mpnet": Family("MPNetForSequenceClassification", _BERT),
+    "nomic": Family("NomicBertModel", _BERT),
     "qwen2, tied": Family("Qwen2ForCausalLM", {**_DECODER, "tie_word_embeddings": True}),
     "opt": Family("OPTForCausalLM", {**_BERT, "ffn_dim": 64, "word_embed_proj_dim": 32}),
+    "qwen3": Family("Qwen3Model", _EMBEDDER),
     "roberta": Family("RobertaForSequenceClassification", _BERT, heads=("AutoModel", "RobertaForTokenClassification")),
     "llama, tied": Family("LlamaForCausalLM", {**_DECODER, "tie_word_embeddings": True}),
     "longt5 encoder": Family("LongT5EncoderModel", _T5, heads=()),
@@ -121,5 +131,6 @@ FAMILIES = {
         },
         _sound,
     ),
+    "xlm-roberta": Family("XLMRobertaModel", {**_BERT, "pad_token_id": 1}),
     "xlm-roberta with words": Family("XLMRobertaForMaskedLM", _BERT),
 }

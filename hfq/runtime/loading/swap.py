@@ -14,7 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..int8.conv import Int8Conv, Int8Conv1D
-from ..int8.embedding import Int8Embedding
+from ..int8.embedding import Int8Embedding, factor_of
 from ..int8.linear import Activation, Int8Linear
 
 
@@ -67,7 +67,10 @@ def _int8_twin(module: nn.Module, scheme: QuantizationScheme, device: torch.devi
         activation = "dynamic" if scheme.input_activations.dynamic else "static"
     if isinstance(module, nn.Embedding):
         rows, size = module.num_embeddings, module.embedding_dim
-        return Int8Embedding(rows, size, padding_idx=module.padding_idx, device=device)
+        factor = factor_of(module)
+        if factor is None:
+            raise TypeError(f"{type(module).__name__} is no plain Embedding, and has no int8 twin.")
+        return Int8Embedding(rows, size, padding_idx=module.padding_idx, factor=factor, device=device)
     if isinstance(module, Conv1D):
         return Int8Conv1D(*module.weight.shape, bias=True, activation=activation, device=device)
     if isinstance(module, nn.Conv1d | nn.Conv2d):

@@ -13,6 +13,8 @@ import pytest
 import torch
 from support.models import relative_error
 from torch import Tensor, nn
+from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 from hfq.common.errors import UsageError
 from hfq.ptq.convert import int8_embedding, int8_linear
@@ -251,6 +253,29 @@ def test_embedding_gives_its_rows(rows: int) -> None:
     assert twin(ids)[0, 0].eq(0).all()  # the padding row stays zero
     assert twin(ids[:0]).shape == (0, 2, 7)
     assert twin(ids.int()).shape == (2, 2, 7)
+
+
+@pytest.mark.parametrize("scaled", [Gemma3TextScaledWordEmbedding, BartScaledWordEmbedding])
+def test_embedding_that_multiplies_its_rows_is_int8_too(scaled: type[nn.Embedding]) -> None:
+    torch.manual_seed(0)
+    embedding = scaled(11, 8, 0, embed_scale=8**0.5)  # type: ignore[call-arg]
+    twin = int8_embedding(embedding)
+    ids = torch.arange(11)
+    assert relative_error(twin(ids), embedding(ids)) < 0.01
+    assert torch.equal(
+        twin.weight_scale, quantize_rows(embedding.weight).scale
+    )  # which a head that is tied to it reads
+
+
+def test_embedding_that_does_something_else_stays_float() -> None:
+    class Doubled(nn.Embedding):
+        embed_scale = 2.0
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(ids + 1) * self.embed_scale
+
+    with pytest.raises(TypeError, match="no plain Embedding"):
+        int8_embedding(Doubled(11, 8))
 
 
 def test_embedding_survives_copies_and_casts() -> None:
