@@ -300,6 +300,8 @@ def _causes(error: BaseException) -> list[BaseException]:
 def _reason(error: BaseException) -> str:
     """What went wrong first: datasets wraps it in errors, and heads it with lines, that say only that one occurred."""
     first = _causes(error)[-1]
+    if isinstance(first, StopIteration):
+        return "a file of it is empty"
     lines = [line.strip() for line in str(first).splitlines() if line.strip() not in ("", _SAYS_NOTHING)]
     message = " ".join(lines) or type(first).__name__
     if len(message) > _LONGEST_REASON:

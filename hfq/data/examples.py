@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
@@ -217,13 +217,13 @@ class _Reader:
 
     def examples(self, rows: "Dataset", split: str, looked_at: Recipe | None = None) -> Examples:
         """`looked_at`: by whose seed and batch size examples are drawn, where a part of them may decide."""
-        count = len(rows)
-        rows, references = self._labelled(rows)
-        if len(rows) < count:
+        references, kept = self._labelled(rows)
+        if len(kept) < len(rows):
             self.warnings.append(
-                f"{count - len(rows)} of the {count} examples of {split!r} have the label -1, which says that there is none. "
-                "They do not count."
+                f"{len(rows) - len(kept)} of the {len(rows)} examples of {split!r} have the label -1, which says that there "
+                "is none. They do not count."
             )
+            rows = rows.select(kept)
         if None in references and self._of_labels:
             row = rows.select_columns(list(self.columns[self.task.label_role]))[references.index(None)]
             labels = list(row.values())
@@ -231,7 +231,8 @@ class _Reader:
                 f"Split {split!r} has examples without a usable label (first: row {references.index(None)}, from 0: "
                 f"{', '.join(map(repr, labels))}). Choose a labelled split, or --metric fidelity, agreement with FP32."
             )
-        return self._sorted(rows, references, looked_at)
+        found = self._sorted(rows, references, looked_at)
+        return replace(found, rows=[kept[row] for row in found.rows])
 
     def unjudged(self, rows: "Dataset") -> Examples:
         """Examples whose labels are not read."""
@@ -253,7 +254,7 @@ class _Reader:
             rows = self.task.unfolded(rows)
             if any(name not in rows.features for names in self.columns.values() for name in names):
                 return False
-            return None not in self._labelled(rows)[1] or not self._of_labels
+            return None not in self._labelled(rows)[0] or not self._of_labels
         except DataError:  # that split is not asked for: it may hold what it likes
             return False
 
@@ -261,15 +262,19 @@ class _Reader:
     def _of_labels(self) -> bool:
         return not isinstance(self.alignment, NoLabels)
 
-    def _labelled(self, rows: "Dataset") -> tuple["Dataset", list[object]]:
-        """Rows and what is right for each, without the few that say -1: SNLI does, where annotators did not agree."""
+    def _labelled(self, rows: "Dataset") -> tuple[list[object], Sequence[int]]:
+        """What is right for each row, without the few that say -1, and the rows that are left.
+
+        SNLI says -1 where annotators did not agree.
+        """
         references, names = self._references(rows), self.columns.get(self.task.label_role, ())
+        every = range(len(rows))
         if None not in references or not self._of_labels or len(names) != 1:
-            return rows, references
+            return references, every
         kept = [row for row, label in enumerate(rows[names[0]]) if label not in (-1, "-1")]
         if 2 * len(kept) < len(rows):  # it is no split to judge by
-            return rows, references
-        return rows.select(kept), [references[row] for row in kept]
+            return references, every
+        return [references[row] for row in kept], kept
 
     def _references(self, rows: "Dataset") -> list[object]:
         return self.task.references(rows, self.columns, self.alignment) if self._of_labels else [None] * len(rows)

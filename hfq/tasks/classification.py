@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..common.errors import UnsupportedError
+from ..common.errors import DataError, UnsupportedError
 from .base import Columns, Confusion, Metric, Outputs, References, Task, Trivial
 from .labels import LabelMap, LabelNames, distinct
 from .metrics import MeanOf, Torchmetric, leads, stacked
@@ -29,8 +29,17 @@ class Classification(Task):
             raise UnsupportedError("This checkpoint has one label: expected two or more, or --task regression.")
 
     def align(self, splits: "Sequence[Dataset]", columns: Columns) -> LabelMap:
+        """Raises `DataError` also where the first split, by which models are judged, has one label only."""
         (column,) = columns["label"]
-        return self.labels.align(splits[0].features[column], distinct(splits, column))
+        found = self.labels.align(splits[0].features[column], distinct(splits, column))
+        present = {label for value in distinct(splits[:1], column) if (label := found(value)) is not None}
+        if len(splits[0]) > 1 and len(present) == 1:
+            name = (found.names or self.labels.names)[present.pop()]
+            raise DataError(
+                f"Every label of split {str(splits[0].split or 'given')!r} is {name!r} (column {column!r}): answering that is "
+                "always right, and nothing is told apart. Choose another split, or --metric fidelity, agreement with FP32."
+            )
+        return found
 
     def references(self, rows: "Dataset", columns: Columns, alignment: LabelMap) -> list[Any]:
         (column,) = columns["label"]

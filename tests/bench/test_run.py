@@ -27,11 +27,11 @@ def test_vectors_are_compared_and_a_peer_may_have_an_interpreter_of_its_own(tmp_
                     calib_func=lambda model: model.encode(messages("train", 8)))  # fmt: skip
     model.save(str(tmp_path / "int8"))
     checkpoints = [pull(str(folder)) for folder in (tmp_path / "int8", source)]
-    engines = {"fp32": None, "hfq": None, "torch": sys.executable}
+    engines = {"fp32": sys.executable, "hfq": None}
     hardware = {"cpu": "CPU", "threads": 1, "kernel": "onednn"}
     found = bench(*checkpoints, names=engines, shapes=[(2, 8)], threads=1, rounds=1, hardware=hardware, ui=Reporter())
     assert [(engine.name, engine.failure) for engine in found.engines] == [(name, None) for name in engines]
     assert all(engine.agreement is not None and engine.agreement > 0.98 for engine in found.engines)
     assert 0 < found.engines[1].error < 0.2  # int8 did run
-    assert list(found.setup["elsewhere"]) == ["torch"]
+    assert list(found.setup["elsewhere"]) == ["fp32"]
     assert "| cosine to FP32 | vector error |" in markdown(found, [])

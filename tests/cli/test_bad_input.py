@@ -233,6 +233,10 @@ BAD_DATA: dict[str, tuple[str, tuple[str, ...]]] = {
         HEADER + "a,0\nb,\n",
         ("'validation'", "without a usable label", "row 1", "Choose a labelled"),
     ),
+    "with one label only": (
+        HEADER + "a,0\nb,0\n",
+        ("Every label of split 'validation' is 'ham'", "nothing is told apart"),
+    ),
     "without labels": (HEADER + "a,-1\nb,-1\n", ("'validation'", "without a usable label", "Choose a labelled")),
     "without a label column": ("text\na\nb\n", ("'validation'", "label", "Choose a labelled")),
     "with rows of other lengths": (HEADER + "a,0\nb,1,2,3\n", ("expected 2 fields in line 3, saw 4", "Mend that row")),

@@ -107,6 +107,7 @@ def test_answers_have_the_forms_of_squad() -> None:
             "has the answer '1843' at 3 .* where its text has ' wro'",
         ),
         ({"answers": [{"text": [], "answer_start": []}]}, "No question has an answer in column 'answers'"),
+        ({"answers": ["1843"]}, "Column 'answers' holds '1843'; expected answers as SQuAD has them"),
         ({"context": [None]}, "has None in column 'context', and not a text"),
     ],
 )

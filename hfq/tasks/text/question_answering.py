@@ -107,7 +107,9 @@ class QuestionAnswering(TextTask):
 
     def align(self, splits: Sequence["Dataset"], columns: Columns) -> Answers:
         (column,) = columns["answers"]
-        counts = [len(found) for rows in splits for value in rows[column] if (found := _texts(value)) is not None]
+        counts = [
+            len(found) for rows in splits for value in rows[column] if (found := _texts(value, column)) is not None
+        ]
         if counts and not any(counts):
             raise DataError(
                 f"No question has an answer in column {column!r}, so that nothing is told apart. Choose another split, or "
@@ -388,22 +390,35 @@ def _column(role: str, features: Mapping[str, Any], requested: Columns) -> list[
     return found
 
 
-def _texts(value: Any) -> list[str] | None:
-    """The texts of answers in SQuAD's form: lists by name, or a list of pairs. None where nothing is said of them."""
-    if value is None:
-        return None
-    found = [each.get("text") for each in value] if isinstance(value, list) else value.get("text")
+def _texts(value: Any, column: str) -> list[Any] | None:
+    """The texts of answers in SQuAD's form: lists by name, or a list of pairs. None where nothing is said of them.
+
+    Raises:
+        DataError: they are in another form.
+    """
+    return None if value is None else _parts(value, "text", column)
+
+
+def _parts(value: Any, name: str, column: str) -> list[Any]:
+    """Of each answer, what is called `name`."""
+    answers = value if isinstance(value, list) else [value]
+    if not all(isinstance(each, dict) for each in answers):
+        raise DataError(
+            f"Column {column!r} holds {str(value)[:100]!r}; expected answers as SQuAD has them, such as "
+            '{"text": ["France"], "answer_start": [12]}.'
+        )
+    if isinstance(value, list):
+        return [each.get(name) for each in value]
+    found = value.get(name)
     return found if isinstance(found, list) else [found]
 
 
 def _asked(row: int, context: str, value: Any, column: str) -> Asked | None:
     """Raises `DataError` where an answer is not where it is said to be."""
-    found = _texts(value)
+    found = _texts(value, column)
     if found is None:
         return None
-    starts = (
-        [each.get("answer_start") for each in value] if isinstance(value, list) else value.get("answer_start") or []
-    )
+    starts = _parts(value, "answer_start", column)
     for text, start in zip(found, [*starts, *[None] * len(found)], strict=False):
         if not isinstance(text, str) or text not in context:
             raise DataError(
