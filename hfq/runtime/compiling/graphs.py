@@ -312,13 +312,14 @@ _capsule_pointer.restype, _capsule_pointer.argtypes = _Pointer, [ctypes.py_objec
 
 
 def dynamic_axes(inputs: Tensor) -> list[int]:
-    """Of one graph: a batch, if it is not 1, and a length. Images have the size that they have."""
-    return [axis for axis in ((1, 2) if inputs.dim() == 3 else (1,)) if axis == 2 or inputs.shape[axis] > 1]
+    """Of one graph: a batch, if it is not 1, and a length. Images and sounds have the size that they have."""
+    axes = (1,) if inputs.is_floating_point() else (1, 2)
+    return [axis for axis in axes if axis == 2 or inputs.shape[axis] > 1]
 
 
 def _kind(names: Sequence[str], inputs: Tensor) -> tuple[Any, ...]:
     """What has a graph of its own: which inputs there are, of which size if it is one, one or a batch, and for how many threads."""
-    sizes = inputs.shape[2:] if inputs.dim() > 3 else ()
+    sizes = inputs.shape[2:] if inputs.is_floating_point() else ()
     which = "+".join(names) + "".join(f",{size}" for size in sizes)
     return which, "single" if inputs.shape[1] == 1 else "batch", torch.get_num_threads()
 

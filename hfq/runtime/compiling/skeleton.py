@@ -33,6 +33,8 @@ _UNREAD = (
     "problem_type", "_output_capturing_hooks_installed", "resize_token_embeddings",
 )  # fmt: skip
 _HOOKS = "_forward_hooks"
+_PARAMETRIZED = "parametrizations"  # asked for as an attribute, an int8 module lets go of what is packed
+_LOAD_HOOKS = "_load_state_dict_pre_hooks"  # weight norm's is a function of its own, and nothing is loaded
 
 
 def take_apart(model: nn.Module, *, blocks: bool = False) -> tuple[bytes, list[Tensor]] | None:
@@ -101,6 +103,8 @@ class _Pickler(pickle.Pickler):
         if isinstance(value, nn.Module | SharedMatmul | PretrainedConfig):  # their own ways leave out packed weights
             state = {name: item for name, item in value.__dict__.items() if name not in _UNREAD}
             kind = getattr(type(value), "hfq_runs_as", type(value))
+            if isinstance(value, nn.Module) and _PARAMETRIZED in state["_modules"]:
+                kind, state = _with_weights(value, state)
             for name in [name for name in state if name.startswith("_hfq_")]:  # what `fit` has to say of it
                 del state[name]
             if _HOOKS in state:
@@ -127,6 +131,15 @@ class _Unpickler(pickle.Unpickler):
             return self.strings[-1 - pid] if pid < 0 else self.tensors[pid]
         kind, items = pid
         return kind(items)
+
+
+def _with_weights(module: nn.Module, state: dict[str, Any]) -> tuple[type, dict[str, Any]]:
+    """Class and state of `module` with what its parametrizations (weight norm, say) compute at the moment."""
+    names = list(module.parametrizations)  # type: ignore[arg-type]
+    weights = {name: getattr(module, name).detach() for name in names}
+    modules = {name: child for name, child in state["_modules"].items() if name != _PARAMETRIZED}
+    plain = {"_modules": modules, "_parameters": {**module._parameters, **weights}, _LOAD_HOOKS: OrderedDict()}
+    return type(module).__bases__[0], {**state, **plain}
 
 
 def _new(kind: type) -> Any:

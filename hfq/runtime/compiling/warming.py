@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...common.errors import UnsupportedError, UsageError
+from ..inputs import example_of, takes_numbers
 from .compile import compile, kept_for
 from .graphs import LIBRARY
 
@@ -48,11 +49,9 @@ def _said(shape: tuple[int, int]) -> str:
 def _example(model: Any, shape: tuple[int, int], names: Sequence[str]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(_SEED)
     config = model.config
-    if getattr(model, "main_input_name", "") == "pixel_values":
-        size = getattr(config, "image_size", 224)
-        height, width = size if isinstance(size, list | tuple) else (size, size)
-        channels = getattr(config, "num_channels", 3)
-        return {"pixel_values": torch.randn(shape[0], channels, height, width, generator=generator)}
+    if takes_numbers(model):
+        found = example_of(model, shape[0])
+        return {name: torch.randn(x.shape, generator=generator) for name, x in found.items()}
     found = {name: torch.zeros(shape, dtype=torch.long) for name in names}
     found["attention_mask"] = torch.ones(shape, dtype=torch.long)
     ids = torch.randint(config.vocab_size, shape, generator=generator)

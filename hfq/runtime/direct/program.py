@@ -139,6 +139,8 @@ class _Notes(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.is_inside_layer:
             return func(*args, **kwargs)
+        if func in _DROPOUTS and not args[2]:
+            return args[0]
         if any(tag in func.tags for tag in _UNFORESEEABLE):
             raise OtherStepsError
         written = [
@@ -184,6 +186,7 @@ class _Notes(TorchDispatchMode):
         return plain
 
 
+_DROPOUTS = (torch.ops.aten.dropout.default, torch.ops.aten.dropout_.default)
 _UNFORESEEABLE = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded)
 
 

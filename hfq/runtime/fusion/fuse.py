@@ -8,6 +8,7 @@ names, nothing assumed about anybody's `forward`.
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 from ...common.errors import UsageError
 from ...common.memory import return_freed_memory
 from ..direct.forward import run_directly as run_convolutions
+from ..inputs import example_of, takes_numbers
 from ..int8.known_forward import FUSED, FusedForward, KnownForward, Structure, enter, runs_known_code
 from ..int8.linear import Int8Linear
 from ..int8.narrowing import Narrowing
@@ -186,10 +188,9 @@ def _examples(model: nn.Module) -> Iterator[tuple[nn.Module, Mapping[str, Tensor
     if example is None:
         for child in model.children():
             yield from _examples(child)
-    elif getattr(model, "main_input_name", "") == "pixel_values":  # transformers' example is of tokens all the same
-        size = getattr(model.config, "image_size", 224)
-        height, width = size if isinstance(size, list | tuple) else (size, size)
-        yield model, {"pixel_values": torch.zeros(1, getattr(model.config, "num_channels", 3), height, width)}
+    elif takes_numbers(model):  # transformers' example is of tokens all the same
+        with suppress(AttributeError):  # a config that does not say what it takes
+            yield model, example_of(model)
     else:
         yield model, example
 

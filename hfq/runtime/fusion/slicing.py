@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...common.memory import LargestInput
+from ..inputs import takes_numbers
 from ..int8.known_forward import FusedForward, KnownForward
 from .planning import Plans
 
@@ -151,8 +152,8 @@ class SlicedForward(FusedForward):
         return outputs
 
     def is_plain(self, *args: Any, **kwargs: Any) -> bool:
-        is_image = getattr(self.model, "main_input_name", "") == "pixel_values" and kwargs.keys() == {"pixel_values"}
-        return not args and (is_image or is_token_batch(kwargs)) and not self.model.training
+        are_numbers = takes_numbers(self.model) and kwargs.keys() == {self.model.main_input_name}
+        return not args and (are_numbers or is_token_batch(kwargs)) and not self.model.training
 
 
 def _kept_lengths(mask: Tensor) -> list[int]:

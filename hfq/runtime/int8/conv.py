@@ -145,6 +145,9 @@ class Int8Conv(PackedModule):
         if is_recorded():
             return self._recorded(x)
         packed = self._packed or self.pack()
+        if torch.compiler.is_compiling() and packed is not None and self.is_matmul:
+            products: Tensor = cast(PackedLinear, packed)(self.rows(x.float()), None)
+            return products.movedim(-1, 1).to(x.dtype)
         input_scale, zero_point = input_codes(self)
         codes = quantize_uint8(x.float(), input_scale, zero_point)
         if isinstance(packed, PackedLinear):
@@ -163,11 +166,15 @@ class Int8Conv(PackedModule):
         return (y if bias is None else y.add_(bias.view_as(self.weight_scale[:, 0]))).to(x.dtype)
 
     def rows(self, codes: Tensor) -> Tensor:
-        """What is multiplied, if it `is_matmul`: uint8 `[batch, in, *size]` to `[batch, *size of the output, in_features]`."""
+        """What is multiplied, if it `is_matmul`: `[batch, in, *size]` to `[batch, *size of the output, in_features]`.
+
+        Floats, or the uint8 codes of this layer's input.
+        """
         if len(self.kernel_size) == 2:
             return codes.permute(0, 2, 3, 1).contiguous()
         (kernel,), ((stride,), (padding,), (dilation,), _) = self.kernel_size, self.geometry
-        codes = F.pad(codes.transpose(1, 2), (0, 0, padding, padding), value=input_codes(self)[1])
+        zero = 0 if codes.is_floating_point() else input_codes(self)[1]
+        codes = F.pad(codes.transpose(1, 2), (0, 0, padding, padding), value=zero)
         windows = codes.unfold(1, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
         return windows.transpose(2, 3).flatten(2)
 

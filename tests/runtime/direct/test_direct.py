@@ -69,7 +69,7 @@ def quantized(make: Any) -> PreTrainedModel:
         elif type(module) is nn.Conv2d:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, int8_conv(module, LayerScheme.static((-2.0, 3.0))))
-    return model
+    return model.eval()
 
 
 def images(batch: int = 3, size: int = 32) -> Tensor:
@@ -84,6 +84,7 @@ def test_steps_compute_what_the_modules_do(kernel: str, make: Any) -> None:
         fuse(model)
         found = [model(pixel_values=images(batch)).logits for batch in (1, 3)]
     assert isinstance(model.forward.compiled, DirectForward)
+    assert list(model.forward.compiled._found) == [(3, 32, 32)]
     assert all(model.forward.compiled._found.values())
     for output, of_modules in zip(found, expected, strict=True):
         assert relative_error(output, of_modules) < 0.02  # a code at an edge may round another way
