@@ -12,6 +12,8 @@ from ..measure.process import peak_mib, resident_mib, serve
 if TYPE_CHECKING:
     from .engines import Preparing
 
+MOST_ROWS = 33  # of a ragged request
+
 
 class _Session:
     def __init__(self, request: dict[str, Any]) -> None:
@@ -52,6 +54,8 @@ class _Session:
             return {"outputs": outputs.tolist()}
         if request["do"] == "memory":
             return {name: now - self.imported[name] for name, now in resident_mib().items()}
+        if request["do"] == "soak":
+            return {"milliseconds": self._soak(request), "peak_mib": peak_mib() - self.imported_mib}
         return {"seconds": self._time(request), "peak_mib": peak_mib() - self.imported_mib}
 
     def _load(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -76,6 +80,19 @@ class _Session:
             self._forward(**batch)
             seconds.append(time.perf_counter() - start)
         return seconds
+
+    def _soak(self, request: dict[str, Any]) -> float:
+        """Milliseconds for a thousand tokens, in requests of 1 to 33 rows of 1 to 512 tokens, or as many as there may be."""
+        generator = self.torch.Generator().manual_seed(0)
+        start, tokens = time.perf_counter(), 0
+        while not tokens or time.perf_counter() - start < request["seconds"]:
+            rows = int(self.torch.randint(1, MOST_ROWS + 1, (), generator=generator))
+            lengths = self.torch.randint(1, request["longest"] + 1, (rows, 1), generator=generator)
+            batch = self._batch({**request, "shape": (rows, int(lengths.max()))})
+            batch["mask"] = (self.torch.arange(batch["ids"].shape[1]) < lengths).long()
+            self._forward(**batch)
+            tokens += int(lengths.sum())
+        return 1e6 * (time.perf_counter() - start) / tokens
 
     def _forward(self, ids: Any, mask: Any) -> Any:
         with self.torch.no_grad():

@@ -1,4 +1,4 @@
-"""How latency and memory grow with layers, batch, length and processes, of every engine that a bench compares.
+"""How latency and memory grow with layers, batch, length, processes and time, of every engine that a bench compares.
 
 Every point has processes of its own, because a peak of memory can only be read once.
 """
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..common.errors import HfqError
 from ..common.ui import Reporter
@@ -21,18 +21,28 @@ from .run import open_engine, opening_request, prepare
 BATCHES = (1, 8, 32)  # at LENGTH tokens
 LENGTHS = (32, 128, 256, 512)  # at BATCH rows
 PROCESSES = (1, 2, 4)  # that share the threads
+SOAKS = (10, 40)  # seconds of ragged requests: whether a process takes more memory the longer it serves
+MOST_TOKENS = 512  # of a row of them
 BATCH, LENGTH = 8, 128
 REPEAT = 5
 ENOUGH_S = 480  # no point begins after that
 AS_STEEP = 1.05  # a slope that is larger by no more than noise
-Size = tuple[int | None, tuple[int, int], int]  # layers, batch x length, processes
+
+
+class Size(NamedTuple):
+    """What is measured at once. `layers`: None for all. `soak_s`: for so long ragged requests, instead of ones of `shape`."""
+
+    layers: int | None = None
+    shape: tuple[int, int] = (BATCH, LENGTH)
+    processes: int = 1
+    soak_s: int = 0
 
 
 @dataclass(frozen=True)
 class Point:
-    """One engine at one size. `axis`: which of layers, batch, length and processes is `value`; the others are the usual ones.
+    """One engine at one size. `axis`: which of layers, batch, length, processes and soak is `value`; the others are the usual.
 
-    `milliseconds`: median of a forward, in all processes at once. `peak_mib`: MiB that loading and running took beyond
+    `milliseconds`: median of a forward, in all processes at once; of a soak, for a thousand tokens. `peak_mib`: MiB that loading and running took beyond
     importing; of several processes, what they took together.
     """
 
@@ -54,6 +64,7 @@ def grow(
     with tempfile.TemporaryDirectory(prefix="hfq-bench-") as folder:
         opening = opening_request(quantized, baseline, threads=threads, folder=Path(folder))
         opening["pythons"] = {name: python for name, python in names.items() if python}
+        opening["longest"] = min(MOST_TOKENS, quantized.config.get("max_position_embeddings", MOST_TOKENS))
         runner = _Runner(opening, Path(folder))
         sizes = list(_sizes(quantized.config))
         points = []
@@ -92,15 +103,17 @@ def _slope(points: Sequence[Point], engine: str, axis: str, kind: str) -> float 
 
 def _sizes(config: dict[str, Any]) -> Iterator[tuple[str, int, Size]]:
     for batch in BATCHES:
-        yield "batch", batch, (None, (batch, LENGTH), 1)
+        yield "batch", batch, Size(shape=(batch, LENGTH))
     for length in LENGTHS:
         if length <= config.get("max_position_embeddings", length):
-            yield "length", length, (None, (BATCH, length), 1)
+            yield "length", length, Size(shape=(BATCH, length))
     for count in PROCESSES:
-        yield "processes", count, (None, (BATCH, LENGTH), count)
+        yield "processes", count, Size(processes=count)
+    for seconds in SOAKS:
+        yield "soak", seconds, Size(soak_s=seconds)
     layers = next((config[key] for key in ("num_hidden_layers", "n_layers") if key in config), None)
     for count in sorted({max(1, layers * part // 4) for part in (1, 2, 3, 4)}) if layers else ():
-        yield "layers", count, (None if count == layers else count, (BATCH, LENGTH), 1)
+        yield "layers", count, Size(layers=None if count == layers else count)
 
 
 class _Runner:
@@ -122,7 +135,7 @@ class _Runner:
         return self._found[name, size]
 
     def _measure(self, name: str, size: Size) -> tuple[float, float]:
-        layers, shape, count = size
+        layers, shape, count, soak_s = size
         opening = {**self._opening, "layers": layers, "shape": shape}
         if (name, layers) not in self._loading:
             self._loading[name, layers] = prepare(name, opening, self._folder / f"{name}-{layers or 'all'}")
@@ -134,11 +147,14 @@ class _Runner:
                 process.hear()
             for process in running:
                 process.ask(loading)
+            if soak_s:
+                found = running[0].ask({**opening, "do": "soak", "seconds": soak_s})
+                return found["milliseconds"], found["peak_mib"]
             for process in running:
                 process.tell({**opening, "do": "time", "repeat": REPEAT})
-            found = [process.hear() for process in running]
-            seconds = [second for one in found for second in one["seconds"]]
-            taken = found[0]["peak_mib"] if count == 1 else _together(running)
+            answers = [process.hear() for process in running]
+            seconds = [second for one in answers for second in one["seconds"]]
+            taken = answers[0]["peak_mib"] if count == 1 else _together(running)
         return 1e3 * statistics.median(seconds), taken
 
 

@@ -160,7 +160,13 @@ def _plot_growth(growth: Sequence[Point]) -> bytes:
 
     axes_names = list(dict.fromkeys(point.axis for point in growth))
     usual = f"{BATCH}x{LENGTH}"
-    fixed = {"layers": usual, "batch": f"length {LENGTH}", "length": f"batch {BATCH}", "processes": usual}
+    fixed = {
+        "layers": usual,
+        "batch": f"length {LENGTH}",
+        "length": f"batch {BATCH}",
+        "processes": usual,
+        "soak": "s of ragged batches",
+    }
     figure = Figure(figsize=(3.6 * len(axes_names), 5.6), layout="constrained")
     grid = figure.subplots(2, len(axes_names), squeeze=False, sharey="row")
     for column, axis in enumerate(axes_names):

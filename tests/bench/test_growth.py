@@ -21,6 +21,7 @@ def test_every_size_is_measured_for_the_float_model_and_for_hfq(monkeypatch: pyt
     monkeypatch.setattr(growth, "BATCHES", (3,))  # each point is a process, and takes seconds
     monkeypatch.setattr(growth, "LENGTHS", ())
     monkeypatch.setattr(growth, "PROCESSES", (2,))
+    monkeypatch.setattr(growth, "SOAKS", (1,))
     checkpoint = pull(str(CHECKPOINT))
     layers = checkpoint.config["num_hidden_layers"]
     small = replace(checkpoint, config={**checkpoint.config, "num_hidden_layers": 1})
@@ -28,7 +29,7 @@ def test_every_size_is_measured_for_the_float_model_and_for_hfq(monkeypatch: pyt
     assert layers > 1  # of which one is loaded
     assert [(point.engine, point.axis, point.value) for point in points] == [
         (engine, axis, value)
-        for axis, value in (("batch", 3), ("processes", 2), ("layers", 1))
+        for axis, value in (("batch", 3), ("processes", 2), ("soak", 1), ("layers", 1))
         for engine in ("fp32", "hfq")
     ]
     assert all(point.milliseconds > 0 and point.peak_mib > 0 for point in points)
