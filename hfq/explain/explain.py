@@ -35,7 +35,7 @@ from .remedies import NOW, WEIGHTS, advised, measured, remedies
 SLICE = 16  # calibration examples on which layers are compared: the model runs once for each layer
 SHARE = 0.8  # of all effects, which those layers have that are to be mended
 VISIBLE = 1e-4  # of an effect: what is less changes no answer
-STANDING_OUT = 10.0  # times the middle effect: such a layer is to be mended also where the goal is met
+STANDING_OUT = 30.0  # times the middle effect: such a layer is to be mended also where the goal is met
 PLAIN = Candidate("static")
 
 

@@ -225,6 +225,12 @@ class SentenceEmbedding(TextTask):
     def length(self, encoding: Encoding) -> int:
         return max(len(one["input_ids"]) for one in encoding.get("texts", [encoding]))
 
+    def excerpt(self, encoding: Encoding, processor: Processor) -> str:
+        """Its texts, one after the other."""
+        return " | ".join(
+            super(SentenceEmbedding, self).excerpt(one, processor) for one in encoding.get("texts", [encoding])
+        )
+
     def collate(self, encodings: Sequence[Encoding], processor: Processor) -> Batch:
         """A row for each text. `labels`: int64 `[texts, 2]`, whose example it is, and how many of its tokens are no part of it.
 
