@@ -1,7 +1,7 @@
 """Train the demo embedding model: a tiny BERT whose vectors say how many words two SMS messages share.
 
 It is here so that the demo recipe of embeddings has a real sentence-transformers model without a network. It is not part
-of `hfq`. Repeat it (about two minutes on one CPU core, no network); it writes the pairs, too:
+of `hfq`. Repeat it (a minute and a half on one CPU core, no network); it writes the pairs, too:
 
     python pipelines/demo/train_embedding.py
 """
@@ -56,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the demo embedding model.")
     parser.add_argument("--output", type=Path, default=HERE / "bert-tiny-sms-embedding")
     parser.add_argument("--pairs", type=Path, default=HERE / "pairs")
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
