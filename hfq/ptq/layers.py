@@ -106,11 +106,10 @@ def find_quantizable(
     tied, untied = _sharing(model, called, bypassed)
     reasons = {name: reason for name, reason in (reasons | untied).items() if name not in tied}
     # With one in int8 stock transformers opens the model only if it is widened, and drops all other layers' input scales.
-    convolutions = [module for module in model.modules() if isinstance(module, CONVOLUTIONS)]
-    few_convolved = stock and _are_few(convolutions, model)
+    kept = _why_convolutions_stay(model) if stock else None
     for name in called:
         if isinstance(candidates[name], CONVOLUTIONS):
-            reason = "a small part of the model" if few_convolved else why_not(candidates[name])
+            reason = kept or why_not(candidates[name])
             reasons |= {} if reason is None else {name: reason}
     embeddings = [n for n in called if isinstance(candidates[n], nn.Embedding) and n not in reasons and n not in tied]
     ordered = [name for name in called if not isinstance(candidates[name], nn.Embedding)]
@@ -195,6 +194,16 @@ class Bypassed(TorchFunctionMode):
             given = tree_leaves((args, kwargs))
             self._read |= {id(leaf) for leaf in given if isinstance(leaf, nn.Parameter)} & self._weights
         return output
+
+
+def _why_convolutions_stay(model: nn.Module) -> str | None:
+    """Why none is int8 in a model that stock transformers is to open; None if they may be."""
+    convolutions = [module for module in model.modules() if isinstance(module, CONVOLUTIONS)]
+    if _are_few(convolutions, model):
+        return "a small part of the model"
+    if any(name.endswith(".weight") for name, _ in model.named_buffers()):  # DETR's norms: what widens takes parameters
+        return "beside norms whose weights are buffers, where stock transformers cannot widen it"
+    return None
 
 
 def _are_few(convolutions: Sequence[nn.Module], model: nn.Module) -> bool:

@@ -77,6 +77,21 @@ FAMILIES = {
     "deberta": Family(
         "DebertaV2ForSequenceClassification", {**_BERT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
     ),
+    "detr": Family(
+        "DetrForObjectDetection",
+        {
+            "backbone_config": {
+                **{"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [16, 32], "depths": [1, 1]},
+                "out_features": ["stage2"],
+            },
+            **{"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "num_queries": 5, "num_labels": 3},
+            **{"encoder_attention_heads": 2, "decoder_attention_heads": 2},
+            **{"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "use_timm_backbone": False},
+            **{"use_pretrained_backbone": False, "backbone": None},
+        },
+        lambda: {"pixel_values": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))},
+        heads=(),
+    ),
     "dinov2": Family("Dinov2ForImageClassification", {**_IMAGE, "use_swiglu_ffn": True}, _image),
     "distilbert": Family(
         "DistilBertForSequenceClassification",
