@@ -84,7 +84,7 @@ class QuantizeOnFitEnd(Callback):
         >>> Trainer(callbacks=[QuantizeOnFitEnd("./int8", metric="accuracy")]).fit(module, datamodule)
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - a callback is configured by its arguments, as Lightning's are
         self,
         output: str | Path,
         *,

@@ -34,7 +34,7 @@ from .hub.repository import (
     refuse_public,
 )
 from .output import split_export
-from .recipe import Recipe
+from .recipe import PushOptions, Recipe
 from .report.report import read_report
 from .source.trust import check_links
 
@@ -47,12 +47,8 @@ def push_folder(
     repo_id: str | None,
     default_name: str,
     token: str | None,
-    private: bool,
-    create_pr: bool,
     message: str,
-    force: bool = False,
-    branch: str | None = None,
-    tag: str | None = None,
+    options: PushOptions | None = None,
 ) -> PushResult:
     """Publish an exported folder in one commit; in none, if the repository holds the same already.
 
@@ -63,12 +59,7 @@ def push_folder(
     Args:
         repo_id: `user/name`, or a name among the user's own; None for `default_name` there.
         token: None for the one `hf auth login` or `HF_TOKEN` left.
-        create_pr: propose the commit as a pull request.
-        force: a repository that holds another model may be overwritten. The same commit replaces files of the same
-            name and takes away weights, adapters and tokenizer files that transformers would load instead of, or
-            together with, the int8 ones. The rest stays, and all of it stays in the repository's history.
-        branch: commit to this one; it is created from main if there is none.
-        tag: give the commit this name.
+        message: the commit's title.
 
     Raises:
         HubError: the Hub or the repository's content does not allow it. Nothing was published, unless the message says
@@ -81,15 +72,16 @@ def push_folder(
     target = resolve_repo_id(repo_id, default_name=default_name, token=token)
     validate_card(files[CARD_FILE].read_text(encoding="utf-8"))
 
-    branch = None if branch == MAIN else branch
+    options = options or PushOptions()
+    options = replace(options, branch=None if options.branch == MAIN else options.branch)
     api = HfApi(token=token, library_name="hfq")
-    push = Push(api, files, message, private=private, create_pr=create_pr, force=force, branch=branch, tag=tag)
+    push = Push(api, files, message, options)
     with explained(f"Pushing {folder.name} to {target}"):
         remote = read_remote(api, target)
         result = push_to_new(push, target) if remote is None else push_to(push, remote)
-    if tag:
-        with explained(f"{result.url} holds {folder.name} at {result.commit}, but setting tag {tag}"):
-            set_tag(api, target, tag, commit=result.commit)
+    if options.tag:
+        with explained(f"{result.url} holds {folder.name} at {result.commit}, but setting tag {options.tag}"):
+            set_tag(api, target, options.tag, commit=result.commit)
     return replace(result, left=left)
 
 
@@ -102,7 +94,7 @@ def publish(folder: Path, recipe: Recipe, *, token: str | None, ui: Reporter) ->
         default_name=folder.resolve().name,
         token=token,
         message=f"{COMMIT_TITLE} {__version__}",
-        **recipe.publishing,
+        options=recipe.push_options,
     )
     said = f"{pushed.url} at {pushed.commit}" if pushed.changed else f"{pushed.url} holds this already: no commit"
     ui.note(said)
@@ -134,12 +126,10 @@ def hub_session(*, local: bool) -> Iterator[str | None]:
             constants.ENDPOINT, constants.HF_HUB_DISABLE_XET = configured
 
 
-def published_revisions(
-    repo_id: str, *, token: str | None, private: bool, create_pr: bool, force: bool = False, branch: str | None = None
-) -> set[str]:
+def published_revisions(repo_id: str, options: PushOptions, *, token: str | None) -> set[str]:
     """Revisions of float checkpoints whose export is in a repository already, by its `hfq.json`.
 
-    One or none; and with `create_pr`, those of hfq's pull requests too, open or turned down.
+    One or none; and for pushes that `create_pr`, those of hfq's pull requests too, open or turned down.
 
     Raises:
         HubError: the Hub cannot be asked, or a push there would be refused whatever is in it.
@@ -151,12 +141,12 @@ def published_revisions(
         remote = read_remote(api, repo_id)
         if remote is None:
             return set()
-        refuse_public(remote, private=private)
-        there = remote if branch in (None, MAIN) else read_branch(api, remote, str(branch))
-        if not force:
+        refuse_public(remote, private=options.private)
+        there = remote if options.branch in (None, MAIN) else read_branch(api, remote, str(options.branch))
+        if not options.force:
             refuse_foreign(there or remote)
         holders = [there] if there and any(map(OUR_WEIGHTS.fullmatch, there.files)) else []
-        for request in pull_requests(api, remote.id) if create_pr else []:
+        for request in pull_requests(api, remote.id) if options.create_pr else []:
             if _is_proposal(request) and (proposed := read_branch(api, remote, str(request.git_reference))):
                 holders.append(proposed)
         return {found for holder in holders if (found := _recorded_revision(holder, token=token))}

@@ -88,6 +88,7 @@ class Quantized:
             HubError: the Hub or the repository's content does not allow it. Nothing was published.
         """
         from .publish import push_folder
+        from .recipe import PushOptions
 
         with tempfile.TemporaryDirectory(prefix="hfq-") as work:
             folder = Path(work) / "model"
@@ -97,9 +98,8 @@ class Quantized:
                 repo_id=repo_id,
                 default_name=repo_id,
                 token=token,
-                private=private,
-                create_pr=create_pr,
                 message=commit_message,
+                options=PushOptions(private=private, create_pr=create_pr),
             )
         return pushed.url
 

@@ -6,6 +6,7 @@ A token is never part of it: recipes are committed and published.
 import os
 import shlex
 from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_origin
 
@@ -20,7 +21,6 @@ from .common.redact import holds_token
 
 LARGEST = 1 << 20  # bytes of a recipe
 LONGEST = 4096  # characters of a value, as long as a path may be
-PUBLISHING = ("private", "create_pr", "force", "branch", "tag")  # keys that say how a push is made
 EXPLAINED = (
     "calibration_split",
     "calibration_samples",
@@ -29,6 +29,27 @@ EXPLAINED = (
     "layers",
 )  # that `hfq explain` takes
 SETTINGS = ("pooling", "prompt")  # keys that only some tasks read
+
+
+@dataclass(frozen=True)
+class PushOptions:
+    """How a repository is to take an export.
+
+    `private`: it is made private, and a public one is refused. `create_pr`: propose the commit as a pull request.
+    `force`: a repository that holds another model may be overwritten. The same commit replaces files of the same name
+    and takes away weights, adapters and tokenizer files that transformers would load instead of, or together with, the
+    int8 ones. The rest stays, and all of it stays in the repository's history. `branch`: commit to this one, made from
+    main if there is none. `tag`: give the commit this name.
+    """
+
+    private: bool = False
+    create_pr: bool = False
+    force: bool = False
+    branch: str | None = None
+    tag: str | None = None
+
+
+PUBLISHING = tuple(field.name for field in fields(PushOptions))  # keys that say how a push is made
 
 
 def _key(default: Any, description: str, *, absent: str | None = None, form: str | None = None, **bounds: Any) -> Any:
@@ -151,9 +172,9 @@ class Recipe(Evaluation):
         return self
 
     @property
-    def publishing(self) -> dict[str, Any]:
-        """How a push is made: what `hfq.publish.push_folder` takes by these names."""
-        return self.model_dump(include=set(PUBLISHING))
+    def push_options(self) -> PushOptions:
+        """How a push is made."""
+        return PushOptions(**self.model_dump(include=set(PUBLISHING)))
 
     @property
     def name(self) -> str:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from ..common.errors import UsageError
 from ..common.installation import installation
 from ..common.ui import Reporter
+from ..measure.hardware import hardware
 from ..measure.process import Process
 from ..report.report import package_versions, read_report
 from ..source.bounds import check_model
@@ -57,6 +58,15 @@ class SecondProcess:
     first_answer_s: float
     private_mib: float
     shared_mib: float
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What is timed: batch and length of each input, by how many threads, and how often each engine has its turn."""
+
+    shapes: Sequence[Shape]
+    threads: int
+    rounds: int
 
 
 @dataclass(frozen=True)
@@ -121,13 +131,10 @@ def bench(
     baseline: Checkpoint,
     *,
     names: Mapping[str, str | None],
-    shapes: Sequence[Shape],
-    threads: int,
-    rounds: int,
-    hardware: dict[str, Any],
+    timing: Timing,
     ui: Reporter,
 ) -> BenchResult:
-    """Measure engines on random tokens of `shapes`. `names`: of engines, with the interpreter of each, None for this one.
+    """Measure engines on random tokens. `names`: of engines, with the interpreter of each, None for this one.
 
     An engine that fails is reported as such, and does not end the others.
 
@@ -136,6 +143,7 @@ def bench(
             not run such models.
         SourceError: a checkpoint is not the model that its config says.
     """
+    shapes, threads = timing.shapes, timing.threads
     _check(quantized, baseline, shapes)
     found: dict[str, dict[str, Any]] = {}
     used: dict[str, dict[str, str]] = {}
@@ -167,7 +175,7 @@ def bench(
             )
         for batch, length in sorted(shapes, key=lambda shape: shape[0] * shape[1]):
             ui.stage(f"Time {batch}×{length}")
-            _time(running, found, {**opening, "shape": [batch, length]}, rounds=rounds)
+            _time(running, found, {**opening, "shape": [batch, length]}, rounds=timing.rounds)
         largest = max(shapes, key=lambda shape: shape[0] * shape[1])
         _compare(running, found, {**opening, "do": "outputs", "shape": [max(16, largest[0]), largest[1]]})
         for name in running:
@@ -178,7 +186,7 @@ def bench(
                 ui.warn(f"{name}, in a second process: {error}")
     results = [EngineResult(name=name, **found[name]) for name in names]
     setup = {
-        "rounds": rounds,
+        "rounds": timing.rounds,
         "revisions": {"checkpoint": quantized.info.revision, "baseline": baseline.info.revision},
         "compared": "cosine" if opening["embeds"] else "label",
         "versions": {**package_versions(), **{k: v for name in used if not names[name] for k, v in used[name].items()}},
@@ -186,7 +194,12 @@ def bench(
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)},
     }
     return BenchResult(
-        quantized.info.id, baseline.info.id, [f"{batch}x{length}" for batch, length in shapes], hardware, results, setup
+        quantized.info.id,
+        baseline.info.id,
+        [f"{batch}x{length}" for batch, length in shapes],
+        {**hardware(), "threads": threads},
+        results,
+        setup,
     )
 
 

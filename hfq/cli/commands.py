@@ -282,11 +282,10 @@ def bench_command(
 
     from ..bench.engines import PEERS
     from ..bench.growth import Point, grow
-    from ..bench.run import bench, chosen, pull_baseline, read_pythons, read_shapes
+    from ..bench.run import Timing, bench, chosen, pull_baseline, read_pythons, read_shapes
     from ..bench.table import as_dict, markdown
     from ..bench.table import write as write_bench
     from ..common.ui import Reporter
-    from ..measure.hardware import hardware
     from ..source.checkpoint import pull
 
     if output.exists() and not output.is_dir():
@@ -302,16 +301,8 @@ def bench_command(
         raise UsageError(f"{checkpoint} is not quantized. Quantize it first: hfq quantize {checkpoint} --output ./out")
     float_model = pull_baseline(quantized, contest.baseline, token=token)
     ui = Reporter()
-    found = bench(
-        quantized,
-        float_model,
-        names=names,
-        shapes=shapes,
-        threads=threads,
-        rounds=contest.rounds,
-        hardware={**hardware(), "threads": threads},
-        ui=ui,
-    )
+    timing = Timing(shapes, threads, contest.rounds)
+    found = bench(quantized, float_model, names=names, timing=timing, ui=ui)
     points: list[Point] = []
     written = write_bench(found, points, output)
     if contest.growth:
@@ -464,13 +455,12 @@ def webhook(
 
     The Hub posts to /webhooks/hub. The webhook's secret is read from WEBHOOK_SECRET.
     """
-    from ..runs.webhook import Address, serve
+    from ..runs.webhook import Endpoint, serve
 
     serve(
         folder,
+        Endpoint(listener.host, listener.port, secret=os.environ.get("WEBHOOK_SECRET")),
         queue=listener.queue,
-        address=Address(listener.host, listener.port),
-        secret=os.environ.get("WEBHOOK_SECRET"),
         recipes=_recipes(),
         token=token,
         retry_s=listener.retry,

@@ -11,6 +11,7 @@ from huggingface_hub.errors import HTTPError
 
 from ..common.errors import HfqError, HubError
 from ..common.names import REPORT_FILE
+from ..recipe import PushOptions
 from .client import Waits, is_passing
 from .errors import NOT_UNDERSTOOD, conflict, explain, response_of
 from .repository import (
@@ -54,22 +55,18 @@ class Push:
     api: HfApi
     files: dict[str, Path]
     message: str
-    private: bool
-    create_pr: bool
-    force: bool
-    branch: str | None
-    tag: str | None
+    options: PushOptions
 
 
 def push_to_new(push: Push, repo_id: str) -> PushResult:
     """Create the repository and fill it; take it back if that fails, unless it turns out to be somebody else's."""
     creation = _Creation(push.api, repo_id)
-    with _removed_on_failure(creation, branch=push.branch):
-        creation.run(private=push.private)
+    with _removed_on_failure(creation, branch=push.options.branch):
+        creation.run(private=push.options.private)
         remote = read_remote(push.api, repo_id)
         if remote is None and not creation.ours:
             raise HubError(f"{repo_id} can neither be read nor created: the name is taken. Choose another with --to.")
-        remote = remote or Remote(repo_id, head=None, private=push.private, files={})
+        remote = remote or Remote(repo_id, head=None, private=push.options.private, files={})
         return replace(push_to(push, remote), created=creation.ours)
 
 
@@ -107,19 +104,19 @@ class _Creation:
 
 def push_to(push: Push, remote: Remote) -> PushResult:
     """Publish in a repository that is there; one that holds nothing yet is one too."""
-    refuse_public(remote, private=push.private)
-    if push.branch is None:
+    refuse_public(remote, private=push.options.private)
+    if push.options.branch is None:
         return _commit(push, remote)
-    if there := read_branch(push.api, remote, push.branch):
+    if there := read_branch(push.api, remote, push.options.branch):
         return _commit(push, there)
-    refuse_foreign(remote, force=push.force)  # before a branch is made for nothing
-    push.api.create_branch(remote.id, branch=push.branch, revision=remote.head, exist_ok=True)
+    refuse_foreign(remote, force=push.options.force)  # before a branch is made for nothing
+    push.api.create_branch(remote.id, branch=push.options.branch, revision=remote.head, exist_ok=True)
     try:
         return _commit(push, remote)
     except BaseException:
-        there = read_branch(push.api, remote, push.branch)
+        there = read_branch(push.api, remote, push.options.branch)
         if there and there.head == remote.head:
-            push.api.delete_branch(remote.id, branch=push.branch)
+            push.api.delete_branch(remote.id, branch=push.options.branch)
         raise
 
 
@@ -130,19 +127,19 @@ def _commit(push: Push, remote: Remote) -> PushResult:
     unchanged files too, but only after it has uploaded, and it does not say whether it made a commit.
     """
     changed = {name: path for name, path in push.files.items() if not is_there(push.api, remote, name, path)}
-    refuse_foreign(remote, changed, force=push.force)
+    refuse_foreign(remote, changed, force=push.options.force)
     # What passed as not ours without --force has no weights, and a file that is named as our plots are is a stranger's.
-    removable = OURS if REPORT_FILE in remote.files else _LOADED_TOO if push.force else None
+    removable = OURS if REPORT_FILE in remote.files else _LOADED_TOO if push.options.force else None
     stale = [name for name in remote.files if removable and removable.fullmatch(name) and name not in push.files]
     _refuse_taken_tag(push, remote, is_new=bool(changed or stale))
     unchanged = PushResult(f"{push.api.endpoint}/{remote.id}", str(remote.head), created=False, changed=False)
     if not changed and not stale:
         return unchanged
-    if push.create_pr and (proposed := _already_proposed(push, remote)):
+    if push.options.create_pr and (proposed := _already_proposed(push, remote)):
         return proposed
     additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in changed.items()]
     push.api.preupload_lfs_files(
-        remote.id, additions, revision=push.branch, create_pr=push.create_pr, free_memory=False
+        remote.id, additions, revision=push.options.branch, create_pr=push.options.create_pr, free_memory=False
     )
     return _send(push, remote, [*additions, *(CommitOperationDelete(name, is_folder=False) for name in stale)])
 
@@ -161,8 +158,8 @@ def _send(push: Push, remote: Remote, operations: Sequence[CommitOperation]) -> 
                 operations,
                 commit_message=push.message,
                 parent_commit=remote.head,
-                revision=push.branch,
-                create_pr=push.create_pr,
+                revision=push.options.branch,
+                create_pr=push.options.create_pr,
             )
             return PushResult(commit.pr_url or url, commit.oid, created=False, changed=commit.oid != remote.head)
         except (HTTPError, OSError, ValueError, *NOT_UNDERSTOOD) as error:
@@ -172,7 +169,7 @@ def _send(push: Push, remote: Remote, operations: Sequence[CommitOperation]) -> 
                 raise
             if made := _made_after_all(push, remote, error):
                 return made
-            if (push.create_pr and status not in (429, 503)) or not waits.another(error, response):
+            if (push.options.create_pr and status not in (429, 503)) or not waits.another(error, response):
                 raise
 
 
@@ -183,10 +180,10 @@ def _made_after_all(push: Push, remote: Remote, error: BaseException) -> PushRes
         HubError: somebody else's commit, or it cannot be found out.
     """
     try:
-        if push.create_pr:
+        if push.options.create_pr:
             found = _already_proposed(push, remote)
             return replace(found, changed=True) if found else None
-        now = read_branch(push.api, remote, push.branch or MAIN)
+        now = read_branch(push.api, remote, push.options.branch or MAIN)
     except (HTTPError, OSError, ValueError, *NOT_UNDERSTOOD) as failure:
         raise HubError(
             f"{explain(error)} Whether the commit was made could not be found out ({explain(failure).rstrip('.')}). "
@@ -224,10 +221,10 @@ def set_tag(api: HfApi, repo_id: str, tag: str, *, commit: str) -> None:
 
 
 def _refuse_taken_tag(push: Push, remote: Remote, *, is_new: bool) -> None:
-    taken = tags(push.api, remote.id).get(push.tag) if push.tag else None
+    taken = tags(push.api, remote.id).get(push.options.tag) if push.options.tag else None
     if taken and (is_new or taken != remote.head):
         raise HubError(
-            f"{remote.id} has a tag {push.tag} already, at {taken}, and a tag is never moved. Nothing was pushed; "
+            f"{remote.id} has a tag {push.options.tag} already, at {taken}, and a tag is never moved. Nothing was pushed; "
             "choose another --tag."
         )
 

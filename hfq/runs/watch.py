@@ -136,15 +136,14 @@ class Watcher:
             default_name=watched.target,
             token=self._token,
             message=f"{COMMIT_TITLE} {__version__}",
-            **recipe.publishing,
+            options=recipe.push_options,
         )
         ui.left_behind(pushed.left, where="published")
         self._complete.discard(_digest(recipe, revision))
         return Outcome(watched.path.name, "published", f"{pushed.url} holds {source}: commit {pushed.commit}")
 
     def _is_published(self, watched: Watched, revision: str) -> bool:
-        how = {key: value for key, value in watched.recipe.publishing.items() if key != "tag"}
-        return revision in published_revisions(watched.target, token=self._token, **how)
+        return revision in published_revisions(watched.target, watched.recipe.push_options, token=self._token)
 
     def _quantized(self, watched: Watched, revision: str, ui: Reporter) -> Path:
         """The folder with the export of that revision, made now unless only its push had failed."""

@@ -35,28 +35,29 @@ _AT_START = "whatever is new at start"
 
 
 @dataclass(frozen=True)
-class Address:
-    """Where to listen."""
+class Endpoint:
+    """Where to listen, and `secret`: what the Hub must send as `X-Webhook-Secret`."""
 
     host: str
     port: int
+    secret: str | None
 
 
 def serve(
-    folder: Path, *, queue: Path, address: Address, secret: str | None, recipes: Path, token: str | None, retry_s: float
+    folder: Path, endpoint: Endpoint, *, queue: Path, recipes: Path, token: str | None, retry_s: float
 ) -> NoReturn:
     """Publish what the Hub says is new, and at start what was new while nobody listened, until interrupted.
 
     Args:
         folder, recipes, token: as `hfq.runs.watch.Watcher` has them.
         queue: folder for what is to be done; it is made if there is none.
-        secret: what the Hub must send as `X-Webhook-Secret`.
         retry_s: see `hfq.runs.job_queue.JobQueue`.
 
     Raises:
         UsageError: no secret, no recipe, no gradio, or a queue that another process has.
         HubError: the address cannot be had.
     """
+    secret = endpoint.secret
     if not secret or not (secret.isascii() and secret.isprintable()):
         raise UsageError(
             f"WEBHOOK_SECRET {'holds characters that no header can' if secret else 'is not set, and without it anybody could start runs here'}. "
@@ -74,8 +75,8 @@ def serve(
                 ui.note(f"Queued: {job.recipe}, because of {job.revision[:19]}")
             return [job.recipe for job in found]
 
-        with _listening(receive, address=address, secret=secret):
-            ui.stage(f"Listening on http://{address.host}:{address.port}{PATH}")
+        with _listening(receive, endpoint=endpoint):
+            ui.stage(f"Listening on http://{endpoint.host}:{endpoint.port}{PATH}")
             while True:
                 _work(jobs, jobs.take(), watcher, ui)
 
@@ -135,7 +136,7 @@ class _Secret(str):
 
 
 @contextmanager
-def _listening(receive: Callable[[bytes], Sequence[str]], *, address: Address, secret: str) -> Iterator[None]:
+def _listening(receive: Callable[[bytes], Sequence[str]], *, endpoint: Endpoint) -> Iterator[None]:
     """`WebhooksServer` in a thread of its own for the length of the block.
 
     Its handler takes the request and not the payload: FastAPI would read and check a payload before the secret.
@@ -167,20 +168,20 @@ def _listening(receive: Callable[[bytes], Sequence[str]], *, address: Address, s
     try:
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()):  # it prints, and standard output is for data
             warnings.simplefilter("ignore", UserWarning)  # it is experimental, says the library
-            server = WebhooksServer(ui=page, webhook_secret=_Secret(secret))
+            server = WebhooksServer(ui=page, webhook_secret=_Secret(endpoint.secret or ""))
             server.add_webhook(PATH.removeprefix("/webhooks"))(hub)
             server.launch(
                 prevent_thread_lock=True,
                 share=False,  # its default off a Space is a tunnel that opens this machine to the internet
-                server_name=address.host,
-                server_port=address.port,
+                server_name=endpoint.host,
+                server_port=endpoint.port,
                 max_file_size=1,  # gradio takes uploads from anybody
                 ssr_mode=False,
                 quiet=True,
             )
     except OSError as error:
         raise HubError(
-            f"{address.host}:{address.port} cannot be listened on: {error}. Choose another --host or --port."
+            f"{endpoint.host}:{endpoint.port} cannot be listened on: {error}. Choose another --host or --port."
         ) from error
     try:
         yield

@@ -19,6 +19,7 @@ import re
 import shutil
 import signal
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from hfq.common.errors import HubError, SourceError
 from hfq.hub import client as network
 from hfq.hub.local import LocalHub
 from hfq.publish import PushResult, published_revisions, push_folder
+from hfq.recipe import PushOptions
 from hfq.report.report import read_report
 from hfq.source.checkpoint import pull, pull_report
 
@@ -96,11 +98,10 @@ def push(folder: Path, repo_id: str, **changes: Any) -> PushResult:
     options = {
         "default_name": "x",
         "token": None,
-        "private": False,
-        "create_pr": False,
         "message": "INT8 export by hfq",
     }
-    return push_folder(folder, repo_id=repo_id, **{**options, **changes})
+    chosen = {field.name: changes.pop(field.name) for field in fields(PushOptions) if field.name in changes}
+    return push_folder(folder, repo_id=repo_id, options=PushOptions(**chosen), **{**options, **changes})
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -287,7 +288,7 @@ def test_a_published_report_that_arrives_damaged_does_not_pass_for_another(
     push(folder, repo_id)
     proxy.begin(Fault(lambda _: "flipped", where=f"GET /{repo_id}/resolve"))
     if read_by == "watch":
-        assert published_revisions(repo_id, token=None, private=False, create_pr=False) == {"a" * 40}
+        assert published_revisions(repo_id, PushOptions(), token=None) == {"a" * 40}
     else:
         assert read_report(pull_report(repo_id)) == read_report(folder)
     assert "!flipped" in [how for _, _, how in proxy.requests]
@@ -324,7 +325,7 @@ def test_works_with_a_hub_that_has(
     assert push(folder, repo_id, tag="v1").changed
     assert commits(hub, repo_id) == 2
     assert published(hub, repo_id) == contents(folder)
-    assert published_revisions(repo_id, token=None, private=False, create_pr=True) == {"a" * 40}
+    assert published_revisions(repo_id, PushOptions(create_pr=True), token=None) == {"a" * 40}
 
 
 # Whole runs

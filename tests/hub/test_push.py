@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from hfq.common.errors import ExportError, HubError, SourceError, UsageError
 from hfq.common.names import PLOT_FILES
 from hfq.hub.local import LocalHub
 from hfq.publish import PushResult, push_folder, resolve_repo_id
-from hfq.recipe import make_recipe
+from hfq.recipe import PushOptions, make_recipe
 from hfq.report import plots
 from hfq.runs.watch import Watcher
 
@@ -49,11 +49,10 @@ def push(folder: Path, repo_id: str | None, **changes: Any) -> PushResult:
     options = {
         "default_name": "model-int8",
         "token": None,
-        "private": False,
-        "create_pr": False,
         "message": "Upload INT8",
     }
-    return push_folder(folder, repo_id=repo_id, **{**options, **changes})
+    chosen = {field.name: changes.pop(field.name) for field in fields(PushOptions) if field.name in changes}
+    return push_folder(folder, repo_id=repo_id, options=PushOptions(**chosen), **{**options, **changes})
 
 
 def refusal(folder: Path, repo_id: str | None, **changes: Any) -> str:

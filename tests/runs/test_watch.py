@@ -15,6 +15,7 @@ from support.factories import make_folder, make_report
 
 from hfq.hub.local import LocalHub
 from hfq.publish import push_folder
+from hfq.recipe import PushOptions
 from hfq.runs.recipe_folder import Outcome, exit_code
 
 USER = "hfq-user"
@@ -45,8 +46,8 @@ def publish(folder: Path, repo_id: str, revision: str, *, create_pr: bool = Fals
     """What a run of hfq on that revision of the source has left on the Hub."""
     report = make_report()
     made = make_folder(folder, replace(report, checkpoint=replace(report.checkpoint, revision=revision)))
-    options = {"default_name": repo_id, "token": None, "private": False, "message": "INT8 export by hfq 0.0.1"}
-    push_folder(made, repo_id=repo_id, create_pr=create_pr, **options)
+    options = {"default_name": repo_id, "token": None, "message": "INT8 export by hfq 0.0.1"}
+    push_folder(made, repo_id=repo_id, options=PushOptions(create_pr=create_pr), **options)
 
 
 def commits(hub: LocalHub, repo_id: str) -> int:

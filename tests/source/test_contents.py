@@ -440,7 +440,7 @@ def test_a_task_that_is_not_supported_names_those_that_are_and_fit(architecture:
 def test_push_folder_keeps_the_code_of_a_model_only_where_it_has_some(tmp_path: Path, hub: LocalHub) -> None:
     folder = make_folder(tmp_path / "out")
     files = {"own.py": "x = 1", "config.json": '{"auto_map": {"AutoModel": "own.Own"}}'}
-    options = {"default_name": "x", "token": None, "private": False, "create_pr": False, "message": "x"}
+    options = {"default_name": "x", "token": None, "message": "x"}
     for remote_code in (False, True):
         report = make_report()
         info = CheckpointInfo("me/bert", "a" * 40, remote_code=remote_code, remote_code_allowed=remote_code)

@@ -22,7 +22,7 @@ from typing import Any
 from ...common.errors import HubError
 from . import reading, writing
 from .protocol import Hub, Reply, Slice, User, answer
-from .store import CHUNK, Commit, Files, Store, read_chunks
+from .store import CHUNK, Commit, CommitMessage, Files, Store, read_chunks
 
 HOST = "127.0.0.1"
 USER = "hfq-user"
@@ -139,7 +139,7 @@ class LocalHub:
                     files[name] = self._store.add_file(path.read_bytes())
 
         repo = self._store.get(repo_type, repo_id)
-        commit, _ = self._store.commit(repo, add, author=repo.namespace, title=message)
+        commit, _ = self._store.commit(repo, add, CommitMessage(repo.namespace, message))
         return commit.sha
 
     def commits(self, repo_id: str, revision: str = "main", *, repo_type: str = "model") -> list[Commit]:
@@ -152,7 +152,7 @@ class LocalHub:
         commit = self._store.get(repo_type, repo_id).at(revision)
         return {path: self._store.read(file) for path, file in commit.files.items()}
 
-    def fail(
+    def fail(  # noqa: PLR0913 - what a test may say of a fault, each by its name
         self,
         method: str,
         path_regex: str,

@@ -67,6 +67,15 @@ Files = dict[str, File]
 
 
 @dataclass(frozen=True)
+class CommitMessage:
+    """Who commits, and what is said of it."""
+
+    author: str
+    title: str
+    description: str = ""
+
+
+@dataclass(frozen=True)
 class Commit:
     """A commit with all files it leaves in the repository, by path."""
 
@@ -177,7 +186,7 @@ class Store:
                 raise RefusedError(409, f"You already created this {repo_type} repo: {repo_id}")
             rules = (f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in _LFS_PATTERNS.split())
             attributes = self.add_file("".join(rules).encode())
-            first = _seal({GIT_ATTRIBUTES: attributes}, "initial commit", author=author)
+            first = _seal({GIT_ATTRIBUTES: attributes}, CommitMessage(author, "initial commit"))
             refs = {"refs/heads/main": first.sha}
             repo = Repo(repo_type, repo_id, private, gated, first.date, commits={first.sha: first}, refs=refs)
             self._publish(repo)
@@ -192,10 +201,8 @@ class Store:
         self,
         repo: Repo,
         edit: Callable[[Files], None],
+        message: CommitMessage,
         *,
-        author: str,
-        title: str,
-        description: str = "",
         revision: str = "main",
         parent: str | None = None,
         as_pull_request: bool = False,
@@ -220,13 +227,13 @@ class Store:
             discussion = None
             ref = repo.ref(revision)
             if as_pull_request:
-                repo, discussion = _with_discussion(repo, title, author, pull_request=True)
+                repo, discussion = _with_discussion(repo, message.title, message.author, pull_request=True)
                 ref = f"refs/pr/{discussion.num}"
             elif ref is None or ref.startswith("refs/tags/"):
                 raise RefusedError(400, f"{revision} is not a branch")
             elif files == head.files:
                 return head, None
-            commit = _seal(files, title, author=author, description=description, parent=head.sha)
+            commit = _seal(files, message, parent=head.sha)
             commits = {**repo.commits, commit.sha: commit}
             self._publish(replace(repo, commits=commits, refs={**repo.refs, ref: commit.sha}))
             return commit, discussion
@@ -350,20 +357,20 @@ def folder_oids(files: Files) -> dict[str, str]:
     return oids
 
 
-def _seal(files: Files, title: str, *, author: str, description: str = "", parent: str | None = None) -> Commit:
+def _seal(files: Files, message: CommitMessage, *, parent: str | None = None) -> Commit:
     """A commit under the name that git would give it."""
     now = datetime.now(timezone.utc)
-    signature = f"{author} <{author}@localhost> {now.timestamp():.0f} +0000"
+    signature = f"{message.author} <{message.author}@localhost> {now.timestamp():.0f} +0000"
     lines = [
         f"tree {folder_oids(files)['']}",
         *([f"parent {parent}"] if parent else []),
         f"author {signature}",
         f"committer {signature}",
         "",
-        "\n\n".join(filter(None, (title, description))),
+        "\n\n".join(filter(None, (message.title, message.description))),
     ]
     sha = _git_hash("commit", "\n".join(lines).encode())
-    return Commit(sha, parent, title, description, author, _timestamp(now), files)
+    return Commit(sha, parent, message.title, message.description, message.author, _timestamp(now), files)
 
 
 def _with_discussion(repo: Repo, title: str, author: str, pull_request: bool) -> tuple[Repo, Discussion]:

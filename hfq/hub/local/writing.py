@@ -15,7 +15,7 @@ from typing import Any
 from . import card
 from .protocol import Call, Hub, Reply, Routes, User, parse_json
 from .reading import CARD_FILE
-from .store import Files, RefusedError, Repo
+from .store import CommitMessage, Files, RefusedError, Repo
 
 _XET_TOKEN_SECONDS = 900
 
@@ -28,7 +28,7 @@ def create_repo(hub: Hub, call: Call) -> Reply:
     repo_type, repo_id, user = _named_repo(hub, call, asked)
     if repo := hub.store.find(repo_type, repo_id):
         message = f"You already created this {repo_type} repo: {repo_id}"
-        return Reply.json({"error": message, "url": hub.page(repo)}, 409, {"X-Error-Message": message})
+        return Reply.json({"error": message, "url": hub.page(repo)}, 409, {"X-Error-CommitMessage": message})
     private = asked.get("visibility") == "private"
     repo = hub.store.create(repo_type, repo_id, author=user.name, private=private)
     return Reply.json({"url": hub.page(repo), "name": repo.id, "id": repo.id})
@@ -129,9 +129,7 @@ def commit(hub: Hub, call: Call) -> Reply:
     made, discussion = hub.store.commit(
         repo,
         lambda files: _apply(hub, repo, operations, files),
-        author=hub.account(call).name,
-        title=header.get("summary", ""),
-        description=header.get("description", ""),
+        CommitMessage(hub.account(call).name, header.get("summary", ""), header.get("description", "")),
         revision=call.path["rev"],
         parent=header.get("parentCommit"),
         as_pull_request=call.flag("create_pr"),

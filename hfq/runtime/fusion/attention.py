@@ -49,7 +49,7 @@ def can_replace(model: PreTrainedModel) -> bool:
     return model.config._attn_implementation == "sdpa" and multiplies_bfloat16()
 
 
-def bfloat16_attention(
+def bfloat16_attention(  # noqa: PLR0913 - transformers calls it so
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,

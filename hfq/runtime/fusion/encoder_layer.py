@@ -38,7 +38,7 @@ class EncoderLayer:
     residual sum `attended`; the matmul `inner`; and the residual sum `outer`. `attention`: the module that has the first.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the parts of a layer
         self,
         layer: nn.Module,
         known: KnownForward,
