@@ -88,8 +88,9 @@ def find_task(config: Mapping[str, Any], *, name: str | None = None, folder: Pat
             f"Pass --task if the checkpoint brings its own code: {', '.join(tasks())}."
         )
     _check_model_type(config)
-    for task in named:
-        if (name or _loads(task.auto_class, architectures)) and task.fits(config):
+    loading = [task for task in named if _loads(task.auto_class, architectures)]
+    for task in loading or (named if name else []):  # a checkpoint's own code may bring any architecture
+        if task.fits(config):
             return task
     if name in tasks():
         return tasks()[name]
@@ -132,6 +133,8 @@ def _called(name: str) -> list[type[Task]]:
         UnsupportedError: there is none.
     """
     found = [task for task in tasks().values() if name in (task.name, task.pipeline_tag, *task.other_tags)]
+    if name in tasks():  # others with its name on the Hub are other models
+        found = [task for task in found if task.auto_class == tasks()[name].auto_class]
     if not found:
         near = _nearest(name)
         raise UnsupportedError(

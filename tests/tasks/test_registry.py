@@ -1,0 +1,70 @@
+"""A task that hfq has not: one file beside the others, and every stage has it."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from support.training import messages, train
+
+import hfq
+
+FILE = '''
+from hfq.tasks.classification import Classification
+from hfq.tasks.text.sequence import SequenceTask
+
+
+class NextSentence(Classification, SequenceTask):
+    """Whether the second text goes on where the first ends."""
+
+    name = "next-sentence-prediction"
+    auto_class = "AutoModelForNextSentencePrediction"
+'''
+
+
+def halves(texts: list[str]) -> list[dict[str, Any]]:
+    """Every other message beside the second half of another one."""
+    cut = [(text[: len(text) // 2], text[len(text) // 2 :]) for text in texts]
+    return [
+        {"text": first, "text_pair": cut[(i + 1) % len(cut)][1] if i % 2 else second, "label": i % 2}
+        for i, (first, second) in enumerate(cut)
+    ]
+
+
+def test_a_new_task_is_one_file(tmp_path: Path) -> None:
+    """In a copy of hfq, since this one must not have it. What shares the Hub's name with it stays what it was."""
+    package = shutil.copytree(Path(hfq.__file__).parent, tmp_path / "hfq", ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "tasks" / "text" / "next_sentence.py").write_text(FILE)
+
+    def batch(tokenizer: Any, texts: Any) -> dict[str, Any]:
+        rows = halves(list(texts))
+        pairs = [row["text"] for row in rows], [row["text_pair"] for row in rows]
+        encoded = tokenizer(*pairs, truncation=True, padding=True, return_tensors="pt")
+        return {**encoded, "labels": torch.tensor([row["label"] for row in rows])}
+
+    checkpoint = train(tmp_path / "bert-mini-nsp", "AutoModelForNextSentencePrediction", batch, epochs=1)
+    (tmp_path / "data").mkdir()
+    for split in ("train", "validation"):
+        lines = map(json.dumps, halves(messages(split, 100)))
+        (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(lines))
+
+    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from hfq.cli import main; main()"
+    flags = ["--dataset", "data", "--approach", "dynamic", "--max-trials", "1", "--allow-loss", "--output", "out"]
+    command = [sys.executable, "-c", code, str(tmp_path), "quantize", str(checkpoint), *flags]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out" / "hfq.json").read_text())
+    assert (report["task"], report["metric"]) == ("next-sentence-prediction", "accuracy")
+    assert "Accuracy" in (tmp_path / "out" / "README.md").read_text()
+
+    config = {"architectures": ["BertForSequenceClassification"], "model_type": "bert"}
+    asked = [(config, None), (config, "text-classification"), ({"architectures": ["Own"]}, "text-classification")]
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from hfq.tasks.registry import find_task\n"
+        f"print({{find_task(config, name=name).name for config, name in {asked}}})"
+    )
+    found = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert found.stdout.strip() == "{'text-classification'}", found.stderr
