@@ -67,7 +67,7 @@ def root(
     )
 )
 @with_options(*Recipe.model_fields)
-def quantize(
+def quantize(  # noqa: PLR0913 - a parameter is a flag
     flags: dict[str, Any],
     hub: Hub,
     save_recipe: Annotated[

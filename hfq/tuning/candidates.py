@@ -61,7 +61,7 @@ class Space:
     `learned`: scales and weights' codes that `model` was trained with.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the model, what is known of it, and what is allowed
         self,
         model: nn.Module,
         layers: Quantizable,

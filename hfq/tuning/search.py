@@ -76,7 +76,7 @@ def untuned(options: Options, space: Searchable | None) -> Candidate:
     return next(iter(space.errors)) if space else Candidate("dynamic", gptq=options.gptq)
 
 
-def tune(
+def tune(  # noqa: PLR0913 - of a trial: who names it, who judges it, by what, and who hears of it
     candidates: Search,
     evaluate: Callable[[Candidate], Score],
     goal: Goal,
