@@ -9,7 +9,7 @@ from sentence_transformers import SentenceTransformer
 from support.sentences import write_sentence_model
 from support.training import messages
 
-from hfq.bench.run import bench
+from hfq.bench.run import Timing, bench
 from hfq.bench.table import markdown
 from hfq.common.ui import Reporter
 from hfq.config import PostTrainingQuantConfig
@@ -28,8 +28,7 @@ def test_vectors_are_compared_and_a_peer_may_have_an_interpreter_of_its_own(tmp_
     model.save(str(tmp_path / "int8"))
     checkpoints = [pull(str(folder)) for folder in (tmp_path / "int8", source)]
     engines = {"fp32": sys.executable, "hfq": None}
-    hardware = {"cpu": "CPU", "threads": 1, "kernel": "onednn"}
-    found = bench(*checkpoints, names=engines, shapes=[(2, 8)], threads=1, rounds=1, hardware=hardware, ui=Reporter())
+    found = bench(*checkpoints, names=engines, timing=Timing([(2, 8)], threads=1, rounds=1), ui=Reporter())
     assert [(engine.name, engine.failure) for engine in found.engines] == [(name, None) for name in engines]
     assert all(engine.agreement is not None and engine.agreement > 0.98 for engine in found.engines)
     assert 0 < found.engines[1].error < 0.2  # int8 did run

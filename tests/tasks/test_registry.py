@@ -36,8 +36,10 @@ def halves(texts: list[str]) -> list[dict[str, Any]]:
 
 def test_a_new_task_is_one_file(tmp_path: Path) -> None:
     """In a copy of hfq, since this one must not have it. What shares the Hub's name with it stays what it was."""
-    package = shutil.copytree(Path(hfq.__file__).parent, tmp_path / "hfq", ignore=shutil.ignore_patterns("__pycache__"))
-    (package / "tasks" / "text" / "next_sentence.py").write_text(FILE)
+    here = Path(hfq.__file__).parents[1]
+    for part in ("hfq", "model_cards", "pipelines"):
+        shutil.copytree(here / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "hfq" / "tasks" / "text" / "next_sentence.py").write_text(FILE)
 
     def batch(tokenizer: Any, texts: Any) -> dict[str, Any]:
         rows = halves(list(texts))
