@@ -25,6 +25,7 @@ from ...common.memory import LargestInput, return_freed_memory
 from ..direct.forward import DirectForward
 from ..fusion.fuse import finish_fusing, known_of, wanted_fusions
 from ..fusion.slicing import TOKENS, is_token_batch
+from ..inputs import NUMBERS
 from ..inside import sentence_transformer
 from ..int8.known_forward import FusedForward, enter
 from ..int8.packed import PACKING, pack_all
@@ -35,14 +36,14 @@ from .graphs import CompilerError, Graph, Graphs, WrongOutputError, dynamic_axes
 
 Model = TypeVar("Model", bound=nn.Module)
 _NO_COMPILER = "hfq.compile needs a C++ compiler (g++ or clang++, or its path in CXX) and found none"
-SIZES = 4  # of images that a model is compiled for, a minute each; others run uncompiled
+SIZES = 4  # of images or sounds that a model is compiled for, a minute each; others run uncompiled
 
 
 def compile(model: Model) -> Model:
     """Compile `model`, in place, for encoder inputs of any shape; what is unusual about other inputs runs as before.
 
     The first single input and the first batch that this machine sees are compiled when they come, by a process of its
-    own, which takes a minute or two for BERT-base: for tokens of any length, or for images of the size that they have.
+    own, which takes a minute or two for BERT-base: for tokens of any length, or for images and sounds of the size that they have.
     So are those of transformers' models inside, such as an encoder that is called without its head, and those of copies
     and pickles. Inputs that a gradient is wanted of run as before, and what is asked for more than a forward returns by
     itself, such as hidden states: the first time, a warning says so. What results is kept on disk, in
@@ -133,15 +134,20 @@ def _without_gain(model: nn.Module) -> str | None:
         return "its convolutions run as steps that need no compiler, with norms, activation functions and sums in them"
     name = getattr(model, "main_input_name", TOKENS[0])
     config = getattr(model, "config", None)
-    if name not in (TOKENS[0], "pixel_values"):
-        return f"it takes {name}, and inputs that are compiled are plain tokens or images"
-    if getattr(config, "is_encoder_decoder", False):
+    if name not in (TOKENS[0], *NUMBERS):
+        return f"it takes {name}, and inputs that are compiled are plain tokens, images or sounds"
+    if getattr(config, "is_encoder_decoder", False) and _has_decoder(model):
         return (
             "it takes tokens for its encoder and for its decoder, and inputs that are compiled are plain tokens alone"
         )
     if hasattr(config, "text_config") and hasattr(config, "vision_config"):
         return "it takes tokens and images together; each of its two towers can be compiled by itself"
     return None
+
+
+def _has_decoder(model: nn.Module) -> bool:
+    """Whether a part of it is one. A classifier on Whisper's encoder has the config of the whole, and none."""
+    return any(name.rpartition(".")[2] == "decoder" for name, _ in model.named_modules())
 
 
 class _Comparison(threading.local):
@@ -221,7 +227,7 @@ class _Compiled:
             return eager(**kwargs)
         # One tensor, so that all have the same dynamic shape.
         with torch.inference_mode(False):  # torch.compile would take a tensor made in it for another kind
-            found = self._images(kwargs) or self._tokens(kwargs)
+            found = self._numbers(kwargs) or self._tokens(kwargs)
         if found is None or found[1].device.type != "cpu":
             unusual = sorted(kwargs.keys() - {self._main_input, *TOKENS})
             if unusual and not self._has_inner:
@@ -230,7 +236,7 @@ class _Compiled:
         names, stacked = found
         with self._largest.of(stacked[0].numel()):
             outputs = self._compiled(names, stacked, kwargs)
-        if stacked.dim() > 3:
+        if stacked.is_floating_point():
             self._sizes.add(stacked.shape[2:])
         return outputs
 
@@ -249,16 +255,16 @@ class _Compiled:
         """Whether a model inside is compiled for itself: what it computes is most of it, and it says what it cannot."""
         return any(isinstance(inner, PreTrainedModel) for inner in list(self._model.modules())[1:])
 
-    def _images(self, inputs: dict[str, Any]) -> tuple[tuple[str, ...], Tensor] | None:
-        """Names, and float32 `[1, batch, channels, height, width]`, of images alone; None if `inputs` are something else."""
-        pixels = inputs.get(self._main_input)
-        if self._main_input != "pixel_values" or len(inputs) != 1 or not isinstance(pixels, Tensor):
+    def _numbers(self, inputs: dict[str, Any]) -> tuple[tuple[str, ...], Tensor] | None:
+        """Names, and float32 `[1, batch, *size]`, of images or sounds alone; None if `inputs` are something else."""
+        numbers = inputs.get(self._main_input)
+        if self._main_input not in NUMBERS or len(inputs) != 1 or not isinstance(numbers, Tensor):
             return None
-        if pixels.dim() != 4 or not len(pixels) or pixels.dtype != torch.float32:
+        if numbers.dim() not in (2, 3, 4) or not len(numbers) or numbers.dtype != torch.float32:
             return None
-        sizes = self._sizes | {pixels.shape[1:]}
+        sizes = self._sizes | {numbers.shape[1:]}
         # A copy, as the model may write into its input.
-        copy = pixels.detach().clone(memory_format=torch.contiguous_format)
+        copy = numbers.detach().clone(memory_format=torch.contiguous_format)
         return ((self._main_input,), copy[None]) if len(sizes) <= SIZES else None
 
     def _tokens(self, inputs: dict[str, Any]) -> tuple[tuple[str, ...], Tensor] | None:

@@ -18,7 +18,14 @@ import torch
 import transformers
 from support.models import int8_linears, logits, quantized, relative_error, tiny, token_batches
 from torch._dynamo.utils import counters
-from transformers import AutoModel, BertForSequenceClassification, ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoModel,
+    BertForSequenceClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    Wav2Vec2Config,
+    Wav2Vec2ForSequenceClassification,
+)
 from transformers.models.bert.modeling_bert import BertPooler
 
 import hfq
@@ -226,6 +233,18 @@ def test_images_of_any_batch_are_answered_as_before_from_one_compilation(cache: 
         (pixels,) = images[0].values()
         assert torch.equal(model(pixels).logits, model(pixel_values=pixels).logits)
         assert len(model(pixels, output_hidden_states=True).hidden_states) == 2, "it is run uncompiled for more"
+
+
+@needs_compiler
+def test_sounds_of_any_batch_are_answered_as_before_from_one_compilation(cache: Path) -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128}
+    convolutions = {"conv_dim": (32, 32), "conv_kernel": (8, 3), "conv_stride": (4, 2), "num_conv_pos_embeddings": 16}
+    torch.manual_seed(0)
+    config = Wav2Vec2Config(**sizes, **convolutions, num_conv_pos_embedding_groups=4, classifier_proj_size=16)
+    sounds = [{"input_values": torch.randn(rows, 400)} for rows in (4, 3)]
+    model = quantized(Wav2Vec2ForSequenceClassification(config).eval(), Candidate("static"), sounds)
+    answers_as_before(model, sounds)
+    assert len(kept(cache)) == matmuls_are_compiled()
 
 
 class OwnModel(BertForSequenceClassification):
