@@ -122,5 +122,7 @@ class Worker(Process):
 
 def _save(batches: Sequence[Batch], folder: Path) -> Path:
     path = folder / "batches.safetensors"
-    save_file({f"{i}.{name}": tensor for i, batch in enumerate(batches) for name, tensor in batch.items()}, path)
+    save_file(
+        {f"{i}.{name}": tensor.contiguous() for i, batch in enumerate(batches) for name, tensor in batch.items()}, path
+    )
     return path

@@ -92,7 +92,8 @@ def encoder_output(model: nn.Module, batches: Sequence[Batch]) -> EncoderOutput:
     mask: Tensor | None = None
 
     def keep(_: nn.Module, __: tuple[Tensor, ...], output: object) -> None:
-        y = next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+        leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        y = next((leaf for leaf in leaves if leaf.dim() == 3), leaves[0])  # of two towers, not who is like whom
         tokens.append(real_tokens(y, mask))
         first.append((y[:, 0] if y.dim() == 3 else y.reshape(-1, y.shape[-1])).float())
 
