@@ -27,7 +27,7 @@ class _Slice:
 
     def alone(self, x: Tensor) -> Tensor:
         """Of what `x` is now: the layers before may have been given it before somebody changed it."""
-        return self.shared.products(x)[..., self.start : self.stop].contiguous()
+        return self.shared.products(x, alone=True)[..., self.start : self.stop].contiguous()
 
     def unpack(self) -> Tensor:
         return self.shared.unpack()[
@@ -62,8 +62,8 @@ class SharedMatmul:
             if module._packed is None:
                 module.hand_over(_Slice(self, start, start + module.out_features))
 
-    def products(self, x: Tensor) -> Tensor:
-        """float `[.., in]` to `[.., sum of out]`: what all layers return, side by side."""
+    def products(self, x: Tensor, *, alone: bool = False) -> Tensor:
+        """float `[.., in]` to `[.., sum of out]`: what all layers return, side by side. `alone`: as if for nobody else."""
         packed = self._packed
         if packed is None or any(module._packed is None for module in self.modules):  # one has a new weight
             with PACKING:
@@ -71,7 +71,7 @@ class SharedMatmul:
                     self.pack()
                 packed = self._packed
         assert packed is not None
-        return packed(x, None)
+        return packed.alone(x) if alone else packed(x, None)
 
     def unpack(self) -> Tensor:
         """The rows of all layers, int8 `[sum of out, in]`."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.models import int8_linears, logits, quantized, relative_error, tiny, token_batches
+from support.models import ROUNDING, int8_linears, logits, quantized, relative_error, tiny, token_batches
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertForSequenceClassification, ViTConfig, ViTForImageClassification
@@ -21,6 +21,7 @@ from hfq.runtime.fusion.encoder_layer import EncoderLayer
 from hfq.runtime.fusion.fuse import fuse
 from hfq.runtime.fusion.residual import NormalizedSum
 from hfq.runtime.int8.linear import Int8Linear
+from hfq.runtime.kernels.cpu import multiplies_bfloat16
 from hfq.runtime.kernels.selection import select_kernel
 from hfq.tuning.candidates import Candidate
 
@@ -47,7 +48,7 @@ def test_fused_model_answers_as_before(family: str, activation: str) -> None:
     after = logits(model, BATCHES)
     assert len(fused_activations(model)) == 2  # one in each transformer layer
     assert layers_that_return_codes(model) == fused_activations(model)
-    assert relative_error(after, before) < 0.03  # on CPUs that attend in bfloat16; on others less than 0.02
+    assert relative_error(after, before) < ROUNDING
     assert (after.argmax(1) == before.argmax(1)).float().mean() >= 0.96
 
 
@@ -58,7 +59,7 @@ def test_dynamic_layers_fuse_the_activation_only(family: str) -> None:
     fuse(model)
     assert len(fused_activations(model)) == 2
     assert layers_that_return_codes(model) == []
-    assert relative_error(logits(model, BATCHES), before) < 0.02
+    assert relative_error(logits(model, BATCHES), before) < ROUNDING
 
 
 @pytest.mark.parametrize("activation", ["silu", "relu6", "gelu_10"])  # the last two clip, far out
@@ -67,7 +68,7 @@ def test_activation_without_a_kernel_stays_where_it_is(activation: str) -> None:
     before = logits(model, BATCHES)
     fuse(model)
     assert fused_activations(model) == layers_that_return_codes(model) == []
-    assert torch.equal(logits(model, BATCHES), before)
+    assert relative_error(logits(model, BATCHES), before) <= (ROUNDING if multiplies_bfloat16() else 0)
 
 
 def test_float_layer_gets_floats() -> None:
@@ -76,7 +77,7 @@ def test_float_layer_gets_floats() -> None:
     before = logits(model, BATCHES)
     fuse(model)
     assert layers_that_return_codes(model) == ["bert.encoder.layer.1.intermediate.dense"]
-    assert relative_error(logits(model, BATCHES), before) < 0.02
+    assert relative_error(logits(model, BATCHES), before) < ROUNDING
 
 
 def test_example_that_does_not_fit_the_model_only_means_less_fusing() -> None:
@@ -85,7 +86,7 @@ def test_example_that_does_not_fit_the_model_only_means_less_fusing() -> None:
     before = logits(model, small)
     fuse(model)
     assert len(fused_activations(model)) == 2
-    assert relative_error(logits(model, small), before) < 1e-4
+    assert relative_error(logits(model, small), before) < (ROUNDING if multiplies_bfloat16() else 1e-4)
 
 
 def test_fusing_twice_is_fusing_once() -> None:
@@ -171,7 +172,7 @@ def test_layer_read_by_one_other_returns_codes() -> None:
     before = block(**block.example)[0]
     fuse(block)
     assert layers_that_return_codes(block) == ["up"]
-    assert relative_error(block(**block.example)[0], before) < 0.02
+    assert relative_error(block(**block.example)[0], before) < ROUNDING
 
 
 @pytest.mark.parametrize(
@@ -267,7 +268,7 @@ def test_query_key_and_value_are_one_matmul(family: str, approach: Any) -> None:
     before = logits(model, BATCHES)
     fuse(model)
     assert len(layers_that_share_a_matmul(model)) == 6  # three in each of two transformer layers
-    assert relative_error(logits(model, BATCHES), before) < 0.02
+    assert relative_error(logits(model, BATCHES), before) < ROUNDING
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
@@ -348,7 +349,7 @@ def test_residual_sums_are_part_of_the_matmul_where_a_block_only_adds_and_normal
     before = logits(model, BATCHES)
     fuse(model)
     assert blocks_that_add_in_the_matmul(model) == blocks
-    assert relative_error(logits(model, BATCHES), before) < 0.02
+    assert relative_error(logits(model, BATCHES), before) < ROUNDING
 
 
 class Residual(nn.Module):
@@ -436,7 +437,7 @@ def test_a_sum_takes_the_memory_of_what_nobody_reads_again() -> None:
     model = quantized(net, Candidate("static"), BATCHES)
     before = logits(model, BATCHES)
     fuse(model)
-    assert relative_error(logits(model, BATCHES), before) < 0.02
+    assert relative_error(logits(model, BATCHES), before) < ROUNDING
     assert overwritten(model) == 3
     assert overwritten(model, output_hidden_states=True) == 0
     with torch.enable_grad():
@@ -459,7 +460,7 @@ def test_who_looks_at_a_residual_afterwards_sees_what_was_added(looks: str) -> N
         else:
             model.config.output_hidden_states = True
         seen += model(**BATCHES[0]).get("hidden_states", ())[1:2]
-    assert relative_error(seen[0], expected) < 0.02
+    assert relative_error(seen[0], expected) < ROUNDING
 
 
 def layers_that_run_directly(model: nn.Module) -> int:
@@ -475,13 +476,13 @@ def test_encoder_layers_run_their_steps_directly(family: str, layers: int, appro
     before = logits(model, BATCHES)
     fuse(model)
     assert layers_that_run_directly(model) == layers
-    assert relative_error(logits(model, BATCHES), before) < 0.02
+    assert relative_error(logits(model, BATCHES), before) < ROUNDING
     assert torch.equal(logits(copy.deepcopy(model), BATCHES), logits(model, BATCHES))
     assert torch.equal(logits(pickle.loads(pickle.dumps(model)), BATCHES), logits(model, BATCHES))
     unpadded = {"input_ids": BATCHES[0]["input_ids"]}
     with torch.inference_mode():
         expected = model(**unpadded, output_hidden_states=True).logits  # which the layers' own forwards compute
-    assert relative_error(logits(model, [unpadded]), expected) < 0.02
+    assert relative_error(logits(model, [unpadded]), expected) < ROUNDING
 
 
 @as_of_transformers
@@ -585,7 +586,7 @@ def test_layers_of_other_steps_run_as_they_are(kind: type[BertLayer], layers: in
     before = logits(model, BATCHES)
     fuse(model)
     assert layers_that_run_directly(model) == layers
-    assert relative_error(logits(model, BATCHES), before) < 0.02
+    assert relative_error(logits(model, BATCHES), before) < ROUNDING
 
 
 @as_of_transformers
@@ -606,7 +607,7 @@ def test_a_layer_that_adds_a_copy_does_not_write_over_what_it_is_given() -> None
     before = logits(model, BATCHES)
     fuse(model)
     assert layers_that_run_directly(model) == 1
-    assert relative_error(logits(model, BATCHES), before) < 0.02
+    assert relative_error(logits(model, BATCHES), before) < ROUNDING
 
 
 def test_layers_that_run_directly_still_call_hooks_and_take_another_attention() -> None:
@@ -616,12 +617,12 @@ def test_layers_that_run_directly_still_call_hooks_and_take_another_attention() 
     seen: list[str] = []
     for name, module in model.bert.encoder.layer[0].named_modules():
         module.register_forward_hook(lambda *call, name=name: seen.append(name))
-    assert relative_error(logits(model, BATCHES), expected) < 0.02
+    assert relative_error(logits(model, BATCHES), expected) < ROUNDING
     assert {"attention.self.query", "attention.output", "intermediate.dense", "output.LayerNorm"} <= set(seen)
     again = quantized(tiny("Bert"), Candidate("static"), BATCHES)
     fuse(again)
     again.set_attn_implementation("eager")
-    assert relative_error(logits(again, BATCHES), expected) < 0.02
+    assert relative_error(logits(again, BATCHES), expected) < ROUNDING
 
 
 def test_fusing_runs_no_matmul_and_the_first_forward_packs() -> None:
@@ -643,4 +644,4 @@ def test_a_vision_transformer_is_fused_too() -> None:
     layers = int8_linears(model).values()
     assert sum(layer.shared_matmul is not None for layer in layers) == 6
     assert sum(layer.returns_codes for layer in layers) == sum(layer.post_op is not None for layer in layers) == 2
-    assert relative_error(logits(model, images), before) < 0.02
+    assert relative_error(logits(model, images), before) < ROUNDING

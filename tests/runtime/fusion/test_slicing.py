@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.command import CHECKPOINT, DEMO
-from support.models import quantized, relative_error, tiny, token_batches
+from support.models import ROUNDING, quantized, relative_error, tiny, token_batches
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -68,7 +68,7 @@ def test_slices_answer_as_the_whole_batch_and_compute_less_padding(family: str) 
     assert whole == [(24, 60)] and len(parts) > 1
     assert sum(rows for rows, _ in parts) == 24
     assert sum(rows * length for rows, length in parts) < 24 * 50
-    assert relative_error(found, expected) < 0.02
+    assert relative_error(found, expected) < ROUNDING
 
 
 def test_a_large_batch_is_cut_and_a_small_even_one_is_not() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.models import int8_linears, logits, quantized, relative_error, tiny, token_batches
+from support.models import ROUNDING, int8_linears, logits, quantized, relative_error, tiny, token_batches
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.utils._pytree import tree_leaves
@@ -61,7 +61,7 @@ def test_hooks_see_what_modules_are_given_and_answer(family: str, fused: Callabl
         assert all(torch.allclose(a, b, atol=0.05) for a, b in zip(found[name], tensors, strict=True)), name
     before = logits(twin, BATCHES)
     assert any(layer.post_op for layer in int8_linears(twin).values()), "and fused when nobody looks"
-    assert relative_error(before, logits(model, BATCHES)) < 0.02
+    assert relative_error(before, logits(model, BATCHES)) < ROUNDING
 
 
 @contextmanager
@@ -125,12 +125,12 @@ def test_what_is_put_around_a_layer_does_what_it_does_without_fusions(way: Any) 
     for name in int8_linears(pair()[0]):
         model, twin = pair()
         plain = logits(model, BATCHES)
-        assert relative_error(logits(twin, BATCHES), plain) < 0.02
+        assert relative_error(logits(twin, BATCHES), plain) < ROUNDING
         answers = []
         for net in (model, twin):
             with way(net.get_submodule(name)):
                 answers.append(logits(net, BATCHES))
-        assert relative_error(answers[1], answers[0]) < 0.02, name
+        assert relative_error(answers[1], answers[0]) < ROUNDING, name
         assert not torch.equal(answers[0], plain), name
 
 
@@ -154,14 +154,14 @@ def test_layers_may_be_replaced_by_adapters_and_trained(fused: Any) -> None:
     for net in (model, twin):
         for name, layer in int8_linears(net).items():
             net.set_submodule(name, Adapted(layer))
-    assert relative_error(logits(twin, BATCHES), logits(model, BATCHES)) < 0.02
+    assert relative_error(logits(twin, BATCHES), logits(model, BATCHES)) < ROUNDING
     gradients = []
     for net in (model, twin):
         net(**BATCHES[0]).logits.square().sum().backward()
         trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
         assert all(parameter.grad is not None and parameter.grad.any() for parameter in trained)
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in trained]))
-    assert relative_error(gradients[1], gradients[0]) < 0.02
+    assert relative_error(gradients[1], gradients[0]) < ROUNDING
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -188,7 +188,7 @@ def test_a_layer_has_the_gradient_of_its_float_twin(layer: Any) -> None:
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
         (3 * net(x)).sum().backward()
         gradients.append(x.grad)
-    assert relative_error(gradients[1], gradients[0]) < 0.02
+    assert relative_error(gradients[1], gradients[0]) < ROUNDING
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace")
@@ -202,9 +202,9 @@ def test_a_fused_model_can_be_traced_and_exported(family: str, approach: Any) ->
     inputs = dict(BATCHES[0])
     with torch.no_grad():
         traced = torch.jit.trace(model, example_kwarg_inputs=inputs, strict=False, check_trace=False)
-        assert relative_error(traced(**inputs)["logits"], expected) < 0.02
+        assert relative_error(traced(**inputs)["logits"], expected) < ROUNDING
         exported = torch.export.export(model, (), inputs).module()
-        assert relative_error(exported(**inputs).logits, expected) < 0.02
+        assert relative_error(exported(**inputs).logits, expected) < ROUNDING
     assert torch.equal(logits(model, BATCHES), expected)
 
 
