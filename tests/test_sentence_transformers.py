@@ -19,7 +19,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from sentence_transformers.sparse_encoder.modules import SpladePooling
 from support.command import CHECKPOINT
 from support.models import int8_linears, relative_error
-from support.training import messages
+from support.trained.training import messages
 from transformers import CompressedTensorsConfig
 
 import hfq

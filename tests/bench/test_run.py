@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from sentence_transformers import SentenceTransformer
-from support.sentences import write_sentence_model
-from support.training import messages
+from support.trained.sentences import write_sentence_model
+from support.trained.training import messages
 
 from hfq.bench.run import Timing, bench
 from hfq.bench.table import markdown

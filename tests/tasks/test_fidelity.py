@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset, Sequence, Value
 from safetensors.torch import load_file, save_file
 from support.command import CHECKPOINT, DEMO, Done, copy_checkpoint, forkserver
-from support.training import messages
+from support.trained.training import messages
 
 from hfq.common.errors import DataError
 from hfq.data.dataset import load_splits

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.training import messages, train
+from support.trained.training import messages, train
 
 import hfq
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from support.tones import LETTERS, RATE, phrases, spoken
+from support.trained.tones import LETTERS, RATE, phrases, spoken
 from transformers import (
     GenerationConfig,
     WhisperConfig,

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from sentence_transformers import CrossEncoder
 from support.command import CHECKPOINT, DEMO, copy_checkpoint, forkserver
-from support.sentences import write_beir, write_lines
+from support.trained.sentences import write_beir, write_lines
 from torchmetrics.functional.retrieval import retrieval_normalized_dcg
 from transformers import AutoModelForSequenceClassification
 

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from scipy import stats
 from support.command import forkserver
-from support.training import train, write_rows
+from support.trained.training import train, write_rows
 
 from hfq.common.errors import DataError, UnsupportedError
 from hfq.tasks.registry import make_task

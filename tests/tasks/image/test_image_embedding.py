@@ -9,7 +9,7 @@ import torch
 import transformers
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from support.command import forkserver
-from support.pictures import NAMES, SIDE, pictures, write_pictures
+from support.trained.pictures import NAMES, SIDE, pictures, write_pictures
 from torch.nn.functional import one_hot
 
 from hfq.common.errors import DataError

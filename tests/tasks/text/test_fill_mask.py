@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from support.command import CHECKPOINT, forkserver
-from support.training import messages, train
+from support.trained.training import messages, train
 from transformers import AutoModelForMaskedLM, pipeline
 
 from hfq.common.errors import DataError, UsageError

@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Sequence, Value
 from support.command import forkserver
-from support.training import has_digits, train, write_rows
+from support.trained.training import has_digits, train, write_rows
 from transformers import AutoModelForSequenceClassification
 
 from hfq.common.errors import DataError

@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from support.command import CHECKPOINT, forkserver
-from support.training import has_digits, messages, train
+from support.trained.training import has_digits, messages, train
 from torchmetrics.functional.text import squad
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 

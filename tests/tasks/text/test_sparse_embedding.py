@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from sentence_transformers import SparseEncoder
 from support.command import forkserver
-from support.sentences import pairs, write_lines, write_sentence_model
+from support.trained.sentences import pairs, write_lines, write_sentence_model
 
 from hfq.common.errors import UsageError
 from hfq.source.checkpoint import pull

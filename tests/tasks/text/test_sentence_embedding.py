@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from scipy import stats
 from sentence_transformers import SentenceTransformer
 from support.command import forkserver
-from support.sentences import DIM, POOLING, pairs, write_beir, write_encoder, write_lines, write_sentence_model
+from support.trained.sentences import DIM, POOLING, pairs, write_beir, write_encoder, write_lines, write_sentence_model
 from torch.nn.functional import normalize
 from torchmetrics.functional.retrieval import (
     retrieval_average_precision,

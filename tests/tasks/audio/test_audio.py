@@ -11,7 +11,7 @@ import soundfile
 import torch
 from datasets import Dataset, Features, Value
 from support.command import forkserver
-from support.tones import LETTERS, RATE, sentences, spoken, train_classifier, train_recognizer, write_recordings
+from support.trained.tones import LETTERS, RATE, sentences, spoken, train_classifier, train_recognizer, write_recordings
 from transformers import AutoModelForCTC, AutoProcessor, pipeline
 
 from hfq.common.errors import DataError, UsageError

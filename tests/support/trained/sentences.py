@@ -9,7 +9,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from support.command import CHECKPOINT
-from support.training import messages
+from support.trained.training import messages
 
 DIM = 128  # of the demo's encoder
 POOLING = {"word_embedding_dimension": DIM, "pooling_mode_mean_tokens": True}

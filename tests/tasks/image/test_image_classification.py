@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset, Features, Image, Value, load_dataset
 from PIL import Image as Pillow
 from support.command import forkserver
-from support.pictures import COUNTS, NAMES, SIDE, pictures, write_pictures
+from support.trained.pictures import COUNTS, NAMES, SIDE, pictures, write_pictures
 from transformers import (
     AutoModelForImageClassification,
     ResNetConfig,

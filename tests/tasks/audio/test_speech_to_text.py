@@ -9,8 +9,8 @@ import pytest
 import soundfile
 import torch
 from support.command import forkserver
-from support.tones import PHRASES, RATE, phrases, spoken, write_recordings
-from support.whispers import WINDOW, train_whisper
+from support.trained.tones import PHRASES, RATE, phrases, spoken, write_recordings
+from support.trained.whispers import WINDOW, train_whisper
 from transformers import AutoProcessor, WhisperForConditionalGeneration
 
 from hfq.data.dataset import load_splits

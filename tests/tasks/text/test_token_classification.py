@@ -9,7 +9,7 @@ import seqeval.metrics
 import torch
 from datasets import ClassLabel, Dataset, Features, Sequence, Value
 from support.command import CHECKPOINT, forkserver
-from support.training import has_digits, messages, train, write_rows
+from support.trained.training import has_digits, messages, train, write_rows
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 from hfq.common.errors import DataError
