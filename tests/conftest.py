@@ -37,13 +37,14 @@ os.environ.update(
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Two processes for the whole suite where there are two cores, each with a file of tests at a time; else none.
+    """For the whole suite one process more than there are cores, each with a file of tests at a time: tests wait a third
+    of their time for processes that they started.
 
-    What somebody names, a file or a keyword, runs in this process: two would only import the libraries twice.
+    What somebody names, a file or a keyword, runs in this process: more would only import the libraries again.
     """
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 2 if whole and cores > 1 and not config.option.keyword else 0
+    return min(cores, 2) + 1 if whole and cores > 1 and not config.option.keyword else 0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

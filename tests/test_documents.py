@@ -41,7 +41,7 @@ RUN_ELSEWHERE = (
     "import SentenceTransformer",  # of a model that nobody published: test_sentence_transformers.py
 )
 RUNTIME = ROOT / "hfq" / "runtime" / "README.md"
-TEXTS = [f"{word} you have won a prize, call now" for word in ("URGENT!", "Hi", "Tomorrow", "WINNER!!", "ok", "Sorry")]
+TEXTS = [f"{word} you have won a prize, call now" for word in ("URGENT!", "Hi", "Tomorrow", "WINNER!!", "ok", "Hello")]
 
 
 def name_of(path: Path) -> str:

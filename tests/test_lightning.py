@@ -10,7 +10,7 @@ import torch
 import torchmetrics
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from support.command import CHECKPOINT, Done, forkserver, stock_python, write_slice
-from support.models import tiny
+from support.models import assert_same, tiny
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification
@@ -109,9 +109,9 @@ def test_module_is_quantized_by_its_own_validation(tmp_path: Path) -> None:
     with torch.inference_mode():
         expected = int8(**batch).logits
         loaded = hfq.load(tmp_path / "saved")  # the transformers model inside
-        assert torch.equal(loaded(**batch).logits, expected)
+        assert_same(loaded(**batch).logits, expected)
         again = hfq.load(tmp_path / "saved", model=Classifier())  # the module around it
-        assert torch.equal(again(**batch).logits, expected)
+        assert_same(again(**batch).logits, expected)
 
 
 def test_saved_module_opens_in_stock_transformers(tmp_path: Path) -> None:
@@ -178,9 +178,9 @@ def test_callback_exports_and_publishes_when_training_ends(tmp_path: Path, hub: 
     batch = {name: value for name, value in next(iter(data.val_dataloader())).items() if name != "labels"}
     with torch.inference_mode():
         expected = callback.quantized(**batch).logits
-        assert torch.equal(hfq.load(tmp_path / "int8")(**batch).logits, expected)
+        assert_same(hfq.load(tmp_path / "int8")(**batch).logits, expected)
         published = hfq.load(f"{USER}/lightning-int8", token=hub.token)
-        assert torch.equal(published(**batch).logits, expected)
+        assert_same(published(**batch).logits, expected)
 
 
 def test_callback_exports_nothing_when_the_goal_is_missed(tmp_path: Path) -> None:

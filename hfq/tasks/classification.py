@@ -32,9 +32,9 @@ class Classification(Task):
         """Raises `DataError` also where the first split, by which models are judged, has one label only."""
         (column,) = columns["label"]
         found = self.labels.align(splits[0].features[column], distinct(splits, column))
-        present = {label for value in distinct(splits[:1], column) if (label := found(value)) is not None}
-        if len(splits[0]) > 1 and len(present) == 1:
-            name = (found.names or self.labels.names)[present.pop()]
+        present = {found(value) for value in distinct(splits[:1], column)}
+        if len(splits[0]) > 1 and len(present) == 1 and (only := present.pop()) is not None:
+            name = (found.names or self.labels.names)[only]
             raise DataError(
                 f"Every label of split {str(splits[0].split or 'given')!r} is {name!r} (column {column!r}): answering that is "
                 "always right, and nothing is told apart. Choose another split, or --metric fidelity, agreement with FP32."

@@ -58,6 +58,7 @@ class Torchmetric(Metric):
 
     def of_some(self, outputs: Outputs, references: References) -> Callable[[list[int]], float]:
         given, right = self.given(outputs, references)
+        given = given.int() if given.dtype == torch.bool else given
         given, right = torch.cat([given, given.amin(0) + given.amax(0) - given]), torch.cat([right, right])
         return lambda rows: self.of_values(given[rows], right[rows])
 

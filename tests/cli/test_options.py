@@ -16,7 +16,7 @@ from hfq.cli.commands import app
 from hfq.recipe import Evaluation, Recipe, flag
 
 OTHERS = {
-    "quantize": {"--token", "--local-hub", "--save-recipe", "--resume", "--verbose", "--json"},
+    "quantize": {"--token", "--local-hub", "--save-recipe", "--resume", "--compile", "--verbose", "--json"},
     "eval": {"--token", "--compile", "--baseline", "--json"},
     "explain": {
         "--calibration-split",

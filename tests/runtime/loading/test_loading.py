@@ -20,7 +20,7 @@ import torch
 from ray import cloudpickle
 from safetensors.torch import load_file, save_file
 from support.command import stock_python
-from support.models import int8_linears, logits, make_space, relative_error, tiny, token_batches
+from support.models import ROUNDING, int8_linears, logits, make_space, relative_error, tiny, token_batches
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, CompressedTensorsConfig, Trainer, TrainingArguments
 
@@ -32,6 +32,7 @@ from hfq.ptq.convert import quantize_model
 from hfq.ptq.scheme import Plan
 from hfq.runtime.int8.embedding import Int8Embedding
 from hfq.runtime.int8.packed import memory_mib
+from hfq.runtime.kernels.cpu import multiplies_bfloat16
 from hfq.source.checkpoint import Checkpoint, pull
 from hfq.tuning.candidates import Candidate
 
@@ -151,9 +152,10 @@ def test_stock_transformers_gives_the_same_answers(exports: Exports, plan: str) 
     assert not {"Int8Linear", "Int8Embedding"} & set(exports.layers["stock"][plan])
     assert len(stock) >= 200
     assert len(set(stock.argmax(1).tolist())) == 3  # answers differ, so that agreeing means something
-    assert (stock.argmax(1) == ours.argmax(1)).float().mean() >= 0.99
+    assert (stock.argmax(1) == ours.argmax(1)).float().mean() >= (0.96 if multiplies_bfloat16() else 0.99)
     # On the pooler's two dimensions stock makes one dynamic scale of the whole batch, where hfq makes one a row.
-    assert (stock - ours).abs().mean() < (0.05 if plan == "dynamic" else 0.01) * stock.std()
+    far = 0.05 if plan == "dynamic" or multiplies_bfloat16() else 0.01
+    assert (stock - ours).abs().mean() < far * stock.std()
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -381,7 +383,7 @@ def test_loaded_model_takes_the_tensors_of_another(exports: Exports) -> None:
     quantized = quantize_model(other, space.plan(Candidate("static")), space.folds)
     model = exports.load("static")
     model.load_state_dict(quantized.state_dict())
-    assert relative_error(logits(model, BATCHES), logits(quantized, BATCHES)) < 0.02
+    assert relative_error(logits(model, BATCHES), logits(quantized, BATCHES)) < ROUNDING
 
 
 PARTS = ("bert.embeddings", "bert.encoder", "bert.pooler", "classifier")
