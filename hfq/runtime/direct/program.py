@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..fusion.flow import forwards_replaced
 from ..fusion.snapshot import unchanged
 from ..int8.embedding import Int8Embedding
 from ..int8.packed import PackedModule
@@ -195,13 +196,8 @@ def _noted(model: nn.Module, notes: _Notes) -> Iterator[None]:
     """For the length of the block, each int8 layer is one call."""
     layers = [module for module in model.modules() if isinstance(module, PackedModule | Int8Embedding)]
     layers = [layer for layer in layers if "forward" not in vars(layer)]
-    for layer in layers:
-        layer.forward = _NotedLayer(layer, notes)  # type: ignore[method-assign]
-    try:
+    with forwards_replaced(layers, lambda layer: _NotedLayer(layer, notes)):
         yield
-    finally:
-        for layer in layers:
-            del layer.forward
 
 
 @dataclass

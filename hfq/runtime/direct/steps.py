@@ -130,12 +130,11 @@ class Convolution:
 
 
 @dataclass
-class Quantization:
-    """Codes of floats, the channels last in memory."""
+class _OfOne:
+    """What makes one value of another. `source`, `target`: their numbers."""
 
     source: int
     target: int
-    output: Codes
 
     @property
     def reads(self) -> list[int]:
@@ -144,6 +143,13 @@ class Quantization:
     @property
     def writes(self) -> list[int]:
         return [self.target]
+
+
+@dataclass
+class Quantization(_OfOne):
+    """Codes of floats, the channels last in memory."""
+
+    output: Codes
 
     def __call__(self, values: Values) -> None:
         x = values[self.source]
@@ -153,20 +159,10 @@ class Quantization:
 
 
 @dataclass
-class MaxPool:
+class MaxPool(_OfOne):
     """`max_pool2d` of codes: the code of the largest number is the largest code. `window`: what it takes after them."""
 
-    source: int
-    target: int
     window: tuple[Any, ...]
-
-    @property
-    def reads(self) -> list[int]:
-        return [self.source]
-
-    @property
-    def writes(self) -> list[int]:
-        return [self.target]
 
     def __call__(self, values: Values) -> None:
         codes = values[self.source]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from .snapshot import unchanged
 _ADD = torch.ops.aten.add.Tensor
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 StandIn = Callable[[Int8Linear, Tensor], Tensor]
+L = TypeVar("L", bound=nn.Module)
 
 
 @dataclass
@@ -282,8 +283,15 @@ def _outputs(model: nn.Module, inputs: Mapping[str, Tensor], stand_in: StandIn) 
 def standing_in(modules: Iterable[nn.Module], stand_in: StandIn) -> Iterator[None]:
     """Have `stand_in` called instead of each int8 layer among `modules`, for the length of the block."""
     layers = [module for module in modules if isinstance(module, Int8Linear)]
+    with forwards_replaced(layers, lambda layer: _StandIn(layer, stand_in)):
+        yield
+
+
+@contextmanager
+def forwards_replaced(layers: Sequence[L], forward_of: Callable[[L], Callable[..., Any]]) -> Iterator[None]:
+    """Have each of `layers` run as `forward_of` it says, for the length of the block. None has a `forward` of its own."""
     for layer in layers:
-        layer.forward = _StandIn(layer, stand_in)  # type: ignore[method-assign]
+        layer.forward = forward_of(layer)
     try:
         yield
     finally:
