@@ -127,13 +127,14 @@ def wanted_fusions() -> tuple[str, ...]:
 class _AtFirstForward:
     """What a model calls before its forward. It works once, then it is gone.
 
-    Other threads may be in the model: what it changes may change between any two calls of theirs, and a layer that
-    they call meanwhile waits, as for packing.
+    Other threads' forwards wait for it. One may be in a part of the model: what it changes may change between any two
+    calls of theirs, and a layer that they call meanwhile waits, as for packing.
     """
 
     def __init__(self, wanted: tuple[str, ...], then: Then | None) -> None:
         self.wanted = wanted
         self.then = then
+        self._has_begun = False  # the search calls the model itself
 
     def __call__(self, model: nn.Module) -> None:
         if self.fuse(model):
@@ -148,10 +149,15 @@ class _AtFirstForward:
             return False  # dropout would hide the flow, and a compiler would take the search for a part of the model
         with PACKING:
             forward = model.__dict__.get("forward")
-            if not isinstance(forward, FusedForward) or forward.at_first is not self or not forward.is_as_it_was():
+            if not isinstance(forward, FusedForward) or forward.at_first is not self or self._has_begun:
+                return False
+            if not forward.is_as_it_was():
                 return False  # what a user put there meanwhile is not to see examples
-            forward.at_first = None  # the search calls the model itself
-            _fuse_calls(model, self.wanted)
+            self._has_begun = True
+            try:
+                _fuse_calls(model, self.wanted)
+            finally:
+                forward.at_first = None  # not before: other threads would run what is half fused
             return True
 
 

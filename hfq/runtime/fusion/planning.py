@@ -5,6 +5,7 @@ model's own.
 """
 
 import operator
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
@@ -23,6 +24,7 @@ MOST_TOKENS = 1024  # of larger inputs, what is between operations takes a small
 SEEN = 3  # times that a shape ran without a plan: making one takes as long as some four forwards
 KEPT = 64  # plans of a model; those of shapes that came longest ago make room
 COUNTED = 1024  # shapes of which it is known how often they came
+NEVER = -(1 << 30)  # times of a shape that is not to have a plan
 VARIANTS = 4  # plans of a shape, which differ in what the model decides by its inputs, such as whether there is padding
 WITHIN = 1e-3  # of an output's size. Memory is aligned another way each time, so sums are not rounded alike
 Forward = Callable[..., Any]
@@ -37,6 +39,7 @@ class Plans:
         self._plans: OrderedDict[Key, list[Plan]] = OrderedDict()
         self._seen: OrderedDict[Key, int] = OrderedDict()
         self._state: _State | None = None
+        self._lock = threading.Lock()  # for what is noted here; forwards of several threads run at once
 
     def __len__(self) -> int:
         return sum(map(len, self._plans.values()))
@@ -46,32 +49,49 @@ class Plans:
         first = next(iter(inputs.values()))
         if first.numel() > MOST_TOKENS or _is_seen_by_others(inputs):
             return forward(**inputs)
-        if self._state is None or not self._state.is_as_it_was():
+        state = self._state
+        if state is None or not state.is_as_it_was():
+            state = self._begin_anew()
+        key = (first.shape, *((name, x.dtype) for name, x in inputs.items()))
+        for known in self._plans.get(key, ()):
+            outputs = known(inputs)
+            if outputs is not None:
+                return outputs
+        if not self._is_due(key):
+            return forward(**inputs)
+        outputs, plan = record(forward, inputs)
+        others = {name: x.flip(1) for name, x in inputs.items()}
+        holds = plan is not None and _are_alike(plan(inputs), outputs) and _are_alike(plan(others), forward(**others))
+        self._note(key, plan if holds else None, state)
+        return outputs
+
+    def _begin_anew(self) -> "_State":
+        with self._lock:
             self._plans.clear()
             self._seen.clear()
             self._state = _State(self._model)
-        key = (first.shape, *((name, x.dtype) for name, x in inputs.items()))
-        for plan in self._plans.get(key, ()):
-            outputs = plan(inputs)
-            if outputs is not None:
-                return outputs
-        times = self._seen[key] = self._seen.get(key, 0) + 1
-        self._seen.move_to_end(key)
-        _shorten(self._seen, COUNTED)
-        if times <= SEEN or len(self._plans.get(key, ())) == VARIANTS:
-            return forward(**inputs)
-        return self._record(key, forward, inputs)
+            return self._state
 
-    def _record(self, key: Key, forward: Forward, inputs: Mapping[str, Tensor]) -> Any:
-        outputs, plan = record(forward, inputs)
-        others = {name: x.flip(1) for name, x in inputs.items()}
-        if plan and _are_alike(plan(inputs), outputs) and _are_alike(plan(others), forward(**others)):
+    def _is_due(self, key: Key) -> bool:
+        """Whether this forward is to become a plan: of those that come at the same time, one."""
+        with self._lock:
+            times = self._seen[key] = self._seen.get(key, 0) + 1
+            self._seen.move_to_end(key)
+            _shorten(self._seen, COUNTED)
+            is_due = times > SEEN and len(self._plans.get(key, ())) < VARIANTS
+            if is_due:
+                self._seen[key] = 0  # those that come meanwhile are not
+            return is_due
+
+    def _note(self, key: Key, plan: Plan | None, state: "_State") -> None:
+        """Keep `plan`, made of a model in `state`; without one, `key` is not tried again."""
+        with self._lock:
+            self._seen[key] = NEVER if plan is None else SEEN
+            if plan is None or self._state is not state:
+                return
             self._plans.setdefault(key, []).append(plan)
             self._plans.move_to_end(key)
             _shorten(self._plans, KEPT)
-        else:
-            self._seen[key] = -(1 << 30)  # not again
-        return outputs
 
 
 class _State:
