@@ -184,16 +184,19 @@ def _build(
     builder: "DatasetBuilder", card: Path | None, *, token: str | None = None, mode: str | None = None
 ) -> "DatasetDict":
     """What a builder reads, its tables of text by our rules and then as the card declares their columns."""
+    from datasets.packaged_modules.json.json import Json
     from datasets.packaged_modules.text.text import Text
 
+    from .records import as_records
     from .rows import as_rows, is_table
 
     table = is_table(builder)
     name = builder.config.name
     if table:
         builder = as_rows(builder, token=token)
-    elif builder.name == "json":
+    elif isinstance(builder, Json):
         _check_encoding(builder.config.data_files or {}, "JSON")
+        builder = as_records(builder, token=token)
     elif isinstance(builder, Text):
         _check_encoding(builder.config.data_files or {}, "plain text")
         builder.config.encoding = "utf-8-sig"  # a byte order mark is no text
@@ -207,7 +210,7 @@ def _build(
         return type(splits)({split: _lines(rows) for split, rows in splits.items()})
     if table:
         return _as_declared(splits, _declared(card, name))
-    if builder.name == "json":
+    if isinstance(builder, Json):
         return type(splits)({split: _unwrapped(rows) for split, rows in splits.items()})
     return splits
 

@@ -6,6 +6,7 @@ quotation mark for the start of a cell that may swallow the rows after it.
 
 import codecs
 import csv
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -181,10 +182,10 @@ def _check(path: Path, layout: Layout) -> int | None:
 
 
 def _check_marks(path: Path, layout: Layout) -> None:
-    """Where marks are doubled inside of marks, or enclose the names, somebody meant them to enclose cells."""
+    """Where marks are doubled or escaped inside of marks, or enclose the names, somebody meant them to enclose cells."""
     for i, (line, row) in enumerate(_records(path, layout)):
         for cell in row:
-            if len(cell) > 1 and cell[0] == cell[-1] == '"' and (i == 0 or '""' in cell[1:-1]):
+            if len(cell) > 1 and cell[0] == cell[-1] == '"' and (i == 0 or re.search(r'["\\]"', cell[1:-1])):
                 raise BadLineError(f"line {line} encloses its cells in quotation marks")
 
 

@@ -38,6 +38,40 @@ def test_json_files_are_read(name: str, tmp_path: Path) -> None:
     assert read(tmp_path / name) == ROWS
 
 
+DATED = [
+    {"text": "2020-01-01", "label": "0123", "seen": ["2020-01-01T10:00:00Z"], "by": {"at": "2021-01-01"}},
+    {"text": "2020-02-02", "label": "1e5", "seen": ["2020-01-01 11:00:00+01:00"], "by": {"at": "2021-02-02"}},
+]
+
+
+@pytest.mark.parametrize("content", [DATED, {"data": DATED}, None], ids=["list", "under a name", "lines"])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_text_in_json_is_as_it_is_written(content: Any, indent: int | None, tmp_path: Path) -> None:
+    text = json.dumps(content, indent=indent) if content else "\n".join(map(json.dumps, DATED))
+    (tmp_path / "data.json").write_text(text)
+    assert read(tmp_path / "data.json") == DATED
+
+
+def test_text_that_looks_like_dates_only_far_into_a_file_is_as_it_is_written(tmp_path: Path) -> None:
+    rows = [
+        {"text": "a", "more": "x" * (11 << 20)},
+        {"text": "2020-01-01", "more": ""},
+    ]  # datasets reads 10 MiB at once
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert [row["text"] for row in read(tmp_path / "data.jsonl")] == ["a", "2020-01-01"]
+
+
+def test_a_card_says_what_columns_of_json_are(tmp_path: Path) -> None:
+    names = "{'0': '0123', '1': 1e5}"
+    features = f"  - name: label\n    dtype:\n      class_label:\n        names: {names}\n"
+    features += "".join(f"  - name: {name}\n    dtype: string\n" for name in ("text", "seen"))
+    rows = [{**row, "seen": row["by"]["at"], "by": None} for row in DATED]
+    lines = [json.dumps({key: value for key, value in row.items() if key != "by"}) for row in rows]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    (tmp_path / "README.md").write_text(f"---\ndataset_info:\n  features:\n{features}---\n")
+    assert [(row["label"], row["seen"]) for row in read(tmp_path)] == [(0, "2021-01-01"), (1, "2021-02-02")]
+
+
 @pytest.mark.parametrize("name", ["train.json", "train.JSON", "train.jsonl.gz"])
 def test_json_files_of_a_folder_are_read(name: str, tmp_path: Path) -> None:
     content = json.dumps({"data": ROWS}).encode()

@@ -142,6 +142,7 @@ BAD = {
     "fewer cells after a line break": ('text,label\n"a\nb",0\nc\n', ("line 4", "saw 1")),
     "a mark too many": ('text,label\n"a, b",0\n"c,1\n"d, e",0\n', ("line 3", "quotation mark", "twice")),
     "a mark that is not closed": ('text,label\n"a ""b""",0\n"c,1\nd,0\n', ("line 3", "quotation mark")),
+    "escaped marks": ('text,label\n"a \\"b\\"",0\nc,1\n', ("line 2", "quotation mark", "twice")),
     "two readings": ('text,label\n"a,0\nb",1\n', ("line 2", "part of the text")),
     "no names": ("good,1\nbad,0\n", ("first line", "'good', '1'", "text,label")),
     "a name twice": ("text,text\na,0\n", ("'text'", "first line")),

@@ -1,0 +1,82 @@
+"""A builder of `datasets` for JSON in which what is written as text stays text.
+
+Its own takes a column for moments if all of it so far looks like dates, and then writes each anew; of a table it guesses
+more: "0123" becomes a number.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.json
+from datasets.builder import Key
+from datasets.fingerprint import Hasher
+from datasets.packaged_modules.json import json as reading
+from datasets.packaged_modules.json.json import Json, JsonConfig
+
+_NAMED = ("name", "version")
+
+
+class Records(Json):
+    """Rows of JSON objects."""
+
+    def _generate_tables(self, *args: Any, **kwargs: Any) -> Iterator[tuple[Key, pa.Table]]:
+        with _text_stays_text():
+            yield from super()._generate_tables(*args, **kwargs)
+
+
+def as_records(builder: Json, *, token: str | None = None) -> Records:
+    """The builder that reads the same files as `builder`."""
+    config = builder.config
+    return Records(
+        dataset_name=builder.dataset_name,
+        config_name=config.name,
+        hash=Hasher.hash([builder.hash, Path(__file__).read_bytes()]),
+        base_path=builder.base_path,
+        token=token,
+        repo_id=builder.repo_id,
+        info=builder.info.copy(),
+        **{option.name: getattr(config, option.name) for option in fields(JsonConfig) if option.name not in _NAMED},
+    )
+
+
+class _Reader:
+    """In place of `pyarrow.json`."""
+
+    ReadOptions = pyarrow.json.ReadOptions
+
+    @staticmethod
+    def read_json(file: Any, *, read_options: Any) -> pa.Table:
+        table = pyarrow.json.read_json(file, read_options=read_options)
+        schema = pa.schema([field.with_type(_as_text(field.type)) for field in table.schema])
+        if schema == table.schema:
+            return table
+        file.seek(0)
+        options = pyarrow.json.ParseOptions(explicit_schema=schema)
+        return pyarrow.json.read_json(file, read_options=read_options, parse_options=options)
+
+
+@contextmanager
+def _text_stays_text() -> Iterator[None]:
+    """While the block runs, `datasets` reads JSON so."""
+    before = reading.paj, reading.pandas_read_json
+    reading.paj, reading.pandas_read_json = _Reader, partial(before[1], dtype=False)
+    try:
+        yield
+    finally:
+        reading.paj, reading.pandas_read_json = before
+
+
+def _as_text(kind: pa.DataType) -> pa.DataType:
+    """A type that was inferred of JSON, with text for moments: JSON has none."""
+    if pa.types.is_temporal(kind):
+        return pa.string()
+    if pa.types.is_list(kind):
+        return pa.list_(_as_text(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_as_text(field.type)) for field in kind])
+    return kind
