@@ -113,10 +113,15 @@ def quantization_config(model: nn.Module, plan: Plan, *, widened: bool = False) 
 
 
 def _runs_in_parts(model: nn.Module) -> bool:
-    """Whether users run a part of it, such as the encoder that text is generated from, before its own forward or without."""
-    return hasattr(model, "get_image_features") or (
-        isinstance(model, PreTrainedModel) and model.can_generate() and bool(model.config.is_encoder_decoder)
-    )
+    """Whether users run a part of it before its own forward or without, such as the encoder that text is generated from.
+
+    An encoder of such a family, by itself, may be opened as a part, with a decoder that is new.
+    """
+    if hasattr(model, "get_image_features"):
+        return True
+    if not isinstance(model, PreTrainedModel) or not getattr(model.config, "is_encoder_decoder", False):
+        return False
+    return model.can_generate() or not any(name.endswith("decoder") for name, _ in model.named_modules())
 
 
 def _group(approach: str, targets: list[str]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ def find_patterns(model: nn.Module, groups: Mapping[str, Group]) -> dict[Group, 
     names: dict[Group | None, set[str]] = {}
     for name in dict.fromkeys([*groups, *(name for name, _ in model.named_modules() if name)]):
         names.setdefault(groups.get(name), set()).update({name, _alone(model, name) or name})
+        names.setdefault(None, set()).update(_in_missing_decoder(model, name))
     patterns: dict[Group, dict[str, None]] = {group: {} for group in groups.values()}
     fits: dict[tuple[Group, str], bool] = {}
 
@@ -48,6 +49,13 @@ def _alone(model: nn.Module, name: str) -> str | None:
     if model.base_model is not model:
         return rest if first == model.base_model_prefix else None
     return rest if rest and isinstance(getattr(model, first), PreTrainedModel) else name
+
+
+def _in_missing_decoder(model: nn.Module, name: str) -> Iterator[str]:
+    """What its twin in the decoder is called where an encoder alone, as T5's, is opened with a decoder that is new."""
+    first, _, rest = name.partition(".")
+    if first == "encoder" and rest and not hasattr(model, "decoder"):
+        yield f"decoder.{rest}"
 
 
 def _candidates(model: nn.Module, name: str) -> Iterator[str]:

@@ -22,7 +22,7 @@ from ..int8.packed import PackedModule, note_files
 from .filling import fill_modules
 from .input_ranges import take_ranges
 from .stock import is_stock
-from .swap import is_int8, swap_modules, tied_scales
+from .swap import begin_without_bias, is_int8, swap_modules, swap_tied, tied_scales
 from .vocabulary import keep_vocabulary
 
 WIDENED = "hfq_widened_in_stock"  # an attribute of settings
@@ -64,15 +64,16 @@ class Int8HfQuantizer(CompressedTensorsHfQuantizer):
         # The tensors are loaded as they are, into modules that hold them as they are.
         self.serialized_names: dict[str, list[str]] = {}
         swap_modules(model, self.compressor.quantization_config)
-        if self._is_widened_in_stock:
-            model.all_tied_weights_keys |= tied_scales(model)
+        self.heads = swap_tied(model)
+        model.all_tied_weights_keys |= tied_scales(model) if self._is_widened_in_stock else self.heads
         self.end_filling = fill_modules(model, kwargs.get("checkpoint_files") or [])
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.runs_int8:
             mapped = checkpoint_files()
             self.end_filling(mapped)
-            del self.end_filling  # the model keeps its quantizer, and copies and pickles it
+            begin_without_bias(model, self.heads)
+            del self.end_filling, self.heads  # the model keeps its quantizer, and copies and pickles it
             model.requires_grad_(False)
             note_files(model, mapped)
             if self._is_widened_in_stock:

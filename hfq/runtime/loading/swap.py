@@ -1,6 +1,6 @@
 """Put int8 modules where a checkpoint's `quantization_config` says so, before its tensors are loaded."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from compressed_tensors.quantization import (
@@ -25,7 +25,7 @@ def swap_modules(model: nn.Module, config: QuantizationConfig) -> None:
     with torch._C.DisableTorchFunction():  # which is how that one is set, and slow
         for scheme in config.config_groups.values():
             for _, module in list(match_named_modules(model, scheme.targets, config.ignore)):
-                put(module, _int8_twin(module, scheme, device))
+                put(module, _int8_twin(module, _activation(scheme), device))
 
 
 def replacer(model: nn.Module) -> Callable[[nn.Module, nn.Module], None]:
@@ -48,6 +48,32 @@ def replacer(model: nn.Module) -> Callable[[nn.Module, nn.Module], None]:
     return put
 
 
+def swap_tied(model: nn.Module) -> dict[str, str]:
+    """Replace, in place, each float layer whose weight is an int8 one's, as a head's is the embeddings', by its int8 twin.
+
+    A checkpoint says nothing of a head that its own model had not. Returns: the scales that are tied then (`tied_scales`).
+    """
+    put, device = replacer(model), torch.get_default_device()
+    made = []
+    for target, source in getattr(model, "all_tied_weights_keys", {}).items():
+        layer, owner = (model.get_submodule(name.rpartition(".")[0]) for name in (target, source))
+        is_weight = target.endswith(".weight") and source.endswith(".weight")
+        if is_weight and type(layer) in (nn.Linear, nn.Embedding) and isinstance(owner, Int8Linear | Int8Embedding):
+            with torch._C.DisableTorchFunction():
+                put(layer, _int8_twin(layer, "weight-only", device))
+            made.append(f"{target}_scale")
+    tied = tied_scales(model)
+    return {scale: tied[scale] for scale in made}
+
+
+def begin_without_bias(model: nn.Module, heads: Iterable[str]) -> None:
+    """Set the biases to zero that no file held, of layers that `swap_tied` made: transformers does so for Linear alone."""
+    for scale in heads:
+        bias = getattr(model.get_submodule(scale.rpartition(".")[0]), "bias", None)
+        if bias is not None and not getattr(bias, "_is_hf_initialized", False):
+            bias.data.zero_()
+
+
 def tied_scales(model: nn.Module) -> dict[str, str]:
     """Of int8 modules whose weight is another's: the name of their scale, and that of the other's, which is equal."""
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
@@ -61,10 +87,13 @@ def is_int8(config: QuantizationConfig) -> bool:
     return all(_runs(scheme) for scheme in config.config_groups.values())
 
 
-def _int8_twin(module: nn.Module, scheme: QuantizationScheme, device: torch.device) -> nn.Module:
-    activation: Activation = "weight-only"
-    if scheme.input_activations is not None:
-        activation = "dynamic" if scheme.input_activations.dynamic else "static"
+def _activation(scheme: QuantizationScheme) -> Activation:
+    if scheme.input_activations is None:
+        return "weight-only"
+    return "dynamic" if scheme.input_activations.dynamic else "static"
+
+
+def _int8_twin(module: nn.Module, activation: Activation, device: torch.device) -> nn.Module:
     if isinstance(module, nn.Embedding):
         rows, size = module.num_embeddings, module.embedding_dim
         factor = factor_of(module)

@@ -19,7 +19,7 @@ from hfq.ptq.scheme import LayerScheme, Plan
 from hfq.runtime.loading.stock import stock_transformers
 from hfq.tuning.candidates import Candidate
 
-NEAR = max(0.03, ROUNDING)
+NEAR = max(0.05, ROUNDING)  # int8 inputs, which folders that stock widens lack there, are off by up to 4 %
 
 
 @torch.inference_mode()
@@ -67,3 +67,31 @@ def test_layers_that_a_checkpoint_has_not_are_made_anew_in_float(tmp_path: Path)
             loaded = transformers.BertModel.from_pretrained(tmp_path / "saved")
         assert type(loaded.pooler.dense) is torch.nn.Linear
         assert loaded.pooler.dense.weight.std() > 0
+
+
+@pytest.mark.parametrize("name", ["t5 encoder", "umt5 encoder", "t5 of tokens"])
+def test_an_encoder_is_the_same_beside_a_decoder_that_is_new(name: str, tmp_path: Path) -> None:
+    inputs = FAMILIES[name].inputs()
+    int8 = write_mixed(name, tmp_path / "saved")
+    for opened in (nullcontext, stock_transformers):
+        with opened():
+            loaded = transformers.AutoModel.from_pretrained(tmp_path / "saved").eval()
+        found = answer(loaded, {**inputs, "decoder_input_ids": inputs["input_ids"]})
+        assert found.isfinite().all()
+        assert relative_error(answer(loaded.encoder, inputs), answer(int8.get_encoder(), inputs)) < NEAR
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [("bert", "BertForMaskedLM"), ("distilbert", "DistilBertForMaskedLM"), ("electra", "ElectraForMaskedLM")],
+)
+def test_a_new_head_shares_int8_words(name: str, head: str, tmp_path: Path) -> None:
+    write_mixed(name, tmp_path / "saved")
+    loaded = getattr(transformers, head).from_pretrained(tmp_path / "saved").eval()
+    assert answer(loaded, FAMILIES[name].inputs()).isfinite().all()
+    words, last = loaded.get_input_embeddings(), loaded.get_output_embeddings()
+    x = torch.randn(3, words.embedding_dim)
+    assert relative_error(last(x), x @ (words.weight * words.weight_scale).T) < NEAR  # its bias is new, and so zero
+    loaded.save_pretrained(tmp_path / "again")
+    again = getattr(transformers, head).from_pretrained(tmp_path / "again").eval()
+    assert torch.equal(again.get_output_embeddings()(x), last(x))
