@@ -10,8 +10,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import execnet
 import pytest
-from support.command import forkserver, write_slice
+from support.command import LIBRARY_PYTHON, forkserver, library_python, write_slice
 
 from hfq.hub.local import LocalHub
 
@@ -45,6 +46,13 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, 2) + 1 if whole and cores > 1 and not config.option.keyword else 0
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(specs: list[execnet.XSpec]) -> None:
+    """Workers, and what they start, are forked from a process that has imported what all of them need."""
+    os.environ[LIBRARY_PYTHON] = library_python()
+    specs[:] = [execnet.XSpec(f"popen//python={os.environ[LIBRARY_PYTHON]}") for _ in specs]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

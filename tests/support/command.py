@@ -23,6 +23,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,6 +31,17 @@ from safetensors.torch import load_file, save_file
 
 MEMORY = 1 << 30
 SECONDS = 60
+LIBRARY_PYTHON = "HFQ_TESTS_PYTHON"  # the variable that holds `library_python`
+LIBRARIES = (
+    "matplotlib.backends.backend_agg",
+    "pandas",
+    "pyarrow.dataset",
+    "scipy.io",
+    "sklearn.metrics",
+    "sympy.tensor.tensor",
+    "torch._inductor.compile_fx",
+    "torch.distributed.tensor",
+)
 RUNS = 1 << 20  # in place of the exit code of a process that has not ended
 DEPENDS_ON_TIME = ("created", "baseline_pass_s", "duration_s", "examples_per_s", "load_s", "peak_memory_mib")
 HFQ = str(Path(sys.executable).with_name("hfq"))
@@ -161,15 +173,17 @@ class Forkserver:
     """Runs the command in forks of a process that has imported the libraries, and nothing else, before."""
 
     def __init__(
-        self, env: Mapping[str, str | None] | None = None, *, fork_workers: bool = False, stock: bool = False
+        self, env: Mapping[str, str | None] | None = None, *, fork_workers: bool = False, imports: str = "hfq"
     ) -> None:
         """`env`: changes to its environment. `fork_workers`: of the processes too in which hfq measures; their figures
-        mean nothing then. `stock`: of programs that know transformers, and no hfq.
+        mean nothing then. `imports`: what its forks know. "stock": transformers, and no hfq. "libraries": what these
+        stand on; where `LIBRARY_PYTHON` names a server of that, others are forked from it.
         """
         self._env = dict(env or {})
         self._folder = tempfile.TemporaryDirectory(prefix="hfq-forkserver-")
+        python = os.environ.get(LIBRARY_PYTHON, sys.executable)
         self._process = subprocess.Popen(
-            [sys.executable, __file__, *(["stock"] if stock else []), *([self._folder.name] if fork_workers else [])],
+            [python, __file__, imports, *([self._folder.name] if fork_workers else [])],
             env=environment(env),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -222,9 +236,8 @@ class Forkserver:
 
     @property
     def programs(self) -> Path:
-        """A folder of programs that are forked: `hfq`, and `python -m hfq.MODULE`; of stock transformers, `python -c CODE`.
-
-        Other Python is started by `python`.
+        """A folder of programs that are forked: `hfq`, and `python -m hfq.MODULE`; of stock transformers, `python -c CODE`;
+        of the libraries, this server and the tests' own processes. Other Python is started by `python`.
         """
         self._ask({"do": "answer"})  # they are there once it does
         return Path(self._folder.name)
@@ -246,7 +259,15 @@ def forkserver() -> Forkserver:
 @cache
 def stock_python() -> str:
     """`stock_python() -c CODE` is Python that has imported transformers, and never hfq."""
-    server = Forkserver(fork_workers=True, stock=True)
+    server = Forkserver(fork_workers=True, imports="stock")
+    atexit.register(server.close)
+    return str(server.programs / "python")
+
+
+@cache
+def library_python() -> str:
+    """Python for the processes of tests, each with an environment that libraries of the Hub read when it imports them."""
+    server = Forkserver(fork_workers=True, imports="libraries")
     atexit.register(server.close)
     return str(server.programs / "python")
 
@@ -289,12 +310,12 @@ def write_slice(to: Path, **rows: int) -> Path:
 
 
 def _serve() -> None:
-    stock = sys.argv[1:2] == ["stock"]
-    (_import_stock if stock else _import_hfq)()
+    imports, *folder = sys.argv[1:] or ["hfq"]
+    _IMPORTS[imports]()
     gc.freeze()  # or each fork would copy all that was imported, to look for garbage in it
     answers = os.dup(1)
-    if sys.argv[1:]:
-        sys.executable = _fork_workers(Path(sys.argv[-1]), stock=stock)
+    if folder:
+        sys.executable = _fork_workers(Path(folder[0]), _FORKS[imports])
     for line in sys.stdin:
         request = json.loads(line)
         if request["do"] in ("run", "start"):
@@ -309,6 +330,13 @@ def _serve() -> None:
             ended, status = os.waitpid(request["pid"], os.WNOHANG if request["do"] == "poll" else 0)
             answer = os.waitstatus_to_exitcode(status) if ended else RUNS
         os.write(answers, b"%d\n" % answer)
+
+
+def _import_libraries() -> None:
+    """What takes longest, and asks no variable of the Hub's."""
+    for module in LIBRARIES:
+        import_module(module)
+    assert "huggingface_hub" not in sys.modules
 
 
 def _import_hfq() -> None:
@@ -370,7 +398,7 @@ def _use_once() -> None:
     Image.preinit()
 
 
-def _fork_workers(folder: Path, *, stock: bool) -> str:
+def _fork_workers(folder: Path, forks: tuple[str, ...]) -> str:
     """Start a process that forks for those who call programs in `folder`; return the one in place of python."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(folder / "socket"))
@@ -396,7 +424,7 @@ def _fork_workers(folder: Path, *, stock: bool) -> str:
         os._exit(0)
     for name in ("hfq", "python"):
         launcher = folder / name
-        launcher.write_text(_LAUNCHER.format(python=sys.executable, socket=folder / "socket", forks=_FORKS[stock]))
+        launcher.write_text(_LAUNCHER.format(python=sys.executable, socket=folder / "socket", forks=forks))
         launcher.chmod(0o700)
     return str(folder / "python")
 
@@ -406,13 +434,15 @@ def _be(words: list[str], environ: Mapping[str, str], folder: str) -> int:
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environ)
-    how, *sys.argv = words
+    how, *sys.argv = words[words[0] == "-u" :]
     if how == "-c":
         code, sys.argv[0] = sys.argv[0], how
         return _call(partial(exec, code, {"__name__": "__main__"}))
     if how == "-m":
         return _call(partial(runpy.run_module, sys.argv[0], run_name="__main__", alter_sys=True))
     sys.argv = words
+    if how == __file__:
+        return _call(_serve)
     return _call(_command(how))
 
 
@@ -439,7 +469,12 @@ def _end(code: int) -> NoReturn:
     os._exit(code)
 
 
-_FORKS = (("-m hfq.", "-m support."), ("-c ",))  # of stock transformers: any code
+_IMPORTS = {"hfq": _import_hfq, "stock": _import_stock, "libraries": _import_libraries}
+_FORKS = {
+    "hfq": ("-m hfq.", "-m support."),
+    "stock": ("-c ",),  # any code
+    "libraries": (__file__, "-u -c "),  # as pytest-xdist starts its workers
+}
 _LAUNCHER = """#!{python} -IS
 import json, os, socket, sys
 program, *words = sys.argv
