@@ -293,12 +293,13 @@ def _evaluate(session: Session, context: TrialContext, work: Path, model: nn.Mod
         folder = Path(parent) / session.checkpoint.path.name
         export(model, plan, session.checkpoint, folder=folder, library=session.task.library)
         exported = pull(str(folder), trust_remote_code=session.recipe.trust_remote_code)
-        stock = compare_with_stock(session, ours, exported)
+        stock = compare_with_stock(session, ours, exported, baseline=context.baseline)
     return replace(
         score,
         stock_agreement=stock.agreement,
         output_difference=stock.output_difference,
         stable_from=session.task.stable_agreement,
+        near_ties=stock.near_ties,
     )
 
 

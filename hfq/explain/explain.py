@@ -13,7 +13,7 @@ from ..measure.compare import evaluate_float, evaluate_split, goal_of
 from ..measure.evaluate import Evaluation
 from ..ptq.calibration import encoder_output
 from ..ptq.convert import quantize_model
-from ..ptq.inputs import Batch, count, head
+from ..ptq.inputs import Batch, count, spread
 from ..ptq.layers import weight_rows
 from ..ptq.observers import OBSERVERS
 from ..ptq.scheme import LayerScheme, Plan, quantize_rows
@@ -84,7 +84,7 @@ def explain(case: Case, *, ui: Reporter) -> Explanation:
     """Why the int8 model of a plan differs from the float one. The model runs once for each layer, on few examples."""
     session, space, plan = case.session, case.space, case.plan
     goal = goal_of(session, case.floats)
-    few = _first(space.batches, SLICE)
+    few = spread(space.batches, SLICE)
     ui.stage(f"Each layer alone, on {sum(map(count, few))} examples")
     found = effects(space, plan, few, track=lambda names: ui.track(names, text="layers"))
     met = goal.met(case.int8.score)
@@ -196,9 +196,3 @@ def _evaluated(session: Session, space: Space, plan: Plan) -> Evaluation:
 def _error(space: Space, plan: Plan, few: Sequence[Batch]) -> float:
     reference = encoder_output(space.model, few)
     return encoder_output(quantize_model(space.model, plan, space.folds), few).error(reference)
-
-
-def _first(batches: Sequence[Batch], examples: int) -> list[Batch]:
-    """Batches with so many examples, spread over all lengths: batches hold the shortest first."""
-    some = batches[:: max(1, len(batches) // examples)]
-    return [head(batch, max(1, examples // len(some))) for batch in some]

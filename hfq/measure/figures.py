@@ -28,7 +28,7 @@ class StockComparison:
     """Int8 kernels beside stock transformers, which dequantizes, on the same `examples` of `split`.
 
     `agreement`: how alike they answer, in [0, 1], by the task's own measure. `output_difference`: mean absolute
-    difference of their outputs.
+    difference of their outputs. `near_ties`: how much of the agreement is lacking for no more than rounding.
     """
 
     split: str
@@ -36,6 +36,7 @@ class StockComparison:
     agreement: float
     output_difference: float
     seen_in_tuning: bool
+    near_ties: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -48,9 +48,13 @@ class Subject:
 
 def some_batches(batches: Sequence[Batch], examples: int = TIMED_EXAMPLES) -> list[Batch]:
     """Batches of up to so many examples, evenly spaced over all of them, which are sorted by length."""
+    return [batches[place] for place in some_places(batches, examples)]
+
+
+def some_places(batches: Sequence[Batch], examples: int) -> range:
+    """The numbers of those batches."""
     step = max(1, -(-examples_in(batches) // examples))
-    places = range(len(batches))[::-1][::step][::-1]  # counted from the end: the longest batch sets the memory peak
-    return [batches[place] for place in places]
+    return range(len(batches))[::-1][::step][::-1]  # counted from the end: the longest batch sets the memory peak
 
 
 def examples_in(batches: Sequence[Batch]) -> int:

@@ -73,6 +73,12 @@ def head(batch: Batch, rows: int) -> dict[str, Any]:
     }
 
 
+def spread(batches: Sequence[Batch], examples: int) -> list[Batch]:
+    """Batches with about so many examples of `batches`, spread over all of them: they hold the shortest first."""
+    some = batches[:: max(1, len(batches) // examples)]
+    return [head(batch, max(1, examples // len(some))) for batch in some]
+
+
 def _sequence(model: nn.Module, values: Sequence[Any], parameters: Sequence[inspect.Parameter]) -> dict[str, Any]:
     required = sum(parameter.default is parameter.empty for parameter in parameters if not _is_variable(parameter))
     if len(values) == 1:

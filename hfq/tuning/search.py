@@ -39,6 +39,7 @@ class Score:
     against: float | None = None
     needed: int | None = None
     examples: int | None = None
+    near_ties: float = 0.0
 
 
 def rank(options: Options, output_error: Callable[[Candidate], float], *, can_smooth: bool) -> dict[Candidate, float]:
@@ -117,6 +118,7 @@ def tune(  # noqa: PLR0913 - of a trial: who names it, who judges it, by what, a
                 score.against,
                 score.needed,
                 score.examples,
+                score.near_ties,
             )
             log.add(trial)
         found[candidate] = trial

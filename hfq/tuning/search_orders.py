@@ -51,8 +51,12 @@ class Searchable:
 
 
 def passed(trial: Trial) -> bool:
-    """Whether it met the goal, with answers that survive another order of summation: another kernel gives them too."""
-    return trial.accepted and (trial.stock_agreement is None or trial.stock_agreement >= trial.stable_from)
+    """Whether it met the goal, with answers that survive another order of summation: another kernel gives them too.
+
+    Near ties do not, and say nothing of the candidate: whatever rounds decides them.
+    """
+    agreement = trial.stock_agreement
+    return trial.accepted and (agreement is None or agreement + trial.near_ties >= trial.stable_from)
 
 
 def basic(space: Searchable) -> Search:

@@ -16,7 +16,8 @@ class Trial:
     and buffers; `size_mib`: what of them is saved. `stable_from`: the agreement from which on it is no luck of rounding.
     `against`: p-value of the hypothesis that more is lost than may be, and
     `needed` how many examples would decide it, where a confidence was asked for. `examples`: how many it took to decide, where
-    that is not all of the split; `accuracy` is then estimated from these, and `duration_s` in proportion.
+    that is not all of the split; `accuracy` is then estimated from these, and `duration_s` in proportion. `near_ties`: how
+    much of `stock_agreement` is lacking for no more than rounding.
     """
 
     name: str
@@ -33,3 +34,4 @@ class Trial:
     against: float | None = None
     needed: int | None = None
     examples: int | None = None
+    near_ties: float = 0.0

@@ -12,7 +12,7 @@ from ..common.ui import Reporter
 from ..ptq.calibration import calibrate, encoder_output, sensitivity
 from ..ptq.convert import int8_layer, quantize_model
 from ..ptq.graph import Fold, find_folds
-from ..ptq.inputs import Batch, head
+from ..ptq.inputs import Batch, head, spread
 from ..ptq.layers import find_quantizable, linear
 from ..ptq.scheme import Plan
 from ..runtime.fusion.fuse import fuse
@@ -27,6 +27,9 @@ from .search import Outcome, Score, rank, tune
 from .search_orders import ORDERS, Searchable
 from .trial import Trial
 
+RANKED = (
+    32  # calibration examples on which errors are compared: thousands of tokens, and a dozen candidates run on them
+)
 TRACED = 2  # examples of the batch that the graph is traced with
 
 
@@ -96,6 +99,7 @@ def find(
         verdict = "meets the goal" if trial.accepted else undecided(trial, goal) or "misses the goal"
         if trial.stock_agreement is not None:
             verdict += f", stock transformers agrees on {trial.stock_agreement:.2%}"
+            verdict += f" ({trial.near_ties:.2%} are near ties)" if trial.near_ties else ""
         seen = f" by {trial.examples:,} examples" if trial.examples else ""
         ui.note(f"{trial.name:<40} {examiner.metric} {trial.accuracy:.4f}, loss {trial.loss:+.4f}{seen}: {verdict}")
 
@@ -186,7 +190,7 @@ def layer_errors(space: Space, candidate: Candidate) -> dict[str, float]:
         )
         for name, scheme in plan.layers.items()
     }
-    found = sensitivity(folded, twins, space.batches)
+    found = sensitivity(folded, twins, spread(space.batches, RANKED))
     return dict(sorted(found.items(), key=lambda item: item[1], reverse=True))
 
 
@@ -196,12 +200,13 @@ def _output_error(space: Space) -> Callable[[Candidate], float]:
     Not the logits: a fine-tuned classifier is saturated on its own training data, so they hide most of the error.
     """
     return_freed_memory()
+    few = spread(space.batches, RANKED)
     with unchanged(space.model):
-        reference = encoder_output(space.model, space.batches)
+        reference = encoder_output(space.model, few)
 
     def output_error(candidate: Candidate) -> float:
         return_freed_memory()
         quantized = quantize_model(space.model, space.plan(candidate), space.folds)
-        return encoder_output(quantized, space.batches).error(reference)
+        return encoder_output(quantized, few).error(reference)
 
     return output_error

@@ -57,12 +57,13 @@ class Search:
         max_trials: int = 100,
         timeout: float = 0,
         agreement: Accuracy | None = None,
+        near_ties: float = 0.0,
     ) -> Outcome:
         options = Options(approach=approach, explore=explore, limits=Limits(max_trials, timeout))
 
         def evaluate(candidate: Candidate) -> Score:
             self.evaluated.append(candidate)
-            return Score(accuracy(candidate), 1.5, agreement(candidate) if agreement else None)
+            return Score(accuracy(candidate), 1.5, agreement(candidate) if agreement else None, near_ties=near_ties)
 
         return tune(
             basic(Searchable(errors, lambda _: LAYERS, output_error, options, output_error)),
@@ -178,6 +179,12 @@ def test_lucky_candidate_does_not_end_the_search(search: Search) -> None:
     assert search.tiers == ["static", "static mixed", "dynamic"]
     assert (outcome.candidate, outcome.met) == (DYNAMIC, True)
     assert outcome.trial.stock_agreement == STABLE
+
+
+def test_near_ties_do_not_send_the_search_on(search: Search) -> None:
+    outcome = search.run(lambda _: GOOD, agreement=lambda _: 0.98, near_ties=0.01)
+    assert search.evaluated == [MSE]
+    assert outcome.trial.stock_agreement == 0.98
 
 
 def test_stablest_of_lucky_candidates_is_better_than_none(search: Search) -> None:
