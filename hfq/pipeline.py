@@ -282,11 +282,11 @@ def _evaluate(session: Session, context: TrialContext, work: Path, model: nn.Mod
         found.duration_s,
         against=found.claim.against if found.claim else None,
         needed=found.claim.needed if found.claim else None,
-        examples=found.examples if found.examples < len(session.data.evaluation) else None,
+        examples=len(found.outputs) if len(found.outputs) < len(session.data.evaluation) else None,
     )
     if not context.goal.met(found.score):
         return score
-    ours = compared_outputs(session, model)
+    ours = compared_outputs(session, model, found.outputs)
     unpack_all(model)
     return_freed_memory()
     with tempfile.TemporaryDirectory(dir=work) as parent:

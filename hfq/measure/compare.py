@@ -21,9 +21,10 @@ from .evaluate import Engine, Evaluation, evaluate, judged
 from .figures import Comparison, Measurement, StockComparison
 from .kept_outputs import keeping_outputs
 from .statistics import mcnemar_p, middle, on_others
-from .timing import COMPARED_EXAMPLES, Subject, Timing, examples_in, measure, outputs_of, some_batches, some_places
+from .timing import Subject, Timing, examples_in, measure, outputs_of, some_batches, some_places
 
 TIE = 4.5  # times the middle one: three standard deviations of what moves by chance
+COMPARED = (256, 512)  # examples, of the tuning split and of the holdout, with stock: that takes twice as long as FP32
 STOCK_TOKENS = 512  # at a time: what stock transformers computes of them takes twice the memory that it takes in float
 
 
@@ -90,7 +91,8 @@ def measure_export(
         held_out = [before.score, after.score]
         comparisons.append(compare(session, (before, after), references, split=split))
         ui.note(f"{split!r}, which tuning never saw: FP32 {before.score:.4f}, INT8 {after.score:.4f}")
-        stock = compare_with_stock(session, compared_outputs(session, model, held_out=True), exported, held_out=True)
+        ours = compared_outputs(session, model, after.outputs, held_out=True)
+        stock = compare_with_stock(session, ours, exported, held_out=True)
         ui.note(f"stock transformers agrees to {stock.agreement:.2%} on {stock.examples} examples there")
 
     batches = some_batches(session.evaluation)
@@ -116,8 +118,14 @@ def _company(session: Session, model: nn.Module) -> list[str]:
         return session.task.company(model, batch, session.data.processor)
 
 
-def compared_outputs(session: Session, model: nn.Module, *, held_out: bool = False) -> list[Tensor]:
-    """Outputs of `model` on what it is compared with stock transformers on: of the tuning split, or `held_out`."""
+def compared_outputs(session: Session, model: nn.Module, seen: Outputs, *, held_out: bool = False) -> list[Tensor]:
+    """Outputs of `model` on what it is compared with stock transformers on: of the tuning split, or `held_out`.
+
+    `seen`: its outputs on the first examples of the split, mostly on all, which are not computed again.
+    """
+    rows = _compared_rows(session, held_out=held_out)
+    if rows[-1] < len(seen):
+        return [seen[row] for row in rows]
     return answers(model, _compared(session, held_out=held_out), task=session.task)
 
 
@@ -164,10 +172,8 @@ def compare_with_stock(
 
 def _near_ties(session: Session, baseline: Evaluation, ours: Outputs, stock: Outputs) -> float:
     """`near_ties` on the tuning split; none where stock's own score misses the goal."""
-    size, references = session.recipe.batch_size, session.data.evaluation.references
-    places = some_places(session.evaluation, COMPARED_EXAMPLES)
-    rows = [row for place in places for row in range(place * size, min(place * size + size, len(references)))]
-    floats, right = ([of[row] for row in rows] for of in (baseline.outputs, references))
+    rows = _compared_rows(session, held_out=False)
+    floats, right = ([of[row] for row in rows] for of in (baseline.outputs, session.data.evaluation.references))
     found = near_ties(session.task, floats, ours, stock)
     score = session.judge.score(stock, right) - session.judge.score(floats, right) if found else 0.0
     return found if goal_of(session, baseline).met(baseline.score + score) else 0.0
@@ -193,7 +199,18 @@ def near_ties(task: Task, floats: Outputs, ours: Outputs, stock: Outputs) -> flo
 
 
 def _compared(session: Session, *, held_out: bool) -> list[Batch]:
-    return some_batches(session.holdout if held_out else session.evaluation, COMPARED_EXAMPLES)
+    batches = session.holdout if held_out else session.evaluation
+    return [batches[place] for place in some_places(batches, COMPARED[held_out])]
+
+
+def _compared_rows(session: Session, *, held_out: bool) -> list[int]:
+    """The numbers of the examples in those batches."""
+    batches = session.holdout if held_out else session.evaluation
+    examples = session.data.holdout if held_out else session.data.evaluation
+    assert examples is not None  # else nobody compares
+    size, last = session.recipe.batch_size, len(examples)
+    places = some_places(batches, COMPARED[held_out])
+    return [row for place in places for row in range(place * size, min(place * size + size, last))]
 
 
 def goal_of(session: Session, baseline: Evaluation) -> Goal:

@@ -13,6 +13,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from ..data.session import Session
+from ..tasks.base import Outputs
 from ..tuning.goal import Goal
 from .certainty import Claim, claim
 from .compare import evaluate_split
@@ -23,13 +24,13 @@ SURE = 0.001  # the probability, of all looks together, that the whole split wou
 
 @dataclass(frozen=True)
 class Looked:
-    """`examples` that were seen. Of the whole split: `score`, the float model's there and the difference of both on what was
+    """`outputs` of the examples that were seen. Of the whole split: `score`, the float model's there and the difference of both on what was
     seen; and `duration_s`, in proportion. `claim`: what was seen says of the goal; None where the score decides it.
     """
 
     score: float
     duration_s: float
-    examples: int
+    outputs: Outputs
     claim: Claim | None = None
 
 
@@ -62,7 +63,7 @@ def evaluate_until_decided(
         if said is None or end == ends[-1] or decided(said, goal, level=level, trial=trial):
             break
     score = after.score + (baseline.score - before.score)
-    return Looked(score, seconds * len(examples) / end, end, said if goal.confidence else None)
+    return Looked(score, seconds * len(examples) / end, outputs, said if goal.confidence else None)
 
 
 def decided(said: Claim, goal: Goal, *, level: float, trial: int | None) -> bool:
