@@ -28,7 +28,10 @@ _READ = {
         *("entity_vocab.json", "normalizer.json", "prophetnet.tokenizer", "source.spm", "target.spm"),
         *("target_vocab.json", "vocab-src.json", "vocab-tgt.json", "word_pronunciation.json", "word_shape.json"),
     ),
-    "tokenizers by sentencepiece and tiktoken, whatever comes before the suffix": ("*.model",),
+    "tokenizers by sentencepiece and tiktoken": (
+        *("tokenizer.model", "tokenizer.model.v*", "spiece.model", "spm.model", "spm_char.model", "tiktoken.model"),
+        *("sentencepiece.model", "sentencepiece.bpe.model"),
+    ),
     "mistral-common's tokenizer": ("tekken.json",),
     "`apply_chat_template`": ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
     "processors, feature extractors, image and video processors": (

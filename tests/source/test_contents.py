@@ -34,6 +34,7 @@ PRIVATE = {
     "predictions.json": '["Dear Mr Smith"]',
     "notes.txt": "ask Smith",
     "customers.model.csv": "Smith",
+    "customers.model": "Smith",
     "events.out.tfevents.1": "x",
     "training_args.bin": "x",
     "optimizer.pt": "x",
