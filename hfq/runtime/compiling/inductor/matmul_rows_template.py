@@ -119,10 +119,7 @@ extern "C" {{definition}}
         quantize_row<N>(kept, out + row * N, scales + row);
 {%- else %}
         auto read = [&](int64_t n) { return number(n) + numbers_at(residual_at + row * N + n); };
-        normalize<N>(
-            read, {{"weight_at" if "weight" in at else "nullptr"}}, {{"bias_at" if "bias" in at else "nullptr"}},
-            {{eps}}f, {{"put_codes" if "codes" in at else "scales + row"}},
-            {{"y + row * N" if both else "static_cast<float*>(nullptr)"}}, out + row * N);
+        {{normalized()}}
 {%- endif %}
     };
 

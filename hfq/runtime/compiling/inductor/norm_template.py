@@ -99,6 +99,12 @@ inline __attribute__((always_inline)) void normalize(
     if constexpr (!std::is_same_v<Codes, ToCodes>) quantize_row<N>([&](int64_t n) { return kept + n; }, out, codes);
 }
 #endif
+{%- macro normalized() %}
+        normalize<N>(
+            read, {{"weight_at" if "weight" in at else "nullptr"}}, {{"bias_at" if "bias" in at else "nullptr"}},
+            {{eps}}f, {{"put_codes" if "codes" in at else "scales + row"}},
+            {{"y + row * N" if both else "static_cast<float*>(nullptr)"}}, out + row * N);
+{%- endmacro %}
 """
 )
 
@@ -132,9 +138,7 @@ extern "C" {{definition}}
             const Vector number = numbers_at(x_at + row * N + n);
             return number{% if "residual" in at %} + numbers_at(residual_at + row * N + n){% endif %};
         };
-        normalize<N>(
-            read, {{"weight_at" if "weight" in at else "nullptr"}}, {{"bias_at" if "bias" in at else "nullptr"}},
-            {{eps}}f, {{"put_codes" if "codes" in at else "scales + row"}}, {{"y + row * N" if both else "static_cast<float*>(nullptr)"}}, out + row * N);
+        {{normalized()}}
     }
 }
 """
