@@ -175,7 +175,8 @@ class PostTrainingQuantConfig:
             `tuning_criterion`), or "auto", which is 1.
         recipes: "smooth_quant" with "smooth_quant_args" {"alpha": number, list of numbers, or "auto"};
             "fast_bias_correction", "weight_correction", "gptq"; "first_conv_or_matmul_quantization" (True),
-            "last_conv_or_matmul_quantization" (False here: the layer that makes the logits stays float).
+            "last_conv_or_matmul_quantization" (False here: the layer that makes the logits stays float, unless it is a
+            large part of the model).
         accuracy_criterion, tuning_criterion: the goal and the search.
         example_inputs: a batch, as a dataloader would yield it, that the graph is traced with and that stands in for
             calibration data where the approach is dynamic.

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from .common.copies import deep_copy
@@ -114,11 +115,13 @@ def _ready(model: nn.Module) -> nn.Module:
     return model
 
 
-def _aligned(tensor: Tensor) -> Tensor:
+def _aligned(tensor: Tensor, own: Tensor | None) -> Tensor:
     """A file's tensors begin anywhere in it, and float sums over such a weight are rounded in another order than in memory.
 
-    int8 weights stay in the file until they are packed.
+    int8 weights stay in the file until they are packed. Large floats are stored in 16 bits; `own`: what is in their place.
     """
+    if tensor.dtype == torch.float16 and own is not None and own.dtype == torch.float32:
+        return tensor.float()
     return tensor.clone() if tensor.is_floating_point() and tensor.data_ptr() % _ALIGNMENT else tensor
 
 
@@ -137,7 +140,10 @@ def _fill(skeleton: nn.Module, checkpoint: Checkpoint) -> nn.Module:
         model.set_submodule(part, _fill(model.get_submodule(part), checkpoint))
         return model
     swap_modules(model, config)
-    state = {name: _aligned(tensor) for path in checkpoint.weights for name, tensor in load_file(path).items()}
+    own = model.state_dict()
+    state = {
+        name: _aligned(tensor, own.get(name)) for path in checkpoint.weights for name, tensor in load_file(path).items()
+    }
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:

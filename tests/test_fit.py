@@ -147,6 +147,14 @@ def test_report_names_every_layer_and_why_it_is_float() -> None:
     assert report.quantized.size_mib < 0.5 * report.baseline.size_mib
 
 
+def test_what_makes_the_logits_is_int8_where_it_is_much_of_the_model() -> None:
+    model = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 1000))
+    x = torch.randn(8, 128)
+    report = fit(model, PostTrainingQuantConfig(), loader(x, torch.zeros(8, dtype=torch.long))).report()
+    assert report.layers.float_layers == {}
+    assert report.quantized.size_mib < 0.3 * report.baseline.size_mib
+
+
 def test_without_evaluation_it_says_that_nothing_was_tuned() -> None:
     model, x, y = make("mlp")
     with pytest.warns(UserWarning, match="without tuning"):

@@ -21,6 +21,7 @@ from ..common.errors import ExportError
 from ..common.files import write_text
 from ..common.memory import drop_file_pages
 from ..common.names import INPUT_RANGES
+from ..ptq.convert import large_floats
 from ..ptq.scheme import Plan
 from ..runtime.int8.conv import Int8Conv, Int8Conv1D
 from ..runtime.loading.input_ranges import TENSORS, input_ranges
@@ -139,6 +140,9 @@ def _tensors(model: nn.Module, *, without: Iterable[str]) -> dict[str, Tensor]:
     """State by name, contiguous, each shared tensor once (transformers ties the others again when it loads)."""
     tied = {*getattr(model, "all_tied_weights_keys", {}), *without}
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items() if name not in tied}
+    for name, _, _ in large_floats(model):
+        if name in tensors and torch.equal(tensors[name], tensors[name].half()):  # `quantize_model` saw to it
+            tensors[name] = tensors[name].half()
     memory = [tensor.untyped_storage().data_ptr() for tensor in tensors.values()]
     return {
         name: tensor.clone() if memory.count(tensor.untyped_storage().data_ptr()) > 1 else tensor

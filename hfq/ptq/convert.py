@@ -1,6 +1,6 @@
-"""Make the int8 model of a plan. Parameters that stay float are shared with the original, not copied."""
+"""Make the int8 model of a plan. Parameters that stay float are shared with the original, not copied, if they are small."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
@@ -11,10 +11,13 @@ from ..common.errors import UnsupportedError
 from ..runtime.int8.conv import Int8Conv, Int8Conv1D
 from ..runtime.int8.embedding import Int8Embedding, factor_of
 from ..runtime.int8.linear import Int8Linear
+from ..runtime.int8.packed import PackedModule
 from ..runtime.loading.swap import replacer
 from .graph import Fold, fold_into
-from .layers import CONVOLUTIONS, linear, twin, why_not
+from .layers import CONVOLUTIONS, LARGE, MATMULS, linear, twin, why_not
 from .scheme import LayerScheme, Plan, Rows, quantize_rows
+
+CLOSE = 1e-3  # relative difference that float16's rounding makes, and what it cannot hold does not
 
 
 def quantize_model(model: nn.Module, plan: Plan, folds: Sequence[Fold]) -> nn.Module:
@@ -35,7 +38,33 @@ def quantize_model(model: nn.Module, plan: Plan, folds: Sequence[Fold]) -> nn.Mo
             int8 = int8_embedding(layer, Rows(first.weight.detach(), first.weight_scale.detach()))
             int8.weight = first.weight
         put(layer, int8)
+    _round_large_floats(quantized)
     return quantized.eval()
+
+
+def large_floats(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Weights that stay float as their kind has no int8 form, and are stored as float16: name, owner, and name there.
+
+    A convolution among few, a weight-normed one, positions that are no Embedding. What is a Linear or an Embedding
+    stays as it is, because somebody wanted it so.
+    """
+    for prefix, module in model.named_modules():
+        if not isinstance(module, (*MATMULS, nn.Embedding, PackedModule, Int8Embedding)):
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.dim() > 1 and parameter.numel() >= LARGE:
+                    yield f"{prefix}.{name}".lstrip("."), module, name
+
+
+def _round_large_floats(model: nn.Module) -> None:
+    """Let it compute with the numbers that are stored, unless one is out of float16's range."""
+    rounded: dict[int, nn.Parameter] = {}
+    for _, module, name in list(large_floats(model)):
+        parameter = cast(nn.Parameter, module._parameters[name])
+        if parameter.dtype == torch.float32 and id(parameter) not in rounded:
+            near = parameter.detach().half().float()
+            if (near - parameter).norm() <= CLOSE * parameter.norm():
+                rounded[id(parameter)] = nn.Parameter(near, requires_grad=parameter.requires_grad)
+        module._parameters[name] = rounded.get(id(parameter), parameter)
 
 
 def int8_layer(

@@ -17,7 +17,8 @@ from ..common.memory import weights_left_in_file
 from ..runtime.int8.embedding import factor_of
 from .inputs import Batch
 
-WORTH_WIDENING = 0.05  # of a model's numbers, in convolutions
+WORTH_WIDENING = 0.05  # of a model's numbers, in convolutions, or in what makes the logits
+LARGE = 1 << 16  # numbers of a weight whose bytes matter
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 MATMULS = (nn.Linear, Conv1D)  # transformers' Conv1D is a Linear whose weight is stored transposed
 
@@ -81,8 +82,8 @@ def find_quantizable(
     """Run one batch and see which layers with an int8 twin take part; without a batch, all are taken to.
 
     `first`, `last`: whether the first and the last layer with a matmul may be int8. The last makes the logits, unless
-    the model ends without a head: it is tiny, and its rounding goes straight into the answer; it is only left in where
-    nothing else could be int8, where it is `asked_for`, or where its weight is an embedding's.
+    the model ends without a head: mostly it is tiny, and its rounding goes straight into the answer; it is only left in
+    where it is not tiny, where nothing else could be int8, where it is `asked_for`, or where its weight is an embedding's.
 
     Raises:
         UnsupportedError: no layer can run in int8.
@@ -119,7 +120,7 @@ def find_quantizable(
         reasons[layers[0]] = "first layer"
     if not last and len(layers) > 1 and layers[-1] == ordered[-1] and layers[-1] not in wanted:
         if not _in_encoder(model, layers[-1]):
-            reasons[layers[-1]] = "makes the logits"
+            reasons |= {} if _is_large(linear(model, layers[-1]).weight, model) else {layers[-1]: "makes the logits"}
         elif called[layers[-1]].answers:
             reasons[layers[-1]] = "makes the answer"
     layers = [name for name in layers if name not in reasons]
@@ -211,6 +212,12 @@ def _are_few(convolutions: Sequence[nn.Module], model: nn.Module) -> bool:
     convolved = sum(parameter.numel() for layer in convolutions for parameter in layer.parameters())
     share = convolved / max(1, sum(parameter.numel() for parameter in model.parameters()))
     return len(convolutions) <= 2 or share < WORTH_WIDENING
+
+
+def _is_large(weight: Tensor, model: nn.Module) -> bool:
+    """Whether a layer is much of the model: with ImageNet's labels the one that makes the logits is 8 % of ResNet-50."""
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    return weight.numel() >= max(LARGE, WORTH_WIDENING * numbers)
 
 
 def _is_table(module: nn.Module | None) -> bool:

@@ -2,13 +2,15 @@
 
 import inspect
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from support.families import FAMILIES
+from safetensors.torch import load_file
+from support.families import FAMILIES, Family
 from support.models import ROUNDING, make_space, relative_error
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -29,9 +31,9 @@ def answer(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)).float()
 
 
-def write_mixed(name: str, folder: Path) -> Any:
+def write_mixed(family: Family, folder: Path) -> Any:
     """The family's int8 model, as it was written: in turn, a layer is static, static, per token or float."""
-    model, inputs = FAMILIES[name].make(), FAMILIES[name].inputs()
+    model, inputs = family.make(), family.inputs()
     plan = make_space(model, [inputs]).plan(Candidate("static"))
     schemes = list(plan.layers.items())
     mixed = dict(schemes[0::4] + schemes[1::4]) | {layer: LayerScheme("dynamic") for layer, _ in schemes[2::4]}
@@ -46,7 +48,7 @@ def write_mixed(name: str, folder: Path) -> Any:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_folder_answers_alike_whoever_opens_it(name: str, tmp_path: Path) -> None:
     family, inputs = FAMILIES[name], FAMILIES[name].inputs()
-    int8 = write_mixed(name, tmp_path / "saved")
+    int8 = write_mixed(family, tmp_path / "saved")
     whole, base = answer(int8, inputs), answer(int8.base_model, inputs)
     for opened in (nullcontext, stock_transformers):
         for head in (family.model, *family.heads):
@@ -61,7 +63,7 @@ def test_folder_answers_alike_whoever_opens_it(name: str, tmp_path: Path) -> Non
 
 
 def test_layers_that_a_checkpoint_has_not_are_made_anew_in_float(tmp_path: Path) -> None:
-    write_mixed("bert without pooler", tmp_path / "saved")
+    write_mixed(FAMILIES["bert without pooler"], tmp_path / "saved")
     for opened in (nullcontext, stock_transformers):
         with opened():
             loaded = transformers.BertModel.from_pretrained(tmp_path / "saved")
@@ -72,7 +74,7 @@ def test_layers_that_a_checkpoint_has_not_are_made_anew_in_float(tmp_path: Path)
 @pytest.mark.parametrize("name", ["t5 encoder", "umt5 encoder", "t5 of tokens"])
 def test_an_encoder_is_the_same_beside_a_decoder_that_is_new(name: str, tmp_path: Path) -> None:
     inputs = FAMILIES[name].inputs()
-    int8 = write_mixed(name, tmp_path / "saved")
+    int8 = write_mixed(FAMILIES[name], tmp_path / "saved")
     for opened in (nullcontext, stock_transformers):
         with opened():
             loaded = transformers.AutoModel.from_pretrained(tmp_path / "saved").eval()
@@ -86,7 +88,7 @@ def test_an_encoder_is_the_same_beside_a_decoder_that_is_new(name: str, tmp_path
     [("bert", "BertForMaskedLM"), ("distilbert", "DistilBertForMaskedLM"), ("electra", "ElectraForMaskedLM")],
 )
 def test_a_new_head_shares_int8_words(name: str, head: str, tmp_path: Path) -> None:
-    write_mixed(name, tmp_path / "saved")
+    write_mixed(FAMILIES[name], tmp_path / "saved")
     loaded = getattr(transformers, head).from_pretrained(tmp_path / "saved").eval()
     assert answer(loaded, FAMILIES[name].inputs()).isfinite().all()
     words, last = loaded.get_input_embeddings(), loaded.get_output_embeddings()
@@ -95,3 +97,18 @@ def test_a_new_head_shares_int8_words(name: str, head: str, tmp_path: Path) -> N
     loaded.save_pretrained(tmp_path / "again")
     again = getattr(transformers, head).from_pretrained(tmp_path / "again").eval()
     assert torch.equal(again.get_output_embeddings()(x), last(x))
+
+
+def test_large_weights_without_an_int8_form_are_stored_in_16_bits(tmp_path: Path) -> None:
+    """wav2vec2's weight-normed positions. Whoever opens them computes with the numbers that were measured."""
+    sizes = {"hidden_size": 64, "num_conv_pos_embeddings": 64, "num_conv_pos_embedding_groups": 2}
+    family = replace(FAMILIES["wav2vec2"], config={**FAMILIES["wav2vec2"].config, **sizes})
+    int8 = write_mixed(family, tmp_path / "saved")
+    name = "wav2vec2.encoder.pos_conv_embed.conv.parametrizations.weight.original1"
+    stored = load_file(tmp_path / "saved" / "model.safetensors")[name]
+    assert stored.dtype == torch.float16
+    for opened in (nullcontext, stock_transformers):
+        with opened():
+            loaded = getattr(transformers, family.model).from_pretrained(tmp_path / "saved").eval()
+        assert torch.equal(loaded.get_parameter(name), int8.get_parameter(name))
+        assert relative_error(answer(loaded, family.inputs()), answer(int8, family.inputs())) < NEAR
