@@ -18,6 +18,7 @@ from ...common.errors import UsageError
 from ...common.memory import return_freed_memory
 from ..direct.forward import run_directly as run_convolutions
 from ..inputs import example_of, takes_numbers
+from ..int8.conv import Int8Conv
 from ..int8.known_forward import FUSED, FusedForward, KnownForward, Structure, enter, runs_known_code
 from ..int8.linear import Int8Linear
 from ..int8.narrowing import Narrowing
@@ -52,6 +53,7 @@ def fuse(model: nn.Module, *, at_first_forward: bool = False, then: Then | None 
     if "activation" in wanted:
         # Never later: a thread that is between a layer and its activation function would skip it, or do it twice.
         fuse_activations(model, known)
+    _note_group_norms(model)
     if "slices" in wanted and isinstance(model, PreTrainedModel):
         slice_batches(model, known)
     if at_first_forward or Structure(model).is_watched():  # no hook is to see examples
@@ -59,6 +61,15 @@ def fuse(model: nn.Module, *, at_first_forward: bool = False, then: Then | None 
         enter(model, known).at_first = _AtFirstForward(wanted, then)
     else:
         _fuse_calls(model, wanted)
+
+
+def _note_group_norms(model: nn.Module) -> None:
+    """Tell convolutions that have one as a sibling: what they return is then laid out for it."""
+    for parent in model.modules():
+        if any(isinstance(child, nn.GroupNorm) for child in parent.children()):
+            for child in parent.children():
+                if isinstance(child, Int8Conv):
+                    child.feeds_group_norm = True
 
 
 def known_of(model: nn.Module) -> KnownForward:

@@ -35,6 +35,7 @@ class Int8Conv(PackedModule):
     """
 
     padding_mode = "zeros"
+    feeds_group_norm = False  # over a sequence, which torch's reads a channel after the other
     _reader = narrowing = None  # of a Linear: nothing is fused with what this returns
     input_scale: nn.Parameter
     input_zero_point: nn.Parameter
@@ -149,10 +150,14 @@ class Int8Conv(PackedModule):
             products: Tensor = cast(PackedLinear, packed)(self.rows(x.float()), None)
             return products.movedim(-1, 1).to(x.dtype)
         input_scale, zero_point = input_codes(self)
-        codes = quantize_uint8(x.float(), input_scale, zero_point)
+        # What a matmul returned has its channels last already: quantized so, its rows need no other order.
+        last = len(self.kernel_size) == 1 and x.stride(1) == 1
+        given = x.float().transpose(1, 2) if last else x.float()
+        codes = quantize_uint8(given, input_scale, zero_point)
+        codes = codes.transpose(1, 2) if last else codes
         if isinstance(packed, PackedLinear):
             y: Tensor = packed(self.rows(codes), None)
-            return y.movedim(-1, 1).to(x.dtype)
+            return (_turned(y) if self.feeds_group_norm else y.movedim(-1, 1)).to(x.dtype)
         bias = None if self.bias is None else self.bias.float()
         if packed is not None and self.runs_packed(codes.shape):
             scale, inputs = self.weight_scale.float().reshape(-1), (input_scale, zero_point)
@@ -174,7 +179,8 @@ class Int8Conv(PackedModule):
             return codes.permute(0, 2, 3, 1).contiguous()
         (kernel,), ((stride,), (padding,), (dilation,), _) = self.kernel_size, self.geometry
         zero = 0 if codes.is_floating_point() else input_codes(self)[1]
-        codes = F.pad(codes.transpose(1, 2), (0, 0, padding, padding), value=zero)
+        codes = _turned(codes)
+        codes = F.pad(codes, (0, 0, padding, padding), value=zero) if padding else codes
         windows = codes.unfold(1, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
         return windows.transpose(2, 3).flatten(2)
 
@@ -223,6 +229,17 @@ class Int8Conv(PackedModule):
             f"padding={padding}, dilation={dilation}, groups={groups}, "
             f"bias={self.bias is not None}, activation={self.activation}"
         )
+
+
+def _turned(matrices: Tensor) -> Tensor:
+    """`[batch, m, n]` to `[batch, n, m]`, contiguous."""
+    turned = matrices.transpose(1, 2)
+    if torch.compiler.is_compiling() or turned.is_contiguous():
+        return turned
+    found = torch.empty(turned.shape, dtype=matrices.dtype)
+    for matrix, out in zip(turned, found, strict=True):  # torch turns one by blocks, and several number by number
+        out.copy_(matrix)
+    return found
 
 
 def _as_convolved(rows: Tensor, shape: Sizes) -> Tensor:
