@@ -1,14 +1,16 @@
 """Image classification, from a folder of strangers' images to a published model."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features, Image, Value, load_dataset
 from PIL import Image as Pillow
-from support.command import forkserver
+from support.command import ROOT, forkserver
 from support.trained.pictures import COUNTS, NAMES, SIDE, pictures, write_pictures
 from transformers import (
     AutoModelForImageClassification,
@@ -23,7 +25,7 @@ from hfq.common.errors import DataError, UsageError
 from hfq.config import PostTrainingQuantConfig
 from hfq.data.examples import Examples
 from hfq.quantization import fit
-from hfq.recipe import Recipe
+from hfq.recipe import Recipe, read_recipe
 from hfq.runtime.int8.conv import Int8Conv
 from hfq.source.checkpoint import pull
 from hfq.tasks.image.image_classification import ImageClassification
@@ -96,6 +98,19 @@ def test_a_folder_of_images_is_quantized_and_judged(checkpoint: Path, data: Path
     assert alike.double().mean() >= 0.9
 
 
+def test_the_demo_of_images_is_as_good_as_it_says(tmp_path: Path) -> None:
+    recipe = read_recipe(ROOT / "pipelines" / "demo-images.yaml")
+    said = re.search(
+        rf"\| {recipe.split}, 500 of .*\| ([\d.]+) \|", (Path(recipe.checkpoint) / "README.md").read_text()
+    )
+    assert said
+    done = forkserver().hfq(
+        "eval", recipe.checkpoint, "--dataset", recipe.dataset, "--split", recipe.split, "--json", cwd=tmp_path
+    )
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["accuracy"] == pytest.approx(float(said[1]), abs=0.005)
+
+
 def test_a_grey_a_transparent_and_a_turned_image_are_read_as_pipelines_do(checkpoint: Path, tmp_path: Path) -> None:
     colour = next(pictures(1, seed=4))[0].resize((20, 12))
     exif = colour.getexif()
@@ -113,6 +128,16 @@ def test_a_grey_a_transparent_and_a_turned_image_are_read_as_pipelines_do(checkp
         for feature in (Image(), {"bytes": Value("binary"), "path": Value("string")}):
             (found,) = encoded(checkpoint, as_rows(path, feature=feature))
             assert torch.equal(found["pixel_values"], wanted), name
+
+
+@pytest.mark.parametrize(("mode", "values"), [("I;16", [0, 65535]), ("F", [0.0, 1.0])])
+def test_an_image_that_rgb_would_cut_off_is_named(
+    mode: str, values: list[float], checkpoint: Path, tmp_path: Path
+) -> None:
+    kind = np.uint16 if mode == "I;16" else np.float32
+    Pillow.fromarray(np.array([values] * 2, dtype=kind)).save(tmp_path / "deep.tiff")
+    with pytest.raises(DataError, match=f"of mode '{mode}', which RGB would cut off at 255"):
+        encoded(checkpoint, as_rows(tmp_path / "deep.tiff", feature=Image()))[0]
 
 
 def test_images_are_decoded_when_their_batch_is_made(checkpoint: Path) -> None:
@@ -169,8 +194,9 @@ def test_a_checkpoint_without_an_image_processor_is_refused(checkpoint: Path, da
 def test_texts_and_lengths_are_nothing_that_it_reads(checkpoint: Path) -> None:
     task = make_task(pull(str(checkpoint)).config)
     features = Features({"text": Value("string"), "label": Value("int64")})
-    with pytest.raises(DataError, match="with images: none"):
-        task.columns(features, {})
+    for unread in (features, Features({"audio": {"bytes": Value("string")}})):  # the latter without labels, either
+        with pytest.raises(DataError, match="with images: none"):
+            task.columns(unread, {})
     with pytest.raises(UsageError, match="reads images"):
         task.processor(
             pull(str(checkpoint)), max_length=Recipe(checkpoint="x", max_length=8).max_length, trust_remote_code=False
