@@ -17,7 +17,8 @@ class AudioClassification(Classification, AudioTask):
     pipeline_tag = "audio-classification"
 
     def columns(self, features: Mapping[str, Any], requested: Columns) -> Columns:
+        heard = self.inputs(features, requested)
         labels = find_label_column(
             features, requested.get("label", ()), names=("label", "labels", "intent_class"), task=self.name
         )
-        return {**self.inputs(features, requested), "label": labels}
+        return {**heard, "label": labels}

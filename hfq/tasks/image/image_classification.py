@@ -20,8 +20,9 @@ class ImageClassification(Classification, ImageTask):
     example: ClassVar[Mapping[str, Any]] = {"num_labels": 1000}
 
     def columns(self, features: Mapping[str, Any], requested: Columns) -> Columns:
+        seen = self.inputs(features, requested)
         labels = find_label_column(features, requested.get("label", ()), names=self.label_columns, task=self.name)
-        return {**self.inputs(features, requested), "label": labels}
+        return {**seen, "label": labels}
 
     @cached_property
     def metrics(self) -> Mapping[str, Metric]:

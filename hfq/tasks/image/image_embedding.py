@@ -45,8 +45,9 @@ class ImageEmbedding(ImageTask):
         return getattr(find_architecture(config), "main_input_name", None) == "pixel_values"
 
     def columns(self, features: Mapping[str, Any], requested: Columns) -> Columns:
+        seen = self.inputs(features, requested)
         labels = find_label_column(features, requested.get("label", ()), names=self.label_columns, task=self.name)
-        return {**self.inputs(features, requested), "label": labels}
+        return {**seen, "label": labels}
 
     def align(self, splits: "Sequence[Dataset]", columns: Columns) -> SameKind:
         (column,) = columns["label"]

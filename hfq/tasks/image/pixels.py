@@ -66,12 +66,14 @@ def picture(value: Any) -> Any:
     """An image turned as its EXIF says and in RGB, as transformers' pipelines have it.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or one of more than 8 bits, of which RGB would be what is left below 256.
     """
     from transformers.image_utils import load_image
 
     if value is None:
         raise ValueError("there is no image")
+    if value.mode == "F" or (value.mode.startswith("I") and value.getextrema()[1] > 255):
+        raise ValueError(f"its pixels are of mode {value.mode!r}, which RGB would cut off at 255; save it with 8 bits")
     return load_image(value)
 
 
