@@ -3,7 +3,6 @@
 import json
 import pickle
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from sentence_transformers import CrossEncoder, SentenceTransformer, SparseEncod
 from sentence_transformers.base.modules import Dense, Transformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 from sentence_transformers.sparse_encoder.modules import SpladePooling
-from support.command import CHECKPOINT
+from support.command import CHECKPOINT, stock_python
 from support.models import int8_linears, relative_error
 from support.trained.training import messages
 from transformers import CompressedTensorsConfig
@@ -120,7 +119,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
             found.int8[kind] = fit(found.floats[kind], CONFIG, calib_dataloader=batches)
         found.folders[kind] = str(work / kind)
         found.int8[kind].save(found.folders[kind])
-    command, given = [sys.executable, "-c", ANSWER + CHILD], json.dumps([TEXTS, found.folders])
+    command, given = [stock_python(), "-c", ANSWER + CHILD], json.dumps([TEXTS, found.folders])
     done = subprocess.run(command, input=given, text=True, check=True, stderr=subprocess.PIPE)
     assert "LOAD REPORT" not in done.stderr  # of tensors for which stock transformers has no place
     found.stock = {kind: np.load(f"{folder}.npy") for kind, folder in found.folders.items()}

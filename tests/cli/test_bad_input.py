@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
-from support.command import CHECKPOINT, HFQ, Done, Running, copy_checkpoint, forkserver, hfq, write_slice
+from support.command import CHECKPOINT, HFQ, Done, Running, copy_checkpoint, forkserver, hfq, hfq_in, write_slice
 from support.factories import make_folder
 
 from hfq.hub.local import LocalHub
@@ -370,7 +370,7 @@ def test_refuses_the_home_folder_of_nobody(line: str, cwd: Path) -> None:
 def test_a_token_file_that_cannot_be_read_is_named(cwd: Path) -> None:
     make_folder(cwd.parent / "out")
     env = {"HF_TOKEN": None, "HF_TOKEN_PATH": str(cwd.parent)}
-    refused(hfq("push", cwd.parent / "out", cwd=cwd, env=env), f"Is a directory: {cwd.parent}")
+    refused(hfq_in(env, "push", cwd.parent / "out", cwd=cwd), f"Is a directory: {cwd.parent}")
 
 
 BAD_USAGE = {
@@ -526,12 +526,12 @@ def test_says_that_the_hub_fails(status: int, cwd: Path, hub: LocalHub, repos: N
     ids=["model", "data"],
 )
 def test_says_that_there_is_no_network(arguments: list[str], cwd: Path) -> None:
-    done = hfq(*arguments, "--output", "out", cwd=cwd, env={"HF_ENDPOINT": CLOSED})
+    done = hfq_in({"HF_ENDPOINT": CLOSED}, *arguments, "--output", "out", cwd=cwd)
     refused(done, arguments[-1], "could not be reached", "Check the network")
 
 
 def test_a_proxy_that_no_client_can_use_is_named(cwd: Path) -> None:
-    done = hfq("quantize", "me/model", "--output", "out", cwd=cwd, env={"all_proxy": "socks5://127.0.0.1:9"})
+    done = hfq_in({"all_proxy": "socks5://127.0.0.1:9"}, "quantize", "me/model", "--output", "out", cwd=cwd)
     refused(done, "The proxy that HTTP_PROXY, HTTPS_PROXY or ALL_PROXY names", "'socksio'", "Mend or unset it", code=2)
 
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.command import CHECKPOINT, ROOT, Done, forkserver, hfq, write_slice
+from support.command import CHECKPOINT, ROOT, Done, forkserver, hfq, hfq_in, write_slice
 from support.factories import make_folder, make_report
 from support.hostile_hub import HostileHub
 
@@ -93,14 +93,14 @@ def test_a_hub_that_answers_with_something_else_is_not_repeated(tmp_path: Path) 
     """It describes a model by a list, which its client does not expect."""
     with HostileHub({}, answer=(200, [f"Bearer {ODD}"])) as hub:
         variables = {"HF_ENDPOINT": hub.url, "HF_TOKEN": ODD, "HF_HUB_VERBOSITY": "debug"}
-        done = hfq("inspect", "mallory/model", cwd=tmp_path, env=variables)
+        done = hfq_in(variables, "inspect", "mallory/model", cwd=tmp_path)
     assert (done.code, done.out) == (1, "")
     assert "the answer is not the Hub's" in clean(done, tmp_path)
 
 
 def test_a_hub_that_says_the_token_back_is_not_repeated(tmp_path: Path) -> None:
     with HostileHub({}, answer=(500, {"error": "no"})) as hub:
-        done = hfq("inspect", "mallory/model", cwd=tmp_path, env={"HF_ENDPOINT": hub.url, "HF_TOKEN": ODD})
+        done = hfq_in({"HF_ENDPOINT": hub.url, "HF_TOKEN": ODD}, "inspect", "mallory/model", cwd=tmp_path)
     assert done.code == 1
     assert "bad token Bearer HF_TOKEN" in clean(done, tmp_path)
 

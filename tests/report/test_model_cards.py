@@ -3,12 +3,11 @@
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image, ImageChops, ImageStat
-from support.command import ROOT
+from support.command import ROOT, forkserver
 
 from hfq.report.report import Report
 
@@ -23,7 +22,7 @@ def again(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in NAMES:
         shutil.copy(CARDS / f"{name}.json", folder)
     subprocess.run(
-        [sys.executable, "-m", "hfq.report.cards", "--folder", folder],
+        [forkserver().programs / "python", "-m", "hfq.report.cards", "--folder", folder],
         check=True,
     )
     return folder

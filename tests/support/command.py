@@ -73,6 +73,11 @@ def environment(changes: Mapping[str, str | None] | None = None) -> dict[str, st
     return {name: value for name, value in changed.items() if value is not None}
 
 
+def hfq_in(env: Mapping[str, str | None], *args: object, cwd: Path) -> Done:
+    """`hfq` with changes to what libraries of the Hub read when they are imported, which a fork does then."""
+    return hfq(*args, cwd=cwd, env=env, command=str(Path(library_python()).with_name("hfq")))
+
+
 class Running:
     """The command while it runs, killed at the end of the `with` block if it has not ended.
 
@@ -237,7 +242,7 @@ class Forkserver:
     @property
     def programs(self) -> Path:
         """A folder of programs that are forked: `hfq`, and `python -m hfq.MODULE`; of stock transformers, `python -c CODE`;
-        of the libraries, this server and the tests' own processes. Other Python is started by `python`.
+        of the libraries, all of these. Other Python is started by `python`.
         """
         self._ask({"do": "answer"})  # they are there once it does
         return Path(self._folder.name)
@@ -416,7 +421,7 @@ def _fork_workers(folder: Path, forks: tuple[str, ...]) -> str:
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 for number, file in enumerate(files):
                     os.dup2(file, number)
-                code = _be(*json.loads(request))
+                code = _be(*json.loads(request), programs=folder)
                 connection.send(bytes([code]))
                 _end(code)
             for file in (*files, connection.detach()):
@@ -429,7 +434,7 @@ def _fork_workers(folder: Path, forks: tuple[str, ...]) -> str:
     return str(folder / "python")
 
 
-def _be(words: list[str], environ: Mapping[str, str], folder: str) -> int:
+def _be(words: list[str], environ: Mapping[str, str], folder: str, *, programs: Path) -> int:
     """Be a module of Python's, or `hfq`, with its arguments. Returns its exit code."""
     os.chdir(folder)
     os.environ.clear()
@@ -443,6 +448,7 @@ def _be(words: list[str], environ: Mapping[str, str], folder: str) -> int:
     sys.argv = words
     if how == __file__:
         return _call(_serve)
+    sys.executable = str(programs / "python")  # in which it measures
     return _call(_command(how))
 
 
@@ -473,7 +479,7 @@ _IMPORTS = {"hfq": _import_hfq, "stock": _import_stock, "libraries": _import_lib
 _FORKS = {
     "hfq": ("-m hfq.", "-m support."),
     "stock": ("-c ",),  # any code
-    "libraries": (__file__, "-u -c "),  # as pytest-xdist starts its workers
+    "libraries": (__file__, "-m hfq.", "-c ", "-u -c "),  # the last as pytest-xdist starts its workers
 }
 _LAUNCHER = """#!{python} -IS
 import json, os, socket, sys

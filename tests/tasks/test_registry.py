@@ -3,11 +3,11 @@
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from support.command import library_python
 from support.trained.training import messages, train
 
 import hfq
@@ -55,7 +55,7 @@ def test_a_new_task_is_one_file(tmp_path: Path) -> None:
 
     code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from hfq.cli import main; main()"
     flags = ["--dataset", "data", "--approach", "dynamic", "--max-trials", "1", "--allow-loss", "--output", "out"]
-    command = [sys.executable, "-c", code, str(tmp_path), "quantize", str(checkpoint), *flags]
+    command = [library_python(), "-c", code, str(tmp_path), "quantize", str(checkpoint), *flags]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out" / "hfq.json").read_text())
@@ -68,5 +68,5 @@ def test_a_new_task_is_one_file(tmp_path: Path) -> None:
         "import sys; sys.path.insert(0, sys.argv[1]); from hfq.tasks.registry import find_task\n"
         f"print({{find_task(config, name=name).name for config, name in {asked}}})"
     )
-    found = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    found = subprocess.run([library_python(), "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert found.stdout.strip() == "{'text-classification'}", found.stderr
