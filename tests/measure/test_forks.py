@@ -2,11 +2,10 @@
 
 import os
 import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.command import until
 
 from hfq.common.errors import HfqError
 from hfq.measure.forks import FORKS
@@ -15,14 +14,6 @@ from hfq.measure.process import Process
 MODULE = "hfq.measure.model_process"
 forked = pytest.mark.skipif(not FORKS, reason="libraries survive a fork on Linux only")
 pytestmark = [forked, pytest.mark.usefixtures("forked_workers")]
-
-
-def until(true: Callable[[], bool]) -> None:
-    for _ in range(500):
-        if true():
-            return
-        time.sleep(0.01)
-    raise AssertionError("it did not become so")
 
 
 def test_an_answer_is_for_who_asked() -> None:

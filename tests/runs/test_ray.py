@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from support.command import CHECKPOINT, ROOT, Running, forkserver, timeless, write_outliers, write_slice
+from support.command import CHECKPOINT, PATIENCE, ROOT, Running, forkserver, timeless, write_outliers, write_slice
 
 from hfq.hub.local import LocalHub
 
@@ -21,7 +21,6 @@ ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'hfq[
 from ray.cluster_utils import Cluster  # noqa: E402 (after Ray is known to be there)
 
 USER = "hfq-user"
-SECONDS = 600  # a run's most, on a machine that others use too
 FAST = {"approach": "dynamic", "max_trials": 1, "threads": 1}
 TIMED = {"README.md", "hfq.json", "plots/accuracy_speed.png"}
 ELSEWHERE = {"hardware": None, "command": None}
@@ -107,7 +106,7 @@ def test_one_recipe_is_helped_by_other_workers_and_goes_on_wherever_it_was_left(
     recipe = {**FAST, "checkpoint": str(CHECKPOINT), "explore": True, "max_trials": 2, "output": "../out"}
     write_recipes(tmp_path, one=recipe)
     project, log = tmp_path / "pipelines", tmp_path / "out.hfq-work" / "trials.jsonl"
-    with Running("run", "one.yaml", *on(nodes), cwd=project, seconds=SECONDS) as running:
+    with Running("run", "one.yaml", *on(nodes), cwd=project) as running:
         owner = running.until("on ").split("process ")[1].strip()
         helper = running.until("evaluated on").split("process ")[1].strip(":\n")
         running.until("meets the goal")
@@ -116,13 +115,13 @@ def test_one_recipe_is_helped_by_other_workers_and_goes_on_wherever_it_was_left(
     trials = [row["trial"] for row in map(json.loads, log.read_text().splitlines()) if "trial" in row]
     assert len(trials) == 2
 
-    with Running("run", "one.yaml", "--resume", *on(nodes), cwd=project, seconds=SECONDS) as running:
+    with Running("run", "one.yaml", "--resume", *on(nodes), cwd=project) as running:
         worker = psutil.Process(int(running.until("on ").split("process ")[1]))
         running.until("▸ Checkpoint")
         done = running.stop(signal.SIGINT)
     assert (done.code, done.out) == (130, "")
     assert done.err.splitlines()[-1].startswith("hfq: Interrupted. Nothing was published; run the same command with")
-    worker.wait(60)  # it does not go on with what nobody waits for
+    worker.wait(PATIENCE)  # it does not go on with what nobody waits for
 
     done = forkserver().hfq("run", "one.yaml", "--resume", "--json", cwd=project)
     assert done.code == 0, done.err
@@ -145,7 +144,7 @@ def test_recipes_whose_worker_or_node_is_killed_are_finished_by_others_and_publi
         gone={**recipe, "checkpoint": str(tmp_path / "gone"), "to": "ray-gone"},
         hard={**recipe, "to": "ray-hard"},
     )
-    with Running("run", "pipelines", "--push", "--json", *on(nodes), cwd=tmp_path, seconds=SECONDS) as running:
+    with Running("run", "pipelines", "--push", "--json", *on(nodes), cwd=tmp_path) as running:
         while len(workers := dict(re.findall(r"([ab])\.yaml │   on .*process (\d+)", running.err))) < 2:
             running.until("process")
         raylets = {name: psutil.Process(int(pid)).parent() for name, pid in workers.items()}

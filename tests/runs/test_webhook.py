@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
-from support.command import CHECKPOINT, Running, forkserver, write_slice
+from support.command import CHECKPOINT, PATIENCE, Running, forkserver, write_slice
 
 from hfq.common.errors import UsageError
 from hfq.hub.local import LocalHub
@@ -52,7 +52,7 @@ def post(port: int, body: bytes, *, secret: str | None = SECRET) -> tuple[int, A
     headers = {"Content-Type": "application/json"} | ({} if secret is None else {"X-Webhook-Secret": secret})
     request = urllib.request.Request(f"http://127.0.0.1:{port}/webhooks/hub", data=body, headers=headers)
     try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
             return answer.status, json.load(answer)
     except urllib.error.HTTPError as error:
         with error:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from support.command import PATIENCE
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 QUIET = """--headless --disable-gpu --disable-quic --no-first-run --disable-background-networking
     --disable-component-update --disable-sync --hide-scrollbars --enable-logging=stderr --force-device-scale-factor=1"""
@@ -74,7 +76,7 @@ def look(folder: Path, frames: Mapping[str, tuple[str, int]], *, dark: bool) -> 
         flags += [f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--dump-dom"]
         flags += [f"--screenshot={screenshot}"] if dark else []
         address = f"http://127.0.0.1:{server.server_port}/look.html"
-        done = subprocess.run([str(CHROMIUM), *flags, address], capture_output=True, text=True, timeout=120)
+        done = subprocess.run([str(CHROMIUM), *flags, address], capture_output=True, text=True, timeout=PATIENCE)
         server.shutdown()
     found = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
     assert found, f"The page did not load: {done.stderr}"

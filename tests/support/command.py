@@ -29,6 +29,7 @@ from typing import Any, NoReturn
 
 from safetensors.torch import load_file, save_file
 
+PATIENCE = 1200.0  # seconds that only what hangs takes, also on a machine that does ten times as much beside
 MEMORY = 1 << 30
 SECONDS = 60
 LIBRARY_PYTHON = "HFQ_TESTS_PYTHON"  # the variable that holds `library_python`
@@ -62,7 +63,7 @@ class Done:
 def hfq(*args: object, cwd: Path, env: Mapping[str, str | None] | None = None, command: str = HFQ) -> Done:
     """Run the command as a user does. `env`: changes to the environment; None takes a variable away."""
     done = subprocess.run(
-        [command, *map(str, args)], cwd=cwd, env=environment(env), capture_output=True, text=True, timeout=300
+        [command, *map(str, args)], cwd=cwd, env=environment(env), capture_output=True, text=True, timeout=PATIENCE
     )
     return Done(done.returncode, done.stdout, done.stderr)
 
@@ -78,6 +79,14 @@ def hfq_in(env: Mapping[str, str | None], *args: object, cwd: Path) -> Done:
     return hfq(*args, cwd=cwd, env=env, command=str(Path(library_python()).with_name("hfq")))
 
 
+def until(true: Callable[[], bool]) -> None:
+    """Wait for something to become so."""
+    end = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < end, "it did not become so"
+        time.sleep(0.01)
+
+
 class Running:
     """The command while it runs, killed at the end of the `with` block if it has not ended.
 
@@ -89,7 +98,6 @@ class Running:
         *args: object,
         cwd: Path,
         env: Mapping[str, str | None] | None = None,
-        seconds: float = 120,
         fresh: bool = False,
     ) -> None:
         self.process: subprocess.Popen[str] | Forked
@@ -106,7 +114,7 @@ class Running:
         else:
             self.process = forkserver().start(*args, cwd=cwd, env=env)
         self.err = ""
-        self._timer = threading.Timer(seconds, self.process.kill)
+        self._timer = threading.Timer(PATIENCE, self.process.kill)
         self._timer.start()
 
     def until(self, text: str) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from support.command import ROOT, environment, forkserver
+from support.command import PATIENCE, ROOT, environment, forkserver
 
 ACTION = ROOT / ".github" / "actions" / "quantize"
 WORKFLOWS = ROOT / ".github" / "workflows"
@@ -105,7 +105,7 @@ def run_action(inputs: Mapping[str, Any], *, folder: Path, env: Mapping[str, str
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=300,
+            timeout=PATIENCE,
         )
         log, code = log + done.stdout, done.returncode
         if code:

@@ -3,13 +3,12 @@
 import copy
 import json
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from support.command import hfq as run
+from support.command import forkserver, until
 from support.models import logits, make_space, relative_error, tiny, token_batches
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
@@ -44,7 +43,7 @@ def warmed(tmp_path_factory: pytest.TempPathFactory) -> Warmed:
     plan = make_space(model, BATCHES).plan(Candidate("static"))
     export(quantize_model(model, plan, ()), plan, pull(str(work / "float")), folder=work / "int8")
     uncompiled = logits(hfq.load(work / "int8"), BATCHES)
-    done = run(
+    done = forkserver().hfq(
         "warm", work / "int8", "--shapes", "3x12", "--threads", 1, "--export", work / "graphs",
         cwd=work, env={"TORCHINDUCTOR_CACHE_DIR": str(work / "cache"), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -96,9 +95,7 @@ def test_in_the_background_a_model_computes_until_its_graph_is_there(
     monkeypatch.setenv("HFQ_COMPILE", "background")
     model = loaded(warmed.checkpoint)
     assert torch.equal(logits(model, BATCHES[:1]), warmed.uncompiled[:16])
-    until = time.monotonic() + 60
-    while torch.equal(logits(model, BATCHES), warmed.uncompiled) and time.monotonic() < until:
-        time.sleep(0.05)
+    until(lambda: not torch.equal(logits(model, BATCHES), warmed.uncompiled))
     assert_compiled(model, warmed)
 
 
@@ -144,7 +141,9 @@ def test_what_was_made_elsewhere_is_not_used_and_that_is_said(
 
 def test_quantize_says_before_it_begins_that_it_cannot_compile(warmed: Warmed, tmp_path: Path) -> None:
     source = warmed.checkpoint.parent / "float"
-    done = run("quantize", source, "--compile", "--output", tmp_path / "out", cwd=tmp_path, env={"CXX": "no-such"})
+    done = forkserver().hfq(
+        "quantize", source, "--compile", "--output", tmp_path / "out", cwd=tmp_path, env={"CXX": "no-such"}
+    )
     assert done.code == 2
     assert "--compile needs a C++ compiler" in done.err
     assert not (tmp_path / "out").exists()

@@ -20,7 +20,7 @@ import pytest
 import torch
 from ray import cloudpickle
 from safetensors.torch import load_file, save_file
-from support.command import stock_python
+from support.command import PATIENCE, stock_python
 from support.models import ROUNDING, assert_same, int8_linears, logits, make_space, relative_error, tiny, token_batches
 from torch import Tensor, nn
 from transformers import (
@@ -247,7 +247,7 @@ def test_a_forward_that_comes_while_the_model_is_being_fused_waits_and_answers_a
 
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(answer)
-        assert SlowToLookAt.begun.wait(60)
+        assert SlowToLookAt.begun.wait(PATIENCE)
         second = pool.submit(answer)
         assert not wait([second], timeout=1).done
         assert not SlowToLookAt.ran_in
