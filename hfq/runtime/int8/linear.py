@@ -1,7 +1,6 @@
 """The int8 twin of `nn.Linear`, with the tensors compressed-tensors stores on disk."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -18,7 +17,7 @@ from .gradients import straight_through
 from .known_forward import KnownForward
 from .narrowing import Narrowing
 from .packed import PACKING, PackedModule, frozen, input_codes
-from .recording import is_recorded, recorded_codes, unrecorded
+from .recording import is_recorded, recorded_codes
 
 if TYPE_CHECKING:
     from .conv import Int8Conv
@@ -108,8 +107,7 @@ class Int8Linear(PackedModule):
 
     def _recorded(self, x: Tensor) -> Tensor:
         """Its output, from its tensors alone and in operations that run anywhere. Sums are float32's."""
-        with unrecorded() if self._packed is not None else nullcontext():
-            weight = self.weight_rows()[0].float()
+        weight = self.weight_rows()[0].float()
         scale = self.weight_scale.reshape(-1)
         if self.activation == "weight-only":
             y = nn.functional.linear(x.float(), weight) * scale

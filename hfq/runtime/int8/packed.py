@@ -6,6 +6,7 @@ A module's `state_dict` is its checkpoint entry, whatever that layout is.
 import math
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from multiprocessing.context import get_spawning_popen
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ...common.memory import drop_file_pages
 from ..kernels.selection import select_kernel
+from .recording import is_recorded, unrecorded
 
 PACKING = threading.RLock()  # a weight is packed once, even if the first two requests come at the same time
 
@@ -75,7 +77,8 @@ class PackedModule(nn.Module):
         if name == "parametrizations":  # whoever asks for them looks for the weight next, among parameters
             self.free_weight()
         if name == "weight" and packed is not None:
-            return frozen(packed.unpack())  # for model code that looks at a weight's dtype or device
+            with unrecorded() if is_recorded() else nullcontext():
+                return frozen(packed.unpack())  # for model code that looks at a weight's dtype or device
         return super().__getattr__(name)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -3,12 +3,14 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .packed import PackedModule
+if TYPE_CHECKING:
+    from .packed import PackedModule
 
 
 def is_recorded() -> bool:
@@ -35,7 +37,7 @@ def compiling_ahead() -> Iterator[None]:
         _ahead.of_packed = False
 
 
-def recorded_codes(module: PackedModule, x: Tensor) -> Tensor:
+def recorded_codes(module: "PackedModule", x: Tensor) -> Tensor:
     """Codes of `x` without their zero point, float32."""
     zero_point = module.input_zero_point.float()
     return ((x.float() / module.input_scale).round() + zero_point).clamp(-128, 127) - zero_point

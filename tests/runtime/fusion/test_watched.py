@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import families
 from support.models import ROUNDING, int8_linears, logits, quantized, relative_error, tiny, token_batches
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
@@ -206,6 +207,19 @@ def test_a_fused_model_can_be_traced_and_exported(family: str, approach: Any) ->
         exported = torch.export.export(model, (), inputs).module()
         assert relative_error(exported(**inputs).logits, expected) < ROUNDING
     assert torch.equal(logits(model, BATCHES), expected)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace")
+def test_a_model_that_looks_at_its_weights_can_be_traced() -> None:
+    """As T5's layers look at the dtype of what comes next."""
+    family = families.FAMILIES["t5 encoder"]
+    inputs = family.inputs()
+    int8: Any = quantized(family.make(), Candidate("static"), [inputs])
+    fuse(int8)
+    with torch.no_grad():
+        expected = int8(**inputs).last_hidden_state
+        traced = torch.jit.trace(int8, example_kwarg_inputs=inputs, strict=False, check_trace=False)
+        assert relative_error(traced(**inputs)["last_hidden_state"], expected) < ROUNDING
 
 
 def test_hooks_see_no_examples() -> None:
