@@ -371,9 +371,11 @@ def _calibration(job: Job) -> list[Tensor]:
 
 
 def _answering(model: Any) -> Run:
-    """What `model` puts out first: logits, those of where an answer starts, or vectors."""
+    """What `model` puts out first: logits, those of where an answer starts, of one choice, or vectors."""
     if hasattr(model, "transformers_model"):
         return lambda ids, mask: model({"input_ids": ids, "attention_mask": mask})["sentence_embedding"]
+    if str((getattr(model.config, "architectures", None) or [""])[0]).endswith("ForMultipleChoice"):
+        return lambda ids, mask: model(input_ids=ids[:, None], attention_mask=mask[:, None], return_dict=True).logits
     return lambda ids, mask: model(input_ids=ids, attention_mask=mask, return_dict=True).to_tuple()[0]
 
 

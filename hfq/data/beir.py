@@ -31,8 +31,9 @@ Relevance = dict[str, dict[str, float]]  # by query, by document: how relevant
 
 
 def is_beir(folder: Path) -> bool:
-    """Whether a folder has this layout."""
-    return all(_file(folder, name, _TEXTS) for name in (CORPUS, QUERIES))
+    """Whether a folder has this layout, or two thirds of it."""
+    there = [_file(folder, CORPUS, _TEXTS), _file(folder, QUERIES, _TEXTS), _qrels(folder)]
+    return sum(map(bool, there)) > 1
 
 
 def load_beir(folder: Path) -> "DatasetDict":
@@ -44,6 +45,11 @@ def load_beir(folder: Path) -> "DatasetDict":
     """
     documents, queries = (_read_texts(folder, name) for name in (CORPUS, QUERIES))
     qrels = {split: _read_qrels(path) for split, path in _qrels(folder).items()}
+    if not qrels:
+        raise DataError(
+            f"Dataset {folder} has {CORPUS} and {QUERIES}, but no {QRELS}, which say what is relevant. Expected "
+            f"{QRELS}.tsv or {QRELS}/test.tsv, with a query's id, a document's id and a score in each line."
+        )
     return _joined(documents, queries, qrels, candidates=_read_candidates(folder), where=str(folder))
 
 
@@ -121,23 +127,22 @@ def _file(folder: Path, name: str, suffixes: Sequence[str]) -> Path | None:
 
 
 def _qrels(folder: Path) -> dict[str, Path]:
-    """Files of qrels by split: those in a folder of that name, else the only one."""
+    """Files of qrels by split: those in a folder of that name, else the only one, if there is one."""
     inside = sorted(path for path in (folder / QRELS).glob("*") if path.is_file() and not path.name.startswith("."))
     if inside:
         return {path.name.split(".")[0]: path for path in inside}
     single = _file(folder, QRELS, _TABLES)
-    if single is None:
-        raise DataError(
-            f"Dataset {folder} has {CORPUS} and {QUERIES}, but no {QRELS}, which say what is relevant. Expected "
-            f"{QRELS}.tsv or {QRELS}/test.tsv, with a query's id, a document's id and a score in each line."
-        )
-    return {_ONLY_SPLIT: single}
+    return {_ONLY_SPLIT: single} if single else {}
 
 
 def _read_texts(folder: Path, name: str) -> dict[str, str]:
     """Texts by id; a title stands before its document, unless that begins with it."""
     path = _file(folder, name, _TEXTS)
-    assert path is not None  # is_beir
+    if path is None:
+        raise DataError(
+            f"Dataset {folder} has {QUERIES if name == CORPUS else CORPUS} and {QRELS}, but no {name}. Expected {name}.jsonl, "
+            'with {"_id": …, "text": …} in each line.'
+        )
     return _texts(_parsed(path), where=f"Line {{}} of {path}", source=str(path))
 
 
@@ -172,14 +177,20 @@ def _read_qrels(path: Path) -> Relevance:
     for number, line in _lines(path):
         cells = _cells(line)
         score = _number(cells[-1])
-        if score is None and number == 1 and not line.startswith("{"):
+        has_width = len(cells) in (3, 4)
+        if score is None and has_width and number == 1 and not line.startswith("{"):
             continue
-        if len(cells) not in (3, 4) or score is None:
+        if not has_width or score is None:
             raise DataError(
                 f"Line {number} of {path} is {line[:100]!r}; expected a query's id, a document's id and a number, with tabs "
                 "between them."
             )
-        found.setdefault(cells[0], {})[cells[-2]] = score
+        judged = found.setdefault(cells[0], {})
+        if judged.setdefault(cells[-2], score) != score:
+            raise DataError(
+                f"Line {number} of {path} gives document {cells[-2]} the score {score:g} for query {cells[0]}, and a line before "
+                f"it {judged[cells[-2]]:g}. Remove one of the two."
+            )
     if not found:
         raise DataError(f"{path} says of no document that it is relevant.")
     return found

@@ -46,6 +46,14 @@ from .view import (
 
 TEMPLATE = "model_cards/card.md.jinja"
 FIT_TEMPLATE = "model_cards/fit.md.jinja"
+HUB_METRICS = {  # what the Hub calls metrics whose names here say more, or say it in words
+    "spearman": "spearmanr",
+    "pearson": "pearsonr",
+    "mean_squared_error": "mse",
+    "micro_f1": "f1",
+    "macro_f1": "f1",
+    "pseudo_perplexity": "perplexity",
+}
 TAGS = ["int8", "quantized", "compressed-tensors", "hfq", "cpu"]
 
 # `ModelCard.from_template` runs Jinja without sandbox or escaping: it only joins metadata and finished text.
@@ -135,6 +143,7 @@ def _metadata(report: Report, *, name: str, score: Score, terms: Mapping[str, An
     the same reason, because a result must have one.
     """
     data, checkpoint = report.data, report.checkpoint
+    metric = HUB_METRICS.get(report.metric, report.metric)
     base = checkpoint.id if is_hub_model(checkpoint) else None
     public_data = is_hub_dataset(data)
     data_name = data.id if public_data else _plain(PurePosixPath(data.id).name) or "local data"
@@ -146,8 +155,8 @@ def _metadata(report: Report, *, name: str, score: Score, terms: Mapping[str, An
         dataset_config=subset,
         dataset_split=_plain(score.split),
         dataset_revision=data.revision if public_data else None,
-        metric_type=report.metric,
-        metric_name=_metric_name(report, score),
+        metric_type=metric,
+        metric_name=_metric_name(report, score, metric),
         metric_value=score.quantized,
     )
     codes, regional = _languages(checkpoint.language)
@@ -163,18 +172,19 @@ def _metadata(report: Report, *, name: str, score: Score, terms: Mapping[str, An
         language=codes or None,
         pipeline_tag=report.pipeline_tag,
         datasets=[data.id] if public_data else None,
-        metrics=[report.metric],
+        metrics=[metric],
         model_name=name,
         eval_results=[result],
         **{**own, **terms, "tags": [*library, *TAGS, *texts(terms.get("tags"))]},
     )
 
 
-def _metric_name(report: Report, score: Score) -> str | None:
-    """What has to be said of a result beyond the type of its metric."""
+def _metric_name(report: Report, score: Score, metric: str) -> str | None:
+    """What has to be said of a result beyond the type of its metric, which the Hub calls `metric`."""
+    label = metric_label(report)
     if score.seen_in_tuning:
-        return f"{metric_label(report)} on the split that tuning chose by"
-    return None if report.of_labels else metric_label(report)
+        return f"{label} on the split that tuning chose by"
+    return None if label.lower().replace(" ", "_") == metric else label
 
 
 def _terms(checkpoint: CheckpointInfo) -> dict[str, Any]:

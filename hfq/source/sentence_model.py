@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 CLASSES = ("SentenceTransformer", "CrossEncoder", "SparseEncoder")
+SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 TRANSFORMERS = ("Transformer", "MLMTransformer")
 HEADS = ("Pooling", "SpladePooling", "Dense", "Normalize", "LayerNorm", "Dropout")
 _OF_TRANSFORMER = tuple(
@@ -97,14 +98,19 @@ def read_sentence_model(folder: Path) -> SentenceModel | None:
             f"{folder / SENTENCE_CONFIG} has the default prompt {default!r}, which is none of its prompts "
             f"({', '.join(prompts) or 'there are none'}). Add it there, or take default_prompt_name away."
         )
+    if similarity is not None and similarity not in SIMILARITIES:
+        raise _damaged(folder / SENTENCE_CONFIG, f"similarity {similarity!r} is none of {', '.join(SIMILARITIES)}")
+    cut = config.get("truncate_dim")
+    if cut is not None and not (isinstance(cut, int) and cut > 0):
+        raise _damaged(folder / SENTENCE_CONFIG, f"truncate_dim {cut!r} is no number of dimensions")
     own = (folder / modules[0].path / name for name in _OF_TRANSFORMER)
     return SentenceModel(
         modules,
         kind=str(config.get("model_type") or "SentenceTransformer"),
         prompts={name: text for name, text in prompts.items() if isinstance(text, str)},
         default_prompt=default,
-        similarity=similarity if isinstance(similarity, str) else None,
-        truncate_dim=config.get("truncate_dim"),
+        similarity=similarity,
+        truncate_dim=cut,
         dims=_dims(folder, config),
         transformer=next((found for found in (_read(path, dict) for path in own) if found), {}),
     )
@@ -117,6 +123,10 @@ def load_head(folder: Path, model: SentenceModel) -> "list[nn.Module]":
         SourceError: a file is missing, damaged or a pickle.
         UnsupportedError: they are of another kind; or sentence-transformers is not installed.
     """
+    if model.kind not in CLASSES:
+        raise UnsupportedError(
+            f"{folder} is opened by sentence-transformers' {model.kind}. hfq quantizes those of {', '.join(CLASSES)}."
+        )
     first, *others = model.modules
     if first.name not in TRANSFORMERS:
         raise UnsupportedError(

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..common.errors import DataError, UnsupportedError
+from ..common.errors import UnsupportedError
 from .base import Columns, Confusion, Metric, Outputs, References, Task, Trivial
-from .labels import LabelMap, LabelNames, distinct
+from .labels import LabelMap, LabelNames, check_varied, distinct
 from .metrics import MeanOf, Torchmetric, leads, stacked
 
 if TYPE_CHECKING:
@@ -32,13 +32,10 @@ class Classification(Task):
         """Raises `DataError` also where the first split, by which models are judged, has one label only."""
         (column,) = columns["label"]
         found = self.labels.align(splits[0].features[column], distinct(splits, column))
-        present = {found(value) for value in distinct(splits[:1], column)}
-        if len(splits[0]) > 1 and len(present) == 1 and (only := present.pop()) is not None:
-            name = (found.names or self.labels.names)[only]
-            raise DataError(
-                f"Every label of split {str(splits[0].split or 'given')!r} is {name!r} (column {column!r}): answering that is "
-                "always right, and nothing is told apart. Choose another split, or --metric fidelity, agreement with FP32."
-            )
+        if len(splits[0]) > 1:
+            names = found.names or self.labels.names
+            present = [found(value) for value in distinct(splits[:1], column)]
+            check_varied(splits[0], column, [None if label is None else names[label] for label in present])
         return found
 
     def references(self, rows: "Dataset", columns: Columns, alignment: LabelMap) -> list[Any]:

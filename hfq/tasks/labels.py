@@ -6,7 +6,7 @@ Label ids are the model's. Names are matched by name, never by position.
 import json
 import re
 import unicodedata
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +98,12 @@ class LabelNames:
                     f"({self}). Write them in words, in both places."
                 )
             return LabelMap(found, f"by name ({self})", self.names)
-        if not labelled or len(ids) < len(labelled):
+        if not labelled:
+            raise DataError(
+                f"No example has a label, and the model's are {self}. Choose another split, or name another column with "
+                f"--label-column; {WITHOUT_LABELS}."
+            )
+        if len(ids) < len(labelled):
             raise self._mismatch(sorted(labelled, key=lambda value: (_as_number(value) or 0, str(value))))
         every = {form: i for i in range(len(self.names)) for form in (i, str(i))}
         return LabelMap({**every, **ids}, f"by id: integers are the model's ids ({self})", self.names)
@@ -175,6 +180,21 @@ def distinct(splits: "Sequence[Dataset]", column: str) -> list[Any]:
                 "of labels, pass --task multi-label-classification; else name another column with --label-column."
             )
     return sorted(values, key=str)
+
+
+def check_varied(rows: "Dataset", column: str, labels: Iterable[Any]) -> None:
+    """Refuse a split, by which models are judged, whose `labels` are all the same. None is no label.
+
+    Raises:
+        DataError: they are.
+    """
+    found = {label for label in labels if label is not None}
+    if len(found) == 1:
+        raise DataError(
+            f"Every label of split {str(rows.split or 'given')!r} is {found.pop()!r} (column {column!r}): answering that is "
+            "always right, and nothing is told apart. Choose another split, or name another column with --label-column; or "
+            "--metric fidelity asks for agreement with FP32."
+        )
 
 
 def plain(name: str) -> str:

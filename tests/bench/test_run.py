@@ -5,9 +5,11 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from sentence_transformers import SentenceTransformer
-from support.trained.sentences import write_sentence_model
+from support.trained.sentences import write_encoder, write_sentence_model
 from support.trained.training import messages
+from transformers import AutoModelForMultipleChoice
 
 from hfq.bench.run import Timing, bench
 from hfq.bench.table import markdown
@@ -17,6 +19,20 @@ from hfq.quantization import fit
 from hfq.source.checkpoint import pull
 
 pytestmark = pytest.mark.usefixtures("forked_workers")
+
+
+def test_a_choice_is_timed_and_compared(tmp_path: Path) -> None:
+    source = write_encoder(tmp_path / "mini-choices", "AutoModelForMultipleChoice")
+    model, ids = AutoModelForMultipleChoice.from_pretrained(source), torch.randint(5, 200, (2, 2, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is not tuned
+        int8 = fit(model, PostTrainingQuantConfig(approach="dynamic"), calib_func=lambda model: model(input_ids=ids))
+    int8.save(str(tmp_path / "int8"))
+    checkpoints = [pull(str(folder)) for folder in (tmp_path / "int8", source)]
+    engines = {"fp32": None, "hfq": None}
+    found = bench(*checkpoints, names=engines, timing=Timing([(2, 8)], threads=1, rounds=1), ui=Reporter())
+    assert [(engine.name, engine.failure) for engine in found.engines] == [(name, None) for name in engines]
+    assert 0 < found.engines[1].error < 0.2
 
 
 def test_vectors_are_compared_and_a_peer_may_have_an_interpreter_of_its_own(tmp_path: Path) -> None:

@@ -81,6 +81,23 @@ def test_metadata_publishes_the_int8_result_of_the_holdout() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("metric", "label", "published"),
+    [
+        ("spearman", "Spearman of cosine", ("spearmanr", "Spearman of cosine")),
+        ("micro_f1", "Micro F1", ("f1", "Micro F1")),
+        ("f1", "Entity F1", ("f1", "Entity F1")),
+        ("f1", "F1", ("f1", None)),
+    ],
+)
+def test_a_metric_has_the_hubs_name_and_its_own(metric: str, label: str, published: tuple[str, str | None]) -> None:
+    card = render_card(make_report(metric=metric, metric_label=label), repo_id=None)
+    data = ModelCard(card).data
+    [result] = data.eval_results
+    assert (result.metric_type, result.metric_name) == published
+    assert data.metrics == [published[0]]
+
+
 def test_without_a_holdout_the_evaluation_split_is_published_and_said_to_be_tuned_on() -> None:
     report = make_report()
     report = replace(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...common.errors import DataError
 from ..base import Columns, Metric, Outputs, References, Trivial
-from ..labels import UNLABELLED, LabelMap, LabelNames, plain
+from ..labels import UNLABELLED, LabelMap, LabelNames, check_varied, plain
 from ..metrics import Torchmetric, stacked
 from .sequence import SequenceTask
 
@@ -65,9 +65,17 @@ class MultiLabelClassification(SequenceTask):
         return super().find_labels(features, requested)
 
     def align(self, splits: Sequence["Dataset"], columns: Columns) -> MultiLabels:
-        if len(columns["label"]) > 1:
+        """Raises `DataError` also where the first split, by which models are judged, has the same labels in every row."""
+        found = self._matched(splits, columns["label"])
+        rows = self.references(splits[0], columns, found)
+        held = [tuple(name for name, holds in zip(self.labels.names, row, strict=True) if holds) for row in rows if row]
+        check_varied(splits[0], ", ".join(columns["label"]), held)
+        return found
+
+    def _matched(self, splits: Sequence["Dataset"], columns: Sequence[str]) -> MultiLabels:
+        if len(columns) > 1:
             return MultiLabels(f"by name: a column for each label ({self.labels})", None)
-        column = columns["label"][0]
+        (column,) = columns
         rows = [row for split in splits for row in split[column] if row is not None]
         if not all(isinstance(row, list | tuple) for row in rows):
             raise DataError(
@@ -76,6 +84,12 @@ class MultiLabelClassification(SequenceTask):
             )
         if rows and all(self._is_multi_hot(row) for row in rows):
             return MultiLabels(f"by position: 0 or 1 for each label ({self.labels})", None)
+        twice = next((row for row in rows if len(set(row)) < len(row)), None)
+        if twice is not None:
+            raise DataError(
+                f"The column {column!r} holds {str(twice)[:100]}, in which a label is there twice; lists of 0 and 1 have a number "
+                f"for each of {len(self.labels)} labels ({self.labels}). Expected {FORMS}."
+            )
         feature = splits[0].features[column]
         labels = self.labels.align(
             getattr(feature, "feature", feature), sorted({v for row in rows for v in row}, key=str)

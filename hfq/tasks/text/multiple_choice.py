@@ -19,7 +19,7 @@ from ..base import Batch, Columns, Encoding, Metric, Outputs, Processor, Referen
 from ..classification import right
 from ..labels import find_label_column
 from ..metrics import MeanOf, leads, stacked
-from .tokens import TextTask, is_text, texts
+from .tokens import TextTask, is_mixed, is_text, known_texts, texts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -173,7 +173,7 @@ def _find_choices(features: Mapping[str, Any], requested: Sequence[str]) -> list
         return list(requested)
     numbered: dict[str, list[str]] = {}
     for name, kind in features.items():
-        if (match := _NUMBERED.fullmatch(name)) and is_text(kind):
+        if (match := _NUMBERED.fullmatch(name)) and (is_text(kind) or is_mixed(kind)):
             numbered.setdefault(match[1], []).append(name)
     several = [sorted(names) for names in numbered.values() if len(names) > 1]
     lists = [[name] for name in KNOWN_CHOICES if name in features]
@@ -193,10 +193,11 @@ def _find_texts(features: Mapping[str, Any], requested: Sequence[str], choices: 
         if len(requested) > 2:
             raise DataError(f"--text-column was given {len(requested)} times; choices follow one text or two.")
         return list(requested)
+    if names := known_texts(features, KNOWN_TEXTS, without=choices):
+        return names
     held = [name for name, kind in features.items() if is_text(kind) and name not in choices]
-    for names in KNOWN_TEXTS:
-        if set(names) <= set(held):
-            return list(names)
+    if len(held) == 1:
+        return held
     raise DataError(
         f"Which column holds the text before the choices is not clear. Columns: {', '.join(features)}; with text: "
         f"{', '.join(held) or 'none'}. Name it with --text-column."

@@ -99,6 +99,20 @@ class QuestionAnswering(TextTask):
             )
         return Processor(found.tool, max_length or min(found.max_length, LENGTH))
 
+    def unfolded(self, rows: "Dataset") -> "Dataset":
+        """Of SQuAD's own files, whose rows are articles, a row for each question."""
+        if "paragraphs" not in rows.features:
+            return rows
+        import datasets
+
+        asked = [
+            {"question": each["question"], "context": paragraph["context"], "answers": each.get("answers")}
+            for paragraphs in rows["paragraphs"]
+            for paragraph in paragraphs
+            for each in paragraph["qas"]
+        ]
+        return datasets.Dataset.from_list(asked, split=rows.split)
+
     def columns(self, features: Mapping[str, Any], requested: Columns) -> Columns:
         return {role: _column(role, features, requested) for role in self.roles}
 
@@ -402,7 +416,7 @@ def _texts(value: Any, column: str) -> list[Any] | None:
 def _parts(value: Any, name: str, column: str) -> list[Any]:
     """Of each answer, what is called `name`."""
     answers = value if isinstance(value, list) else [value]
-    if not all(isinstance(each, dict) for each in answers):
+    if not all(isinstance(each, dict) and "text" in each for each in answers):
         raise DataError(
             f"Column {column!r} holds {str(value)[:100]!r}; expected answers as SQuAD has them, such as "
             '{"text": ["France"], "answer_start": [12]}.'
@@ -420,6 +434,11 @@ def _asked(row: int, context: str, value: Any, column: str) -> Asked | None:
         return None
     starts = _parts(value, "answer_start", column)
     for text, start in zip(found, [*starts, *[None] * len(found)], strict=False):
+        if text == "":
+            raise DataError(
+                f"Row {row} (from 0) has an answer without text in column {column!r}. Expected an empty list where a question has "
+                "no answer. Mend or remove such rows."
+            )
         if not isinstance(text, str) or text not in context:
             raise DataError(
                 f"Row {row} (from 0) has the answer {str(text)[:100]!r} in column {column!r}, which is not in its text. Mend or "

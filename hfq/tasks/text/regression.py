@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...common.errors import DataError, UnsupportedError
 from ..base import Alignment, Columns, Metric, Outputs, References, Trivial
-from ..labels import count_labels
+from ..labels import check_varied, count_labels
 from ..metrics import MeanOf, Torchmetric, stacked
 from .sequence import SequenceTask
 
@@ -23,10 +23,9 @@ UNLABELLED = -1.0  # in a split whose every value it is, as in GLUE's test split
 
 @dataclass(frozen=True)
 class Numbers:
-    """A column of numbers. `unlabelled`: splits that hold nothing but `UNLABELLED`."""
+    """A column of numbers."""
 
-    how: str
-    unlabelled: frozenset[str]
+    how: str = "numbers, as they are"
 
 
 class Regression(SequenceTask):
@@ -48,7 +47,8 @@ class Regression(SequenceTask):
         return config.get("problem_type") == "regression" or (config.get("problem_type") is None and outputs == 1)
 
     def align(self, splits: Sequence["Dataset"], columns: Columns) -> Alignment:
-        return Numbers("numbers, as they are", frozenset())
+        check_varied(splits[0], columns["label"][0], self.references(splits[0], columns, None))
+        return Numbers()
 
     def references(self, rows: "Dataset", columns: Columns, alignment: Any) -> list[Any]:
         (column,) = columns["label"]

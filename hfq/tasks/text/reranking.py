@@ -23,7 +23,7 @@ from ..metrics import Torchmetric
 from .ranking import Ranking, gains_in_order, ranking_metrics
 from .regression import Regression, as_number, values_of
 from .sentence_embedding import PAIRS, POSITIVES, RELEVANT, SCORES, check_scores, score_column
-from .tokens import is_text, texts
+from .tokens import is_text, known_texts, texts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -117,10 +117,9 @@ class Reranking(Regression):
         asked = list(requested.get("text", ()))
         for name in asked:
             require_column(name, features, "--text-column")
+        if not asked and (pair := known_texts(features, (FLAT[:2], *POSITIVES, *PAIRS))):
+            return {"text": pair}
         found = [name for name, feature in features.items() if is_text(feature)]
-        for pair in () if asked else ((FLAT[:2], *POSITIVES, *PAIRS)):
-            if set(pair) <= set(found):
-                return {"text": list(pair)}
         if len(asked or found) != 2:
             raise DataError(
                 f"Which columns hold query and passage is not clear. Columns: {', '.join(features)}; with text: "

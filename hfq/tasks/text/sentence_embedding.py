@@ -18,10 +18,11 @@ from torch.nn.functional import cosine_similarity, pad
 from ...common.errors import DataError, UsageError
 from ...source.sentence_model import SentenceModel, import_sentence_transformers, load_head, read_sentence_model
 from ..base import Batch, Columns, Encoding, Metric, Outputs, Processor, References, Trivial, require_column
+from ..labels import check_varied
 from ..metrics import MeanOf, Torchmetric, stacked
 from .ranking import DEPTH, Ranking, gains_in_order, ranking_metrics
 from .regression import UNLABELLED, as_number
-from .tokens import TextTask, is_text, texts
+from .tokens import TextTask, is_text, known_texts, texts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -425,10 +426,9 @@ def _text_columns(features: Mapping[str, Any], requested: Columns) -> list[str]:
     if asked:
         return asked
     labels = requested.get("label", ())
+    if names := known_texts(features, (*TRIPLETS, *PAIRS, *POSITIVES), without=labels):
+        return names
     found = [name for name, feature in features.items() if is_text(feature) and name not in labels]
-    for names in (*TRIPLETS, *PAIRS, *POSITIVES):
-        if set(names) <= set(found):
-            return list(names)
     if len(found) in (1, 2):
         return found
     raise DataError(
@@ -458,11 +458,7 @@ def check_scores(rows: "Dataset", column: str) -> None:
             "Name a column of scores with --label-column."
         )
     values = [value for value in _scores(rows, column) if value is not None]
-    if values and len(set(values)) == 1:
-        raise DataError(
-            f"All {len(values)} scores of split {str(rows.split or 'given')!r} are {values[0]:g} (column {column!r}): there is "
-            "nothing to correlate with. Name another column with --label-column, or another split."
-        )
+    check_varied(rows, column, values)
     for low, high in SCALES:
         outside = [row for row, value in enumerate(values) if not low <= value <= high]
         if not outside:

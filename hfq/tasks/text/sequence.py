@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ...common.errors import DataError
 from ..base import Columns, Encoding, Processor, require_column
 from ..labels import find_label_column
-from .tokens import TextTask, is_mixed, is_text, texts
+from .tokens import TextTask, is_mixed, is_text, known_texts, texts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -55,11 +55,10 @@ class SequenceTask(TextTask):
             if len(requested) > 2:
                 raise DataError(f"--text-column was given {len(requested)} times; a model reads one text or a pair.")
             return list(requested)
+        if pair := known_texts(features, KNOWN_PAIRS, without=labels):
+            return pair
         found = [name for name, feature in features.items() if is_text(feature) and name not in labels]
         found = found or [name for name, feature in features.items() if is_mixed(feature) and name not in labels]
-        for pair in KNOWN_PAIRS:
-            if set(pair) <= set(found):
-                return list(pair)
         if len(found) == 1:
             return found
         raise DataError(

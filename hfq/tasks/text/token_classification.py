@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...common.errors import DataError
 from ..base import Batch, Columns, Encoding, Metric, Outputs, Processor, References, SumMetric, Trivial, require_column
-from ..labels import WITHOUT_LABELS, LabelMap, LabelNames
+from ..labels import WITHOUT_LABELS, LabelMap, LabelNames, check_varied
 from ..metrics import leads
 from .tokens import TextTask, is_text, texts
 
@@ -84,8 +84,11 @@ class TokenClassification(TextTask):
 
     def align(self, splits: Sequence["Dataset"], columns: Columns) -> LabelMap:
         (column,) = columns["tags"]
-        values = {tag for rows in splits for tags in rows[column] for tag in _listed(tags, column)}
-        return self.labels.align(_item(splits[0].features[column]), sorted(values, key=str))
+        values = [{tag for tags in rows[column] for tag in _listed(tags, column)} for rows in splits]
+        found = self.labels.align(_item(splits[0].features[column]), sorted(set().union(*values), key=str))
+        ids = [found(tag) for tag in values[0]]
+        check_varied(splits[0], column, [found.names[i] for i in ids if i is not None])
+        return found
 
     def references(self, rows: "Dataset", columns: Columns, alignment: LabelMap) -> list[Any]:
         (words,), (column,) = columns["tokens"], columns["tags"]

@@ -1,6 +1,6 @@
 """What tasks on text share: a tokenizer, texts that are texts, tokens that the model knows."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...common.errors import DataError, UsageError
@@ -90,3 +90,11 @@ def is_mixed(feature: Any) -> bool:
     from datasets import Json
 
     return isinstance(feature, Json)
+
+
+def known_texts(
+    features: Mapping[str, Any], groups: Sequence[Sequence[str]], *, without: Sequence[str] = ()
+) -> list[str] | None:
+    """The first group of names of which all are columns of texts, if only some of their rows; `texts` says which are not."""
+    found = {name for name, kind in features.items() if is_text(kind) or is_mixed(kind)} - {*without}
+    return next((list(names) for names in groups if found.issuperset(names)), None)

@@ -74,6 +74,11 @@ def test_labels_may_be_written_in_many_ways() -> None:
         ({"labels": ["number", "long"]}, "gives any number of labels. Expected lists of labels"),
         ({"labels": [["number"], ["loud"]]}, "do not fit the model's"),
         ({"labels": [[0, 3], [1]]}, "do not fit the model's"),
+        ({"labels": [["long"], ["long"]]}, r"Every label of split 'given' is \('long',\)"),
+        (
+            {"labels": [[0, 1], [1, 1]]},
+            r"holds \[1, 1\], in which a label is there twice; .* a number for each of 3 labels",
+        ),
         (
             {"number": ["1", "2"], "question": ["0", "1"], "long": ["0", "0"]},
             "'number' has the value '2'; expected 0 or 1",

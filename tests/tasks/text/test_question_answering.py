@@ -15,6 +15,7 @@ from torchmetrics.functional.text import squad
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from hfq.common.errors import DataError
+from hfq.data.dataset import load_splits
 from hfq.source.checkpoint import pull
 from hfq.tasks.base import Processor
 from hfq.tasks.text.question_answering import Answers, Asked, QuestionAnswering, best_threshold, given
@@ -108,12 +109,27 @@ def test_answers_have_the_forms_of_squad() -> None:
         ),
         ({"answers": [{"text": [], "answer_start": []}]}, "No question has an answer in column 'answers'"),
         ({"answers": ["1843"]}, "Column 'answers' holds '1843'; expected answers as SQuAD has them"),
+        ({"answers": [{"answer": ["1843"]}]}, "Column 'answers' holds .*; expected answers as SQuAD has them"),
+        ({"answers": [{"text": [""], "answer_start": [0]}]}, r"Row 0 \(from 0\) has an answer without text"),
         ({"context": [None]}, "has None in column 'context', and not a text"),
     ],
 )
 def test_rows_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         references(Dataset.from_dict({**SQUAD, **changes}))
+
+
+def test_squads_own_files_are_read(tmp_path: Path) -> None:
+    asked = [
+        {"id": "1", "question": "When?", "answers": [{"text": "1843", "answer_start": 31}], "is_impossible": False},
+        {"id": "2", "question": "Where?", "answers": [], "is_impossible": True},
+    ]
+    article = {"title": "Ada", "paragraphs": [{"context": CONTEXT, "qas": asked}]}
+    (tmp_path / "dev-v2.0.json").write_text(json.dumps({"version": "v2.0", "data": [article]}), encoding="utf-8")
+    (rows,) = load_splits(str(tmp_path / "dev-v2.0.json"), None, token=None)[0].values()
+    rows = QuestionAnswering(CONFIG).unfolded(rows)
+    assert rows["question"] == ["When?", "Where?"]
+    assert references(rows) == [Asked(CONTEXT, ("1843",)), Asked(CONTEXT, ())]
 
 
 def test_columns_that_are_missing_are_named(processor: Processor) -> None:

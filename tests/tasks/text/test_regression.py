@@ -54,6 +54,11 @@ def test_what_is_no_number_is_refused() -> None:
         references(Dataset.from_dict({"text": ["a", "b"], "label": ["1", "high"]}))
 
 
+def test_one_number_for_all_is_refused() -> None:
+    with pytest.raises(DataError, match=r"Every label of split .given. is 3\.5 .*, and nothing is told apart"):
+        references(Dataset.from_dict({"text": ["a", "b"], "label": [3.5, 3.5]}))
+
+
 def test_metrics_are_those_of_the_field() -> None:
     task = make_task(CONFIG)
     right = [0.0, 1.0, 2.0, 4.0]

@@ -136,7 +136,7 @@ def test_pairs_of_which_none_share_a_query_are_judged_by_their_scores() -> None:
             {"query": ["q", "r"], "positive": ["a", "b"], "negatives": [["c"], []]},
             r"Row 1 \(from 0\) .* in 'negatives'",
         ),
-        ({"query": ["q", "q"], "passage": ["a", "b"], "label": [0, 0]}, "All 2 scores of split 'given' are 0"),
+        ({"query": ["q", "q"], "passage": ["a", "b"], "label": [0, 0]}, "Every label of split 'given' is 0.0"),
         ({"query": ["q", "q"], "passage": ["a", "b"], "label": ["1", "bad"]}, "has 'bad' in column 'label'"),
         ({"query": ["q", "q"], "passage": ["a", "b"]}, "Which column says how relevant a passage is"),
         ({"one": ["q"], "two": ["a"], "three": ["b"]}, "Which columns hold query and passage is not clear"),

@@ -142,6 +142,12 @@ def test_folders_that_cannot_be_run_are_refused(model: Path, tmp_path: Path) -> 
         task_of(damaged("modules.json", [modules[0], {**modules[1], "type": "my_code.Pooling"}]))
     with pytest.raises(SourceError, match="default prompt 'ask', which is none of its prompts"):
         task_of(damaged("config_sentence_transformers.json", {"default_prompt_name": "ask"}))
+    with pytest.raises(SourceError, match="similarity 'jaccard' is none of cosine, dot"):
+        task_of(damaged("config_sentence_transformers.json", {"similarity_fn_name": "jaccard"}))
+    with pytest.raises(SourceError, match="truncate_dim 'many' is no number of dimensions"):
+        task_of(damaged("config_sentence_transformers.json", {"truncate_dim": "many"}))
+    with pytest.raises(UnsupportedError, match="opened by sentence-transformers' MultiVectorEncoder"):
+        task_of(damaged("config_sentence_transformers.json", {"model_type": "MultiVectorEncoder"}))
     with pytest.raises(SourceError, match=r"sentence-transformers cannot load .*2_Dense as Dense"):
         task_of(damaged("2_Dense/config.json", {"in_features": 8, "out_features": 8}))
     pickled = write_sentence_model(tmp_path / "pickled", dense=8)
@@ -172,7 +178,7 @@ def test_data_is_read_by_its_columns(
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ({"score": [0.5, 0.5, 0.5]}, "All 3 scores of split 'given' are 0.5"),
+        ({"score": [0.5, 0.5, 0.5]}, "Every label of split 'given' is 0.5"),
         ({"score": ["0.5", "high", "1"]}, r"Row 1 \(from 0\) has 'high' in column 'score'"),
         ({"score": [0.1] * 20 + [0.2, 50.0]}, r"Row 21 \(from 0\) of split 'given' has the score 50 .* from 0 to 1"),
         ({"other": ["x", "y"]}, "Which columns hold the texts is not clear"),
@@ -205,7 +211,7 @@ def test_neighbours_and_shorter_vectors_are_said(tmp_path: Path) -> None:
     assert len(task_of(folder).remarks(task.metrics["spearman"], outputs, outputs, right)) == 3
 
 
-def write_pair(folder: Path, **files: str) -> str:
+def write_pair(folder: Path, **files: str | None) -> str:
     lines = {
         "corpus.jsonl": '{"_id": 1, "text": "a"}',
         "queries.jsonl": '{"_id": "q", "text": "b"}',
@@ -213,7 +219,8 @@ def write_pair(folder: Path, **files: str) -> str:
     }
     folder.mkdir()
     for name, content in {**lines, **{key.replace("_", "."): text for key, text in files.items()}}.items():
-        (folder / name).write_text(content, encoding="utf-8")
+        if content is not None:
+            (folder / name).write_text(content, encoding="utf-8")
     return str(folder)
 
 
@@ -231,9 +238,19 @@ def write_pair(folder: Path, **files: str) -> str:
         ({"qrels_tsv": "query-id\tcorpus-id\tscore\np\t1\t1"}, r"1 of the ids are not in queries \(the first: p\)"),
         ({"qrels_tsv": "q\t1\t0"}, "no score is above 0"),
         ({"qrels_tsv": "q\t1\t1\nq\t1\thigh"}, "Line 2 of .*qrels.tsv"),
+        (
+            {"qrels_tsv": "q\t1\t1\nq\t1\t0"},
+            "Line 2 of .* gives document 1 the score 0 for query q, and a line before it 1",
+        ),
+        ({"qrels_tsv": "q\t1"}, "Line 1 of .*qrels.tsv is .*; expected a query's id, a document's id and a number"),
+        ({"queries_jsonl": None}, "has corpus and qrels, but no queries. Expected queries.jsonl"),
+        ({"corpus_jsonl": None}, "has queries and qrels, but no corpus. Expected corpus.jsonl"),
+        ({"qrels_tsv": None}, "has corpus and queries, but no qrels"),
     ],
 )
-def test_retrieval_data_that_does_not_fit_is_refused(files: dict[str, str], message: str, tmp_path: Path) -> None:
+def test_retrieval_data_that_does_not_fit_is_refused(
+    files: dict[str, str | None], message: str, tmp_path: Path
+) -> None:
     with pytest.raises(DataError, match=message):
         load_splits(write_pair(tmp_path / "data", **files), None, token=None)
 

@@ -84,7 +84,9 @@ def test_tags_may_be_names_ids_or_classes() -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ({"tokens": [["a", "b"]], "ner_tags": [["O"]]}, r"Row 0 \(from 0\) has 2 words and 1 tags"),
+        ({"tokens": [["a", "b"], ["c"]], "ner_tags": [["O"], ["B-NUM"]]}, r"Row 0 \(from 0\) has 2 words and 1 tags"),
+        ({"tokens": [["a", "b"]] * 2, "ner_tags": [["O", "O"]] * 2}, "Every label of split 'given' is 'O'"),
+        ({"tokens": [[], []], "ner_tags": [[], []]}, "No example has a label, and the model's are 0=O, 1=B-NUM"),
         ({"tokens": [["a", "b"]], "ner_tags": [["O", "B-X"]]}, "do not fit the model's"),
         ({"tokens": ["a b"], "ner_tags": [["O", "O"]]}, "holds words is not clear"),
         ({"tokens": [["a"]], "label": ["O"]}, "holds tags is not clear"),
