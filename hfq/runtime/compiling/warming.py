@@ -57,4 +57,6 @@ def _example(model: Any, shape: tuple[int, int], names: Sequence[str]) -> dict[s
     ids = torch.randint(config.vocab_size, shape, generator=generator)
     padding = getattr(config, "pad_token_id", None)
     found["input_ids"] = ids if padding is None else ids.where(ids.ne(padding), (padding + 1) % config.vocab_size)
+    if type(model).__name__.endswith("ForMultipleChoice"):
+        return {name: tokens[:, None] for name, tokens in found.items()}  # one choice each
     return found

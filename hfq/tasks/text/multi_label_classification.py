@@ -145,6 +145,10 @@ class MultiLabelClassification(SequenceTask):
             found[best], f"answering the {best} most common labels" if best > 1 else "answering the most common label"
         )
 
+    def usage(self, tag: str) -> str:
+        """Every label with its probability: by itself, the pipeline names one."""
+        return f'{super().usage(tag)}\nmodel("The sun shines.", top_k=None)'
+
     def _is_multi_hot(self, row: Sequence[Any]) -> bool:
         return len(row) == len(self.labels.names) and all(
             not isinstance(v, str) and v in (0, 1, UNLABELLED) for v in row

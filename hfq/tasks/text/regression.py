@@ -79,6 +79,10 @@ class Regression(SequenceTask):
         right = torch.tensor(references, dtype=torch.float64)
         return Trivial(right.var(correction=0).item(), "answering the mean")
 
+    def usage(self, tag: str) -> str:
+        """The number as it is: of one number, the pipeline takes the sigmoid where config.json names no problem_type."""
+        return f'{super().usage(tag)}\nmodel("The sun shines.", function_to_apply="none")'
+
 
 def as_number(value: Any, row: int, column: str) -> float | None:
     """Raises `DataError` where it is none."""

@@ -89,6 +89,13 @@ def test_an_error_is_better_when_lower(checkpoint: Path, tmp_path: Path) -> None
     assert (report["task"], report["goal"]["higher_is_better"]) == ("regression", False)
     assert baseline < report["trivial"]["score"] / 2
     assert quantized <= baseline + 0.05
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    code = card.split("nothing else changes\n")[1].split("```")[0].replace("path/to/this/folder", str(tmp_path / "out"))
+    scope: dict[str, Any] = {}
+    exec(code.replace("\nmodel(", "\nanswer = model("), scope)
+    tokens = scope["model"].tokenizer("The sun shines.", return_tensors="pt")
+    logit = scope["model"].model(**tokens).logits.item()
+    assert scope["answer"][0]["score"] == pytest.approx(logit, abs=1e-4)  # and not its sigmoid
     page = forkserver().hfq("report", "out", cwd=tmp_path)
     assert page.code == 0, page.err
     assert "The goal is at most" in (tmp_path / "report.html").read_text(encoding="utf-8")
