@@ -46,7 +46,9 @@ class Judged:
 
 @dataclass(frozen=True)
 class Relevance:
-    """What the data says of its pairs. `kind`: `ranking` of each query's passages, or `scores`."""
+    """What the data says of its pairs. `kind`: `ranking` of each query's passages, where most pairs share their query with
+    others, or `scores`.
+    """
 
     kind: str
     how: str
@@ -140,15 +142,14 @@ class Reranking(Regression):
     def align(self, splits: Sequence["Dataset"], columns: Columns) -> Relevance:
         (column,) = columns["label"]
         check_scores(splits[0], column)
-        by_query: dict[str, set[float | None]] = {}
-        found = self.references(splits[0], columns, None)
-        for judged in found:
+        by_query: dict[str, list[float]] = {}
+        for judged in self.references(splits[0], columns, None):
             if judged is not None:
-                by_query.setdefault(judged.query, set()).add(judged.relevance)
-        ranked = sum(len(labels) > 1 for labels in by_query.values())
-        if not ranked:
+                by_query.setdefault(judged.query, []).append(judged.relevance)
+        ranked = sum(len(labels) for labels in by_query.values() if len({*labels}) > 1)
+        if 2 * ranked <= sum(map(len, by_query.values())):  # in data of pairs, too, a text may come twice
             return Relevance("scores", "scores of pairs, as they are")
-        without = len(by_query) - sum(any(label and label > 0 for label in labels) for labels in by_query.values())
+        without = sum(max(labels) <= 0 for labels in by_query.values())
         skipped = f"; {without} queries without a relevant passage do not count" if without else ""
         return Relevance("ranking", f"relevance of passages to their query{skipped}")
 

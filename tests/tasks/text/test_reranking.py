@@ -123,7 +123,13 @@ def test_retrieval_data_is_ranked_by_its_candidates(checkpoint: Path, tmp_path: 
         load_splits(str(data), None, token=None)
 
 
-def test_pairs_of_which_none_share_a_query_are_judged_by_their_scores() -> None:
+def test_pairs_of_which_few_share_a_query_are_judged_by_their_scores() -> None:
+    pairs = {
+        "sentence1": ["a", "b", "e", "a", "f"],
+        "sentence2": ["c", "d", "g", "h", "i"],
+        "score": [0.2, 4.5, 1, 2, 3],
+    }
+    assert list(read(Dataset.from_dict(pairs))[0].metrics) == ["spearman", "pearson"]
     task, references = read(Dataset.from_dict({"sentence1": ["a", "b"], "sentence2": ["c", "d"], "score": [0.2, 4.5]}))
     assert list(task.metrics) == ["spearman", "pearson"]
     assert task.score("pearson", [torch.tensor([1.0]), torch.tensor([2.0])], references) == pytest.approx(1)
