@@ -76,7 +76,7 @@ def fit(
     Returns:
         The int8 model. It behaves as `model` does, an instance of the same class with tensors of its own, and has
         `save`, `save_pretrained`, `push_to_hub`, `trials` and `report`. What stays float in it is float32, also where
-        `model` is bfloat16 or float16.
+        `model` is bfloat16 or float16, whose inputs it takes, too.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, naming it.
@@ -110,7 +110,7 @@ def fit(
         batches: Sequence[Mapping[str, Any]] = []
         for i, size in enumerate(conf.sampling_sizes):
             batches = _calibration_batches(model, conf, size, calib_dataloader, calib_func)
-            batches = batches if floats is model else [_widened(batch) for batch in batches]
+            batches = batches if floats is model else [_widened(dict(batch)) for batch in batches]
             log = TrialLog(Path(folder) / f"trials-{i}.jsonl", depends_on={}, resume=False)
             found = _search(floats, batches, evaluate, baseline, conf=conf, log=log, ui=ui)
             if found.outcome.met:
@@ -164,12 +164,19 @@ def _fit_inside(
 
 def in_float32(model: nn.Module) -> nn.Module:
     """`model`, or a copy of it in float32: int8 layers have float32 scales, and so does the folder that is saved."""
-    half = any(tensor.dtype in HALF for tensor in [*model.parameters(), *model.buffers()])
-    return deep_copy(model).float() if half else model
+    if not any(tensor.dtype in HALF for tensor in [*model.parameters(), *model.buffers()]):
+        return model
+    widened = deep_copy(model).float()
+    widened.register_forward_pre_hook(_widen, with_kwargs=True)  # images and sounds come in the dtype of `model`
+    return widened
 
 
-def _widened(batch: Mapping[str, Any]) -> dict[str, Any]:
-    return tree_map_only(Tensor, lambda x: x.float() if x.dtype in HALF else x, dict(batch))
+def _widen(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return _widened(args), _widened(kwargs)
+
+
+def _widened(inputs: Any) -> Any:
+    return tree_map_only(Tensor, lambda x: x.float() if x.dtype in HALF else x, inputs)
 
 
 def _search(
