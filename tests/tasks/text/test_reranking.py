@@ -133,6 +133,8 @@ def test_pairs_of_which_few_share_a_query_are_judged_by_their_scores() -> None:
     task, references = read(Dataset.from_dict({"sentence1": ["a", "b"], "sentence2": ["c", "d"], "score": [0.2, 4.5]}))
     assert list(task.metrics) == ["spearman", "pearson"]
     assert task.score("pearson", [torch.tensor([1.0]), torch.tensor([2.0])], references) == pytest.approx(1)
+    first = [torch.tensor([value]) for value in (0.0, 0.01, 1.0, 2.0)]
+    assert task.fidelity(first, [first[1], first[0], *first[2:]]) > 0.999  # two that are as good as equal change places
 
 
 @pytest.mark.parametrize(
