@@ -20,7 +20,9 @@ import tempfile
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import import_module
@@ -325,7 +327,9 @@ def write_slice(to: Path, **rows: int) -> Path:
 def _serve() -> None:
     imports, *folder = sys.argv[1:] or ["hfq"]
     _IMPORTS[imports]()
-    gc.freeze()  # or each fork would copy all that was imported, to look for garbage in it
+    # Or each fork would copy all that was imported, to look for garbage in it and at what is to be done when it ends.
+    gc.freeze()
+    weakref.finalize._registry.clear()  # type: ignore[attr-defined]
     answers = os.dup(1)
     if folder:
         sys.executable = _fork_workers(Path(folder[0]), _FORKS[imports])
@@ -425,12 +429,13 @@ def _fork_workers(folder: Path, forks: tuple[str, ...]) -> str:
         while alive not in select.select([listener, alive], [], [])[0]:
             connection, _ = listener.accept()
             request, files, _, _ = socket.recv_fds(connection, 1 << 20, 3)
-            if os.fork() == 0:
+            if request and os.fork() == 0:  # who asks may be killed before
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 for number, file in enumerate(files):
                     os.dup2(file, number)
                 code = _be(*json.loads(request), programs=folder)
-                connection.send(bytes([code]))
+                with suppress(OSError):  # who asks may be killed meanwhile
+                    connection.send(bytes([code]))
                 _end(code)
             for file in (*files, connection.detach()):
                 os.close(file)
