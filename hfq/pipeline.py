@@ -60,6 +60,8 @@ from .tuning.options import Limits, Options, rules_of
 from .tuning.search import Score, plain_candidates
 from .tuning.tuner import Calibration, Examiner, Found, find, layer_errors, score_plan, undecided
 
+TRAINABLE = 0.3  # output error, beyond which too little is left to train from: then layers that the search kept stay as they are
+
 
 @dataclass(frozen=True)
 class TrialContext:
@@ -153,6 +155,8 @@ def _recovered(
     assert best is not None  # the search evaluated something
     space, options = found.space, search_options(session.recipe, session.model)
     start = min(plain_candidates(options), key=lambda candidate: log.ranking[candidate.name])
+    if log.ranking[start.name] > TRAINABLE:
+        start = replace(found.outcome.candidate, alpha=None, gptq=False)
     recovered = recover(session, space.plan(start), context.goal, before=best.accuracy, work=work, ui=ui)
     again = find(
         recovered.model,

@@ -58,7 +58,7 @@ class Candidate:
 class Space:
     """Turns candidates into plans, from what calibration saw. Observers run once for each layer.
 
-    `learned`: scales and weights' codes that `model` was trained with.
+    `learned`: scales and weights' codes that `model` was trained with; the layers that are not in it stay float.
     """
 
     def __init__(  # noqa: PLR0913 - the model, what is known of it, and what is allowed
@@ -133,6 +133,8 @@ class Space:
         """None: the layer stays float."""
         rule = self._rules[name]
         if "int8" not in rule.precisions or (name in candidate.float_layers and "fp32" in rule.precisions):
+            return None
+        if self.learned and name not in self.learned.layers:
             return None
         wanted: Approach = "dynamic" if name in candidate.dynamic_layers else candidate.approach
         if wanted not in rule.approaches:

@@ -18,6 +18,7 @@ from .trial import Trial
 FINALISTS = 4  # fully static candidates that get an evaluation, best output error first: float layers cost more later
 GAP_CLOSED = (0.35, 0.8)  # of the output error between all static and all dynamic, by layers made dynamic
 HOPELESS = 3.0  # a candidate with this many times the best output error is not worth one
+LEFT = 0.1  # of the output error, once the layers that stand out are not static
 KEPT = (0.0, 0.125, 0.25, 0.5)  # shares of the layers that stay float, where an order does not bisect them
 Search = Generator[Candidate, Trial, None]
 
@@ -69,6 +70,9 @@ def basic(space: Searchable) -> Search:
             if not space.goes_on((yield candidate)):
                 return
         order = space.sensitive(best)
+        standing_out = _standing_out(space, best, order)
+        if standing_out and not space.goes_on((yield standing_out)):
+            return
         if dynamic and errors[dynamic] < errors[best]:
             for candidate in _mixed(space, best, order, start=errors[best], end=errors[dynamic]):
                 if not space.goes_on((yield candidate)):
@@ -173,6 +177,29 @@ def _optuna(space: Searchable, sampler: str) -> Search:
             if not space.goes_on(trial):
                 return
         study.tell(asked, seen[candidate])
+
+
+def _standing_out(space: Searchable, best: Candidate, order: Sequence[str]) -> Candidate | None:
+    """The static model without the few layers that nearly all of its output error comes from; None where there are none.
+
+    They run with a scale per token where that is as good as float, else in float: the fewest, bisected on the output error.
+    """
+    enough = LEFT * space.errors[best]
+    low, high = 0, len(order) // 6
+    if not space.options.keep_float or not high or _without(space, best, order[:high]) > enough:
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _without(space, best, order[:middle]) <= enough else (middle, high)
+    layers = tuple(order[:high])
+    tokens = replace(best, dynamic_layers=layers)
+    is_as_good = space.dynamic is not None and space.output_error(tokens) <= enough
+    return tokens if is_as_good else replace(best, float_layers=layers)
+
+
+def _without(space: Searchable, best: Candidate, layers: Sequence[str]) -> float:
+    """Output error with some layers in float."""
+    return space.output_error(replace(best, float_layers=tuple(layers)))
 
 
 def _mixed(

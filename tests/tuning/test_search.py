@@ -58,6 +58,7 @@ class Search:
         timeout: float = 0,
         agreement: Accuracy | None = None,
         near_ties: float = 0.0,
+        output_error: Accuracy = output_error,
     ) -> Outcome:
         options = Options(approach=approach, explore=explore, limits=Limits(max_trials, timeout))
 
@@ -179,6 +180,23 @@ def test_lucky_candidate_does_not_end_the_search(search: Search) -> None:
     assert search.tiers == ["static", "static mixed", "dynamic"]
     assert (outcome.candidate, outcome.met) == (DYNAMIC, True)
     assert outcome.trial.stock_agreement == STABLE
+
+
+@pytest.mark.parametrize("tokens_help", [True, False])
+def test_layers_that_stand_out_are_tried_without_static_before_anything_else_is(
+    search: Search, tokens_help: bool
+) -> None:
+    spoiled = set(LAYERS[:3])
+
+    def error(candidate: Candidate) -> float:
+        mended = {*candidate.float_layers, *(candidate.dynamic_layers if tokens_help else ())}
+        return 0.05 if candidate.approach == "dynamic" else 0.01 + 0.3 * len(spoiled - mended)
+
+    errors = {MSE: error(MSE), DYNAMIC: error(DYNAMIC)}
+    outcome = search.run(lambda c: GOOD if error(c) < 0.1 else BAD, errors=errors, output_error=error)
+    assert search.evaluated == [MSE, outcome.candidate]
+    assert outcome.candidate.approach == "static"
+    assert (outcome.candidate.dynamic_layers if tokens_help else outcome.candidate.float_layers) == LAYERS[:3]
 
 
 def test_near_ties_do_not_send_the_search_on(search: Search) -> None:
