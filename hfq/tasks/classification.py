@@ -32,10 +32,10 @@ class Classification(Task):
         """Raises `DataError` also where the first split, by which models are judged, has one label only."""
         (column,) = columns["label"]
         found = self.labels.align(splits[0].features[column], distinct(splits, column))
-        if len(splits[0]) > 1:
+        present = {found(value) for value in distinct(splits[:1], column)}
+        if len(splits[0]) > 1 and None not in present:  # a row without a label is told first
             names = found.names or self.labels.names
-            present = [found(value) for value in distinct(splits[:1], column)]
-            check_varied(splits[0], column, [None if label is None else names[label] for label in present])
+            check_varied(splits[0], column, [names[label] for label in present if label is not None])
         return found
 
     def references(self, rows: "Dataset", columns: Columns, alignment: LabelMap) -> list[Any]:
