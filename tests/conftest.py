@@ -16,7 +16,21 @@ from support.command import LIBRARY_PYTHON, forkserver, library_python, write_sl
 
 from hfq.hub.local import LocalHub
 
-LONGEST = ("test_compile.py", "test_ray.py", "test_cli.py", "test_bad_input.py", "test_rewriting.py", "test_faults.py")
+LONGEST = (
+    "test_ray.py",
+    "test_compile.py",
+    "test_cli.py",
+    "test_faults.py",
+    "test_bad_input.py",
+    "test_certainty.py",
+    "test_rewriting.py",
+    "test_warming.py",
+    "test_token_classification.py",
+    "test_regression.py",
+    "test_fidelity.py",
+    "test_documents.py",
+    "test_fit.py",
+)
 
 _home = tempfile.TemporaryDirectory(prefix="hfq-tests-")
 _hub = LocalHub()
@@ -52,7 +66,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 def pytest_xdist_setupnodes(specs: list[execnet.XSpec]) -> None:
     """Workers, and what they start, are forked from a process that has imported what all of them need."""
     os.environ[LIBRARY_PYTHON] = library_python()
-    specs[:] = [execnet.XSpec(f"popen//python={os.environ[LIBRARY_PYTHON]}") for _ in specs]
+    specs[:] = [execnet.XSpec(f"popen//id={spec.id}//python={os.environ[LIBRARY_PYTHON]}") for spec in specs]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
