@@ -6,6 +6,7 @@ them: no list of classes. Only siblings are looked at.
 
 import math
 from collections.abc import Sequence
+from itertools import product
 from typing import Any, cast, get_args
 
 import torch
@@ -94,8 +95,9 @@ def _may_be_activation(module: nn.Module) -> bool:
 def _is_behind(parent: nn.Module, linear: Int8Linear, name: str) -> bool:
     """Whether the function `name` is applied to what `linear` returns and to nothing else."""
     activation = getattr(parent, name)
-    for dtype in (torch.float64, torch.float32):  # without oneDNN if that will do, as below
-        x, y = noise(linear.in_features, dtype=dtype), noise(linear.out_features, dtype=dtype)
+    # Without oneDNN if that will do, as below; and of tokens in rows where a parent attends.
+    for dtype, rows in product((torch.float64, torch.float32), (slice(None), None)):
+        x, y = noise(linear.in_features, dtype=dtype)[rows], noise(linear.out_features, dtype=dtype)[rows]
         before = output_of(parent, x, outputs={linear: y})
         if before is None:
             continue

@@ -1,5 +1,6 @@
 """What a module returns for made-up numbers, int8 layers stood in for: how a fusion is proved equal."""
 
+import inspect
 from collections.abc import Mapping
 from functools import lru_cache
 
@@ -20,10 +21,17 @@ def output_of(module: nn.Module, *inputs: Tensor, outputs: Mapping[Int8Linear, T
 
     try:
         with torch.inference_mode(), standing_in(module.modules(), stand_in):
-            y = module(*(x.clone() for x in inputs))  # some write into what they are given
+            y = module(*(x.clone() for x in inputs), **_missing(module, len(inputs)))  # some write into what they get
     except Exception:  # a forward that wants other arguments: not a module this can be done to
         return None
     return y if isinstance(y, Tensor) else None
+
+
+def _missing(module: nn.Module, given: int) -> dict[str, None]:
+    """Nothing for what else a forward must be called with, such as a mask that may be None (layers of Whisper, of BART)."""
+    parameters = list(inspect.signature(module.forward).parameters.values())[given:]
+    needed = [p for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    return dict.fromkeys((p.name for p in needed), None)
 
 
 @lru_cache(maxsize=16)
