@@ -18,11 +18,13 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..int8.conv import Int8Conv
 from ..int8.linear import Int8Linear
 from ..int8.shared_matmul import SharedMatmul
 from .snapshot import unchanged
 
 _ADD = torch.ops.aten.add.Tensor
+_DROPOUT = torch.ops.aten.dropout.default
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 StandIn = Callable[[Int8Linear, Tensor], Tensor]
 L = TypeVar("L", bound=nn.Module)
@@ -130,11 +132,22 @@ def trace(model: nn.Module, example: Mapping[str, Any]) -> Flow | None:
         flow.reads.append(_memory(x))
         return y
 
+    def convolved(layer: Int8Conv) -> Callable[[Tensor], Tensor]:
+        def stand_in(x: Tensor) -> Tensor:
+            flow.read_by_others.append(x)
+            flow.reads.append(_memory(x))
+            flow.computed_from.add(_memory(x))
+            return torch.zeros(layer.output_shape(x.shape), dtype=x.dtype)
+
+        return stand_in
+
+    convolutions = [module for module in model.modules() if isinstance(module, Int8Conv)]
     try:
         with (
             unchanged(model) as snapshot,
             torch.inference_mode(),
             standing_in(model.modules(), stand_in),
+            forwards_replaced(convolutions, convolved),
             _Operations(flow),
         ):
             leaves = tree_leaves(model(**example))
@@ -321,6 +334,8 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is _DROPOUT and not args[2]:  # in no training it hands on what it is given
+            return args[0]
         read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         self.flow.read_by_others += read
         written = zip(func._schema.arguments, args, strict=False)

@@ -184,6 +184,17 @@ class Int8Conv(PackedModule):
         windows = codes.unfold(1, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
         return windows.transpose(2, 3).flatten(2)
 
+    def output_shape(self, shape: Sizes) -> Sizes:
+        """Of what it returns for `[batch, in, *size]`, or `[in, *size]`."""
+        size = shape[len(shape) - len(self.kernel_size) :]
+        extra = [sum(self._extra[i : i + 2]) for i in reversed(range(0, len(self._extra), 2))]
+        places = zip(size, extra, self.kernel_size, *self.geometry[:3], strict=True)
+        found = (
+            (n + more + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+            for n, more, kernel, stride, padding, dilation in places
+        )
+        return (*shape[: len(shape) - len(size) - 1], self.out_channels, *found)
+
     def weight_rows(self) -> tuple[Tensor, Tensor]:
         """int8 `[out, in_features]` and float32 `[out]`, as kernels of matmuls take them."""
         return self.codes.movedim(1, -1).flatten(1).contiguous(), self.weight_scale.detach().float().reshape(-1)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import families
 from support.models import ROUNDING, int8_linears, logits, quantized, relative_error, tiny, token_batches
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,7 +36,9 @@ def layers_that_return_codes(model: nn.Module) -> list[str]:
 
 
 def fused_activations(model: nn.Module) -> list[str]:
-    return [name for name, layer in int8_linears(model).items() if layer.post_op is not None]
+    """Layers of the encoder with one: Electra's head has another."""
+    layers = int8_linears(model).items()
+    return [name for name, layer in layers if layer.post_op is not None and not name.startswith("classifier.")]
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_new", "relu"])
@@ -645,3 +648,34 @@ def test_a_vision_transformer_is_fused_too() -> None:
     assert sum(layer.shared_matmul is not None for layer in layers) == 6
     assert sum(layer.returns_codes for layer in layers) == sum(layer.post_op is not None for layer in layers) == 2
     assert relative_error(logits(model, images), before) < ROUNDING
+
+
+_WHISPER = {
+    **{"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64},
+    **{"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_mel_bins": 16, "max_source_positions": 50},
+    **{"vocab_size": 20, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1},
+}
+HEARERS = {
+    "wav2vec2": families.FAMILIES["wav2vec2"],
+    "whisper": families.Family(
+        "WhisperForAudioClassification",
+        _WHISPER,
+        lambda: {"input_features": torch.randn(2, 16, 100, generator=torch.Generator().manual_seed(1))},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HEARERS)
+def test_encoders_of_sound_are_fused_as_those_of_text(name: str) -> None:
+    """Beside int8 convolutions, and with dropout between two layers, as a function that does nothing."""
+    family = HEARERS[name]
+    int8 = quantized(family.make(), Candidate("static"), [family.inputs()])
+    with torch.inference_mode():
+        before = int8(**family.inputs()).logits
+        fuse(int8)
+        after = int8(**family.inputs()).logits
+    assert relative_error(after, before) < ROUNDING
+    layers = int8_linears(int8).values()
+    encoder = [layer for layer in layers if layer.returns_codes]
+    assert encoder and all(layer.post_op == "gelu" for layer in encoder)
+    assert sum(layer.shared_matmul is not None for layer in layers) == 3 * len(encoder)
