@@ -36,6 +36,8 @@ def main() -> None:
         fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
     except Exception as error:  # a traceback could show a stranger's text, or a token, and helps nobody but us
         _debug(error)
+        if type(error).__name__ == "SafetensorError" and "I/O error" in str(error):  # it has no class for a full disk
+            fail(f"A file of what was computed cannot be written: {error}. Free space, or set TMPDIR.", 1)
         what = " ".join(f"{type(error).__name__}: {error}".split())[:500]
         fail(f"Unexpected {what.rstrip('.')}. This is an error of hfq: HFQ_DEBUG=1 shows where, for a report.", 1)
 

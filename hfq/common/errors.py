@@ -20,6 +20,12 @@ class SourceError(HfqError):
     """The checkpoint cannot be had, read or trusted."""
 
 
+class WrongCheckpointError(SourceError):
+    """The checkpoint is whole, and none for this command."""
+
+    exit_code = 2
+
+
 class DataError(HfqError):
     """The dataset cannot be had, or does not fit the task or the checkpoint's labels."""
 

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..common.errors import SourceError
+from ..common.errors import SourceError, WrongCheckpointError
 from ..common.names import REPORT_FILE
 from ..common.reading import parse_json, read_text
 from ..common.redact import redact
@@ -177,11 +177,12 @@ def read_report(folder: Path) -> Report:
     """The report of an exported folder: of a run from a checkpoint, or of `fit`.
 
     Raises:
-        SourceError: there is none, or it is not one of hfq's.
+        WrongCheckpointError: there is none.
+        SourceError: it is not one of hfq's.
     """
     path = folder / REPORT_FILE
     if not path.is_file():
-        raise SourceError(
+        raise WrongCheckpointError(
             f"{folder} has no {REPORT_FILE}: it was not written by hfq. Expected the output of `hfq quantize`."
         )
     try:

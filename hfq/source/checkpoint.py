@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from ..common.errors import HfqError, HubError, SourceError
+from ..common.errors import HfqError, HubError, SourceError, UsageError, WrongCheckpointError
 from ..common.files import user_path
 from ..common.names import CARD_FILE, REPORT_FILE, is_path
 from ..common.safetensors_header import TensorInfo, check_index, read_header, read_index
@@ -178,7 +178,7 @@ def pull_report(reference: str, *, revision: str | None = None, token: str | Non
         sha = head(api, reference, revision=revision)
         listed = list_files(api, reference, revision=sha).get(REPORT_FILE)
         if listed is None:
-            raise SourceError(
+            raise WrongCheckpointError(
                 f"{reference} has no {REPORT_FILE}: it was not published by hfq. Expected the result of `hfq push`."
             )
         return fetch_file(reference, listed, revision=sha, token=token).parent
@@ -198,10 +198,8 @@ def head_revision(
         return head(HfApi(token=token), reference, revision=revision)
 
 
-def _no_revision(reference: str, revision: str) -> SourceError:
-    return SourceError(
-        f"--revision {revision} was given, but {reference} is a folder; revisions exist on the Hub only."
-    )
+def _no_revision(reference: str, revision: str) -> UsageError:
+    return UsageError(f"--revision {revision} was given, but {reference} is a folder; revisions exist on the Hub only.")
 
 
 def _folder(reference: str) -> Path:

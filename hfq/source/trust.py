@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from ..common.errors import SourceError
+from ..common.errors import SourceError, WrongCheckpointError
 from ..common.reading import LARGE, SMALL, megabytes, read_json, walk
 
 ADAPTER = "adapter_config.json"
@@ -199,7 +199,7 @@ def check_names(names: Iterable[str], reference: str) -> None:
 def _check_quantization(settings: Mapping[str, Any], reference: str) -> None:
     method = settings.get("quant_method")
     if settings and method not in (None, "compressed-tensors"):
-        raise SourceError(
+        raise WrongCheckpointError(
             f"{reference} is quantized by {method!r}. hfq opens float checkpoints, and int8 ones in the layout of "
             "compressed-tensors; take the float checkpoint that it was made from."
         )

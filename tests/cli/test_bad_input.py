@@ -509,7 +509,7 @@ NOT_GIVEN: dict[str, tuple[str, ...]] = {
 def test_says_what_the_hub_does_not_give(arguments: str, tmp_path: Path, hub: LocalHub, repos: None) -> None:
     (tmp_path / "model").symlink_to(CHECKPOINT)
     done = forkserver().hfq("quantize", *arguments.split(), "--output", "out", cwd=tmp_path)
-    refused(done, *NOT_GIVEN[arguments])
+    refused(done, *NOT_GIVEN[arguments], code=2 if "./model" in arguments else 1)
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
     assert not any(".bin" in path for _, path, _ in hub.requests)
 
@@ -563,4 +563,9 @@ def test_never_shows_a_token_that_cannot_be_sent(flag: str, cwd: Path) -> None:
 
 
 def test_refuses_to_push_what_hfq_did_not_write(cwd: Path) -> None:
-    refused(forkserver().hfq("push", CHECKPOINT, cwd=cwd), "has no hfq.json", "Expected the output of `hfq quantize`")
+    refused(
+        forkserver().hfq("push", CHECKPOINT, cwd=cwd),
+        "has no hfq.json",
+        "Expected the output of `hfq quantize`",
+        code=2,
+    )

@@ -436,10 +436,10 @@ def test_report_needs_a_report(run: Run, workspace: Path, hub: LocalHub, tmp_pat
     for arguments, code, said in (
         ([fitted], 2, "was quantized as an object, by `fit`"),
         (["./out", "--output", "."], 2, "--output . is a folder"),
-        ([CHECKPOINT], 1, "has no hfq.json"),
-        ([f"{USER}/unmeasured"], 1, f"{USER}/unmeasured has no hfq.json"),
+        ([CHECKPOINT], 2, "has no hfq.json"),
+        ([f"{USER}/unmeasured"], 2, f"{USER}/unmeasured has no hfq.json"),
         ([f"{USER}/nowhere"], 1, "is not on the Hub, or is private"),
-        (["./model", "--revision", "main"], 1, "revisions exist on the Hub only"),
+        (["./model", "--revision", "main"], 2, "revisions exist on the Hub only"),
     ):
         done = forkserver().hfq("report", *arguments, cwd=workspace)
         assert (done.code, done.out) == (code, "") and said in done.err and len(done.err.splitlines()) == 1
