@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.models import logits, relative_error, tiny, token_batches
+from support.models import ROUNDING, logits, relative_error, tiny, token_batches
 from torch import nn
 
 import hfq
@@ -44,7 +44,9 @@ def test_what_was_trained_is_saved_in_int8_and_opens_again(approach: str, tmp_pa
     manager.callbacks.on_train_end()
     manager.save(tmp_path / "saved")
     int8 = logits(manager.model, BATCHES)
-    assert relative_error(logits(hfq.load(tmp_path / "saved"), BATCHES), int8) < 1e-4
+    assert (
+        relative_error(logits(hfq.load(tmp_path / "saved"), BATCHES), int8) < ROUNDING
+    )  # fused or not, a code may round the other way
     assert relative_error(int8, torch.cat(targets)) < 0.1
     assert len(manager.model.report().layers.float_layers) == 1  # what makes the logits
     assert all(torch.equal(logits(model, [batch]), target) for batch, target in zip(BATCHES, targets, strict=True))
