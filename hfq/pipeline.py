@@ -42,7 +42,6 @@ from .ptq.graph import Fold
 from .ptq.scheme import Plan
 from .recipe import SETTINGS, Recipe
 from .recovery.record import Recovery
-from .recovery.recover import recover
 from .report import plots
 from .report.card import render_card
 from .report.explained import without_texts
@@ -151,6 +150,8 @@ def _recovered(
     session: Session, found: Found, context: TrialContext, *, log: TrialLog, work: Path, ui: Reporter
 ) -> tuple[Found, Recovery]:
     """The search once more, over a model that was fine-tuned in int8, if that brought it nearer to the goal."""
+    from .recovery.recover import recover  # Lightning, which takes more than a second to import
+
     best = found.outcome.trial
     assert best is not None  # the search evaluated something
     space, options = found.space, search_options(session.recipe, session.model)

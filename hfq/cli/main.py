@@ -3,14 +3,35 @@
 Exit codes: 0 done; 1 it could not be done; 2 wrong arguments; 3 no trial met the accuracy goal; 130 interrupted.
 """
 
+import atexit
 import logging
 import os
 import signal
 import sys
+from contextlib import suppress
 
 from ..common.errors import HfqError
 from ..common.redact import guard_streams, traceback_of
 from .console import Interrupted, fail
+
+
+def command() -> None:
+    """`hfq` in a shell: `main`, and the end of the process without freeing one by one all that was imported."""
+    code = 1
+
+    def leave() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):  # nobody is there to read
+                stream.flush()
+        os._exit(code)
+
+    atexit.register(leave)  # first, so that it is called last
+    try:
+        main()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        raise
 
 
 def main() -> None:
