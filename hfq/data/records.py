@@ -8,15 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.json
 from datasets.builder import Key
-from datasets.fingerprint import Hasher
 from datasets.packaged_modules.json import json as reading
 from datasets.packaged_modules.json.json import Json, JsonConfig
+
+from .rows import same_source
 
 _NAMED = ("name", "version")
 
@@ -31,17 +31,9 @@ class Records(Json):
 
 def as_records(builder: Json, *, token: str | None = None) -> Records:
     """The builder that reads the same files as `builder`."""
-    config = builder.config
-    return Records(
-        dataset_name=builder.dataset_name,
-        config_name=config.name,
-        hash=Hasher.hash([builder.hash, Path(__file__).read_bytes()]),
-        base_path=builder.base_path,
-        token=token,
-        repo_id=builder.repo_id,
-        info=builder.info.copy(),
-        **{option.name: getattr(config, option.name) for option in fields(JsonConfig) if option.name not in _NAMED},
-    )
+    options = (option.name for option in fields(JsonConfig) if option.name not in _NAMED)
+    asked = {name: getattr(builder.config, name) for name in options}
+    return Records(**same_source(builder, token, __file__), info=builder.info.copy(), **asked)
 
 
 class _Reader:

@@ -82,16 +82,19 @@ def as_rows(builder: datasets.DatasetBuilder, *, token: str | None = None) -> Ro
             names=tuple(config.names) if config.names else None,
             encoding=config.encoding,
         )
-    return Rows(
-        dataset_name=builder.dataset_name,
-        config_name=config.name,
-        hash=Hasher.hash([builder.hash, Path(tables.__file__).read_bytes(), Path(__file__).read_bytes()]),
-        base_path=builder.base_path,
-        token=token,
-        repo_id=builder.repo_id,
-        data_files=config.data_files,
-        asked=asked,
-    )
+    return Rows(**same_source(builder, token, tables.__file__, __file__), data_files=config.data_files, asked=asked)
+
+
+def same_source(builder: datasets.DatasetBuilder, token: str | None, *code: str) -> dict[str, Any]:
+    """What a builder is given that stands in for `builder`. `code`: files of what it reads by, on which its cache depends."""
+    return {
+        "dataset_name": builder.dataset_name,
+        "config_name": builder.config.name,
+        "hash": Hasher.hash([builder.hash, *(Path(file).read_bytes() for file in code)]),
+        "base_path": builder.base_path,
+        "token": token,
+        "repo_id": builder.repo_id,
+    }
 
 
 def _batched(rows: Iterator[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:

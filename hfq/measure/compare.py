@@ -199,8 +199,7 @@ def near_ties(task: Task, floats: Outputs, ours: Outputs, stock: Outputs) -> flo
 
 
 def _compared(session: Session, *, held_out: bool) -> list[Batch]:
-    batches = session.holdout if held_out else session.evaluation
-    return [batches[place] for place in some_places(batches, COMPARED[held_out])]
+    return some_batches(session.holdout if held_out else session.evaluation, COMPARED[held_out])
 
 
 def _compared_rows(session: Session, *, held_out: bool) -> list[int]:

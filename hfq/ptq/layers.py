@@ -120,7 +120,8 @@ def find_quantizable(
         reasons[layers[0]] = "first layer"
     if not last and len(layers) > 1 and layers[-1] == ordered[-1] and layers[-1] not in wanted:
         if not _in_encoder(model, layers[-1]):
-            reasons |= {} if _is_large(linear(model, layers[-1]).weight, model) else {layers[-1]: "makes the logits"}
+            if not _is_large(linear(model, layers[-1]).weight, model):
+                reasons[layers[-1]] = "makes the logits"
         elif called[layers[-1]].answers:
             reasons[layers[-1]] = "makes the answer"
     layers = [name for name in layers if name not in reasons]

@@ -185,21 +185,17 @@ def _standing_out(space: Searchable, best: Candidate, order: Sequence[str]) -> C
     They run with a scale per token where that is as good as float, else in float: the fewest, bisected on the output error.
     """
     enough = LEFT * space.errors[best]
-    low, high = 0, len(order) // 6
-    if not space.options.keep_float or not high or _without(space, best, order[:high]) > enough:
+    most = len(order) // 6
+
+    def suffices(count: int) -> bool:
+        return space.output_error(replace(best, float_layers=tuple(order[:count]))) <= enough
+
+    if not space.options.keep_float or not most or not suffices(most):
         return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if _without(space, best, order[:middle]) <= enough else (middle, high)
-    layers = tuple(order[:high])
+    layers = tuple(order[: _fewest(suffices, most)])
     tokens = replace(best, dynamic_layers=layers)
     is_as_good = space.dynamic is not None and space.output_error(tokens) <= enough
     return tokens if is_as_good else replace(best, float_layers=layers)
-
-
-def _without(space: Searchable, best: Candidate, layers: Sequence[str]) -> float:
-    """Output error with some layers in float."""
-    return space.output_error(replace(best, float_layers=tuple(layers)))
 
 
 def _mixed(
@@ -213,14 +209,23 @@ def _mixed(
     tried = set()
     for share in GAP_CLOSED:
         target = start - share * (start - end)
-        low, high = 0, len(order)
-        while high - low > 1:
-            middle = (low + high) // 2
-            enough = space.output_error(replace(best, dynamic_layers=tuple(order[:middle]))) <= target
-            low, high = (low, middle) if enough else (middle, high)
-        if high < len(order) and high not in tried:
-            tried.add(high)
-            yield replace(best, dynamic_layers=tuple(order[:high]))
+
+        def suffices(count: int, target: float = target) -> bool:
+            return space.output_error(replace(best, dynamic_layers=tuple(order[:count]))) <= target
+
+        count = _fewest(suffices, len(order))
+        if count < len(order) and count not in tried:
+            tried.add(count)
+            yield replace(best, dynamic_layers=tuple(order[:count]))
+
+
+def _fewest(suffices: Callable[[int], bool], most: int) -> int:
+    """The smallest count of layers, from 1 to `most`, that suffices: bisected. `most` itself is not tried."""
+    low, high = 0, most
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if suffices(middle) else (middle, high)
+    return high
 
 
 def _bisect(order: Sequence[str], keep: Callable[[tuple[str, ...]], Candidate]) -> Generator[Candidate, Trial, bool]:

@@ -27,9 +27,7 @@ from .search import Outcome, Score, rank, tune
 from .search_orders import ORDERS, Searchable
 from .trial import Trial
 
-RANKED = (
-    32  # calibration examples on which errors are compared: thousands of tokens, and a dozen candidates run on them
-)
+RANKED = 32  # calibration examples on which errors are compared: thousands of tokens. A dozen candidates run on them
 TRACED = 2  # examples of the batch that the graph is traced with
 
 

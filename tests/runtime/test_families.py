@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from support.errors import compared, token_inputs
-from support.families import FAMILIES
+from support.families import FAMILIES, LEFT, READERS_OF_TOKENS
 from support.models import make_space
 
 from hfq.export.checkpoint import write_weights_and_config
@@ -13,11 +13,6 @@ from hfq.ptq.scheme import LayerScheme, Plan
 from hfq.tuning.candidates import Candidate
 
 SHAPES = ((32, 2), (8, 17), (2, 600))
-LEFT = ("qwen3", "gemma3, bidirectional")  # read at their last token, so padding comes first
-READERS_OF_TOKENS = (
-    "albert", "deberta", "distilbert", "electra", "eurobert", "gemma3, bidirectional", "gte", "jina v3", "longformer",
-    "modernbert", "mpnet", "nomic", "qwen3", "roberta", "t5 encoder", "xlm-roberta",
-)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", READERS_OF_TOKENS)

@@ -149,3 +149,9 @@ FAMILIES = {
     "xlm-roberta": Family("XLMRobertaModel", {**_BERT, "pad_token_id": 1}),
     "xlm-roberta with words": Family("XLMRobertaForMaskedLM", _BERT),
 }
+
+LEFT = ("qwen3", "gemma3, bidirectional")  # read at their last token, so padding comes first
+READERS_OF_TOKENS = (
+    "albert", "deberta", "distilbert", "electra", "eurobert", "gemma3, bidirectional", "gte", "jina v3", "longformer",
+    "modernbert", "mpnet", "nomic", "qwen3", "roberta", "t5 encoder", "xlm-roberta",
+)  # fmt: skip

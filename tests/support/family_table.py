@@ -24,7 +24,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support.errors import compared, token_inputs
-from support.families import FAMILIES
+from support.families import FAMILIES, LEFT, READERS_OF_TOKENS
 from support.models import make_space
 
 import hfq
@@ -38,7 +38,6 @@ SHAPES = ((1, 16), (8, 128))
 SECONDS = 1.5  # of each model at each shape, in turns
 TURNS = 5
 THREADS = 2
-LEFT = ("qwen3", "gemma3, bidirectional")
 BASE = {
     **{"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "embedding_size": 768},
     **{"vocab_size": 30522, "max_position_embeddings": 640, "num_key_value_heads": 12, "head_dim": 64},
@@ -66,10 +65,7 @@ OWN: dict[str, dict[str, Any]] = {
     "t5 encoder": {"vocab_size": 32128},
     "xlm-roberta": {"vocab_size": 250002},
 }
-TEXT = (
-    "albert", "bert", "deberta", "distilbert", "electra", "eurobert", "gemma3, bidirectional", "gte", "jina v3",
-    "longformer", "modernbert", "mpnet", "nomic", "qwen3", "roberta", "t5 encoder", "xlm-roberta",
-)  # fmt: skip
+TEXT = ("bert", *READERS_OF_TOKENS)
 IMAGES = ("beit", "vit")
 
 
