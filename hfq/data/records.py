@@ -4,8 +4,11 @@ Its own takes a column for moments if all of it so far looks like dates, and the
 more: "0123" becomes a number.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import io
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -19,6 +22,8 @@ from datasets.packaged_modules.json.json import Json, JsonConfig
 from .rows import same_source
 
 _NAMED = ("name", "version")
+_LONG = re.compile(rb"[:\[,]\s*-?[0-9]{19,}\s*[,}\]]")  # may be a whole number of more than 64 bits; or inside a text
+_DIGITS = 100  # of a number that Python is asked to read
 
 
 class Records(Json):
@@ -42,7 +47,8 @@ class _Reader:
     ReadOptions = pyarrow.json.ReadOptions
 
     @staticmethod
-    def read_json(file: Any, *, read_options: Any) -> pa.Table:
+    def read_json(file: io.BytesIO, *, read_options: Any) -> pa.Table:
+        _check_numbers(file.getvalue())
         table = pyarrow.json.read_json(file, read_options=read_options)
         schema = pa.schema([field.with_type(_as_text(field.type)) for field in table.schema])
         if schema == table.schema:
@@ -55,12 +61,47 @@ class _Reader:
 @contextmanager
 def _text_stays_text() -> Iterator[None]:
     """While the block runs, `datasets` reads JSON so."""
-    before = reading.paj, reading.pandas_read_json
+    before = reading.paj, reading.pandas_read_json, reading.ujson_loads
     reading.paj, reading.pandas_read_json = _Reader, partial(before[1], dtype=False)
+    reading.ujson_loads = _checked(reading.ujson_loads)
     try:
         yield
     finally:
-        reading.paj, reading.pandas_read_json = before
+        reading.paj, reading.pandas_read_json, reading.ujson_loads = before
+
+
+def _checked(parse: Callable[..., Any]) -> Callable[..., Any]:
+    def parsed(text: str | bytes) -> Any:
+        try:
+            return parse(text)
+        except ValueError:
+            _check_numbers(text.encode() if isinstance(text, str) else text)
+            raise
+
+    return parsed
+
+
+def _check_numbers(content: bytes) -> None:
+    """Refuse whole numbers that would become floats, of which the last digits are others.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    if not _LONG.search(content):
+        return
+    found: list[str] = []
+    try:
+        json.loads(content, parse_int=found.append)
+    except ValueError:  # it is a line for each row, or no JSON at all, which is not our business
+        for line in filter(_LONG.search, content.splitlines()):
+            with suppress(ValueError):
+                json.loads(line, parse_int=found.append)
+    for digits in found:
+        if len(digits) > _DIGITS or not -(2**63) <= int(digits) < 2**63:
+            raise ValueError(
+                f"the number {digits[:60]} in it does not fit into 64 bits and would be read as another. Write such numbers "
+                "as text, between quotation marks"
+            )
 
 
 def _as_text(kind: pa.DataType) -> pa.DataType:

@@ -22,7 +22,7 @@ from ..common.redact import redact
 from ..common.resources import resource
 from ..source.checkpoint import CheckpointInfo
 from ..source.contents import relative_link
-from ..source.metadata import texts
+from ..source.metadata import in_words, texts
 from .plots import alt_text
 from .report import Report
 from .view import (
@@ -106,9 +106,9 @@ def render_card(report: Report, *, repo_id: str | None, plots: Mapping[str, str]
             evaluated=[trial for trial in report.trials if trial.accuracy is not None],
             float_layers=by_reason(report.layers.float_layers),
             plots={name: _image(alt_text(name, report), path) for name, path in (plots or {}).items()},
-            licences=texts(report.checkpoint.license),
-            license_name=terms.get("license_name"),
-            license_link=terms.get("license_link"),
+            licences=[*texts(report.checkpoint.license), *in_words(report.checkpoint.terms.get("license_name"))],
+            license_links=in_words(report.checkpoint.terms.get("license_link")),
+            other_languages=[text for text in report.checkpoint.language if not any(_languages([text]))],
             installation=_own(installation()),
         )
     )
@@ -277,10 +277,10 @@ def _image(alt: str, path: str) -> Markup:
 
 
 def _link(text: object, target: object) -> Markup:
-    """A link to an address or to a file beside the card; only its name where it is neither."""
+    """A link to an address or to a file beside the card; what it says where it is neither."""
     if _URL.fullmatch(str(target)) or re.fullmatch(r"[\w./-]+", str(target)):
         return Markup("[{}]({})").format(_text(text), _text(target))
-    return _text(text)
+    return _text(text) if text == target else Markup("{}: {}").format(_text(text), _code(target))
 
 
 def _codes(values: Iterable[object]) -> Markup:

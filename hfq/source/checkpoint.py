@@ -33,7 +33,7 @@ from ..common.safetensors_header import TensorInfo, check_index, read_header, re
 from ..hub.download import Files, fetch_file, fetch_folder, head, list_files
 from ..hub.errors import NOT_UNDERSTOOD
 from .contents import MODULES_FILE, SENTENCE_CONFIG, Contents, left_behind, list_names, read_contents, relative_link
-from .metadata import forbids_derivatives, read_card, terms_of, texts
+from .metadata import forbids_derivatives, in_words, licences_of, read_card, terms_of
 from .trust import ADAPTER, check_config, check_files, check_names, check_sizes, read_config, remote_code
 
 WEIGHTS_FILE = "model.safetensors"
@@ -151,8 +151,8 @@ def pull(
     info = CheckpointInfo(
         id=path.resolve().name if sha is None else reference,
         revision=sha or (f"sha256:{_digest(weights)}" if hashed else "unknown"),
-        license=_licence(card.get("license")),
-        language=texts(card.get("language")),
+        license=_one_or_all(licences_of(card)),
+        language=in_words(card.get("language")),
         remote_code=bool(code),
         remote_code_allowed=trust_remote_code,
         terms=_resolved(terms_of(card), contents=contents, names=names, origin=sha and f"{reference}/blob/{sha}"),
@@ -407,13 +407,13 @@ def _card(path: Path) -> tuple[dict[str, Any], list[str]]:
     return card, []
 
 
-def _licence(value: Any) -> str | list[str] | None:
-    return value if isinstance(value, str) else texts(value) or None
+def _one_or_all(found: list[str]) -> str | list[str] | None:
+    return found[0] if len(found) == 1 else found or None
 
 
 def _licence_warnings(card: Mapping[str, Any], info: CheckpointInfo) -> Iterator[str]:
     if forbids_derivatives(card):
-        said = ", ".join([*texts(card.get("license")), *texts(card.get("license_name"))])
+        said = ", ".join([*licences_of(card), *in_words(card.get("license_name"))])
         yield (
             f"The licence of {info.id} ({said}) forbids derived works, and an INT8 version may well be one. "
             "Ask its owner before you publish it."

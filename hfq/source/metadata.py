@@ -14,7 +14,9 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from ..common.reading import check_yaml, read_text
 
 LONGEST_CARD = 4 << 20  # bytes
-_BINDS = re.compile(r"license_\w+|extra_gated_\w+|inference|gated|language_bcp47")
+_BINDS = re.compile(r"licen[cs]e[_-]\w+|extra_gated_\w+|inference|gated|language_bcp47", re.IGNORECASE)
+_LICENCE = re.compile(r"licen[cs]es?", re.IGNORECASE)
+_TEXTS = re.compile(r"licen[cs]e[\w-]*|language\w*|library_name|tags", re.IGNORECASE)  # and no numbers
 _FORBIDS_DERIVATIVES = re.compile(r"(^|[^a-z])nd([^a-z]|$)|no[-_ ]?deriv", re.IGNORECASE)
 _AUDIENCE = "not-for-all-audiences"
 
@@ -23,6 +25,13 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.2's core schema: no yes and no, no dates, no octal or sexagesimal numbers."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (as PyYAML declares it)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and _TEXTS.fullmatch(key.value):
+                for item in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                    _as_written(item)
+        return super().construct_mapping(node, deep=deep)
 
 
 for _tag, _text, _first in (
@@ -67,24 +76,44 @@ def read_card(path: Path) -> dict[str, Any]:
 
 
 def terms_of(card: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata, but for `license` and `language`, that say who may do what with a model, or how it is loaded."""
+    """The metadata, but for licence and languages, that say who may do what with a model, or how it is loaded."""
     found = {key: value for key, value in card.items() if _BINDS.fullmatch(key) and value is not None}
-    if _AUDIENCE in texts(card.get("tags")):
-        found["tags"] = [_AUDIENCE]
+    if tags := [tag for tag in texts(card.get("tags")) if tag == _AUDIENCE or tag.startswith("license:")]:
+        found["tags"] = tags
     if card.get("library_name") == "sentence-transformers":  # which loads a classifier as a cross-encoder
         found["library_name"] = card["library_name"]
     return found
 
 
+def licences_of(card: Mapping[str, Any]) -> list[str]:
+    """What the metadata call the licence, whatever they hold there; under `license`, or as people spell it."""
+    return [text for key, value in card.items() if _LICENCE.fullmatch(key) for text in in_words(value)]
+
+
 def forbids_derivatives(card: Mapping[str, Any]) -> bool:
     """Whether the licence that a card names forbids derived works, such as an INT8 version."""
-    named = [*texts(card.get("license")), *(str(card.get(key) or "") for key in ("license_name", "license_link"))]
-    return any(_FORBIDS_DERIVATIVES.search(name) for name in named)
+    named = [*licences_of(card), *in_words([card.get("license_name"), card.get("license_link")])]
+    return any(_FORBIDS_DERIVATIVES.search(text) for text in named)
 
 
 def texts(value: Any) -> list[str]:
     """A value that may be one text, several or none."""
     return [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)]
+
+
+def in_words(value: Any) -> list[str]:
+    """Like `texts` for what is to be kept whatever it is: a mapping is written out, `name: acme, link: https://…`."""
+    if isinstance(value, list):
+        return [text for item in value for text in in_words(item)]
+    if isinstance(value, dict):
+        return [", ".join(f"{key}: {' / '.join(in_words(item))}" for key, item in value.items())] if value else []
+    return [] if value is None or value == "" else [str(value)]
+
+
+def _as_written(node: yaml.Node) -> None:
+    """Have a number, such as a licence's version, kept as the text that it is in the file."""
+    if isinstance(node, yaml.ScalarNode) and not node.tag.endswith(":null"):
+        node.tag = "tag:yaml.org,2002:str"
 
 
 def _plain(value: Any) -> Any:

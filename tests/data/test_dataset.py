@@ -104,10 +104,24 @@ def test_what_save_to_disk_wrote_holds_its_own_files_only(saved: Path) -> None:
         read(saved)
 
 
+def test_numbers_are_as_they_are_written(tmp_path: Path) -> None:
+    rows = [
+        {"text": ", 12345678901234567890, ", "label": -(2**63), "score": 1e25},
+        {"text": "", "label": 0, "score": 2},
+    ]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert read(tmp_path / "data.jsonl") == rows
+
+
+LONG = ("does not fit into 64 bits", "as text")
 BAD: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "latin.jsonl": ('{"text": "é", "label": 0}'.encode("latin-1"), ("line 1", "not UTF-8", "Latin-1", "iconv")),
     "wide.json": (LINES.encode("utf-16"), ("UTF-16", "iconv -f UTF-16 -t UTF-8")),
     "cut.jsonl": (LINES.encode()[:-3], ("JSON parse error", "Expected a")),
+    # They would be floats, and different labels the same.
+    "long.jsonl": (b'{"text": "a", "label": 5}\n{"text": "b", "label": 12345678901234567890}', LONG),
+    "long list.json": (b'[\n{"text": "a", "label": [1, -98765432109876543210]}\n]', LONG),
+    "long under a name.json": (b'{"data": [{"text": "a", "by": {"id": 9223372036854775808}}]}', LONG),
 }
 
 

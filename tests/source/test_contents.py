@@ -336,7 +336,8 @@ def test_languages_are_what_the_hub_takes(
         ("language: [no, on, y]", {"language": ["no", "on", "y"]}),
         ("inference: false", {"inference": False}),
         ("extra_gated_fields: {No: 010, Time: 12:30, When: 2024-01-01}", None),
-        ("license_name: 1.0", {"license_name": 1.0}),
+        ("license: 4.10", {"license": "4.10"}),
+        ("license_name: [1.0, true, null]", {"license_name": ["1.0", "true", None]}),
     ],
 )
 def test_metadata_are_read_as_the_hub_reads_them(text: str, value: object, tmp_path: Path) -> None:
@@ -344,6 +345,33 @@ def test_metadata_are_read_as_the_hub_reads_them(text: str, value: object, tmp_p
     path.write_text(f"\ufeff---\n{text}\n---\n")
     value = value or {"extra_gated_fields": {"No": "010", "Time": "12:30", "When": "2024-01-01"}}
     assert read_card(path) == value
+
+
+@pytest.mark.parametrize(
+    ("card", "licence", "said"),
+    [
+        ("license: 4.0", "4.0", ["`4.0`"]),
+        ("license: {name: acme, link: 'https://x.org/l'}", "other", ["`name: acme, link: https://x.org/l`"]),
+        ("license: [mit, {id: [a, 1.0]}]", ["mit", "other"], ["`mit`", "`id: a / 1.0`"]),
+        ("license: other\nlicense_name: [acme, 2.0]", "other", ["`acme`", "`2.0`"]),
+        (
+            "license_link: [LICENSE, 'https://x.org/(l)']",
+            None,
+            ["[its text](LICENSE)", "its text: `https://x.org/(l)`"],
+        ),
+        ("licence: MIT", "mit", ["`MIT`"]),
+        ("language: [English, y, 12, {en: x}]", None, ["`English`, `y`, `12`, `en: x`"]),
+    ],
+)
+def test_nothing_that_is_written_of_licence_and_language_is_lost(
+    card: str, licence: object, said: list[str], tmp_path: Path
+) -> None:
+    model = write_all(copy_checkpoint(tmp_path / "model"), {"README.md": f"---\n{card}\n---\n"})
+    written = ModelCard(render_card(make_report(checkpoint=pull(str(model)).info), repo_id=None))
+    written.validate()
+    assert written.data.to_dict().get("license") == licence
+    text = written.text.split("## Licence")[1]
+    assert [words for words in said if words not in text] == []
 
 
 @pytest.mark.parametrize("text", ["license: [mit", "- mit", "license: *x"])
@@ -364,6 +392,7 @@ def test_a_damaged_result_does_not_cost_the_licence(tmp_path: Path) -> None:
     [
         ("license: cc-by-nd-3.0", True),
         ("license: other\nlicense_name: Acme-NoDerivatives", True),
+        ("license: {id: cc-by-nd-4.0}", True),
         ("license: other\nlicense_link: https://creativecommons.org/licenses/by-nc-nd/4.0", True),
         ("license: cc-by-nc-sa-4.0", False),
         ("license: bsd-3-clause-clear", False),
