@@ -3,12 +3,9 @@
 Durations here are only a trial's own forward passes; published timings come from `hfq.measure.timing`.
 """
 
-import logging
 import tempfile
 import time
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,8 +15,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..common.errors import UsageError
+from ..common.silence import silent
 from ..tasks.base import Batch, Task
 from .evaluate import Engine
+
+LIGHTNING = (
+    "lightning.pytorch",
+    "lightning.fabric",
+    "lightning",
+)  # on every call they announce devices and advise workers
 
 
 def validate(model: nn.Module, batches: Sequence[Batch], *, task: Task, engine: Engine) -> tuple[list[Tensor], float]:
@@ -28,7 +32,7 @@ def validate(model: nn.Module, batches: Sequence[Batch], *, task: Task, engine: 
     Raises:
         UsageError: Lightning refuses the engine.
     """
-    with tempfile.TemporaryDirectory(prefix="hfq-") as folder, quiet():
+    with tempfile.TemporaryDirectory(prefix="hfq-") as folder, silent(*LIGHTNING):
         try:
             trainer = Trainer(
                 accelerator=engine.accelerator,
@@ -93,19 +97,3 @@ def _place(key: str) -> tuple[int, int]:
     """Batch and row of an output."""
     batch, row = key.split(".")
     return int(batch), int(row)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Lightning announces devices and advises loader workers on every call; evaluations are many."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -6,10 +6,7 @@ consumers' columns by the same factors then leaves the float model as it was.
 """
 
 import inspect
-import io
-import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..common.memory import drop_file_pages, weights_left_in_file
+from ..common.silence import exporting
 from .inputs import Batch
 from .layers import linear, twin
 
@@ -56,8 +54,7 @@ class Fold:
 def find_folds(model: nn.Module, batch: Batch, linears: tuple[str, ...]) -> list[Fold]:
     """Folds whose consumers are all among `linears`. A model that cannot be exported has none."""
     try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):  # it prints the graph of what it cannot export
-            warnings.simplefilter("ignore")
+        with exporting():
             graph = torch.export.export(model, (), {**batch, **_without_cache(model)}, strict=False)
     except Exception:  # torch.export raises whatever the model's own code or its tracer raises
         return []

@@ -5,7 +5,6 @@ the answers: for logits that is as good a distillation as any (Kim et al. 2021, 
 """
 
 import itertools
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
-from ..measure.validation import quiet
+from ..common.silence import silent
+from ..measure.validation import LIGHTNING
 from ..ptq.calibration import real_tokens
 from ..ptq.inputs import Batch
 from .fake_quantization import trained
@@ -110,8 +110,7 @@ def distill(
     first = _restore(student, state) if state.is_file() else 0
     if first >= schedule.steps or (first and look(first, float("nan"))):
         return
-    with quiet(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with silent(*LIGHTNING):
         trainer = Trainer(
             accelerator="cpu",
             devices=1,

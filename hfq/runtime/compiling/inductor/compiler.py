@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ....common.silence import exporting
 from ...fusion import attention
 from ...int8.known_forward import KnownForward
 from ...int8.linear import Int8Linear
@@ -147,7 +148,7 @@ def trace(model: nn.Module, inputs: Tensor, tensors: list[Tensor]) -> torch.expo
     """`model`'s forward as one graph, for any length of `inputs`, and for any batch if theirs is not 1."""
     dynamic = dict.fromkeys(dynamic_axes(inputs), torch.export.Dim.DYNAMIC)
     shapes = dynamic, [None] * len(tensors)
-    with torch.no_grad():
+    with torch.no_grad(), exporting():
         return torch.export.export(model, (inputs, tensors), dynamic_shapes=shapes, strict=False)
 
 
