@@ -325,8 +325,17 @@ class Task(ABC):
     # Words
 
     def usage(self, tag: str) -> str:
-        """Python that runs the published model, which is called `{model}` there, for its card. `tag`: of the card."""
-        return f'from transformers import pipeline\n\nmodel = pipeline("{tag}", model="{{model}}", device="cpu")'
+        """Python that runs the published model, which is called `{model}` there, for its card. `tag`: of the card.
+
+        By transformers' pipeline; where that has none for such models, what loads the model and what encodes its inputs.
+        """
+        if _has_pipeline(tag, self.auto_class):
+            return f'from transformers import pipeline\n\nmodel = pipeline("{tag}", model="{{model}}", device="cpu")'
+        return (
+            f"from transformers import {self.auto_class}, AutoProcessor\n\n"
+            'processor = AutoProcessor.from_pretrained("{model}")\n'
+            f'model = {self.auto_class}.from_pretrained("{{model}}")'
+        )
 
     # The same for all
 
@@ -355,3 +364,13 @@ def require_column(name: str, features: Mapping[str, Any], flag: str) -> None:
     """Raises `DataError` where a dataset has no such column."""
     if name not in features:
         raise DataError(f"{flag} {name!r} is not a column of the dataset. Columns: {', '.join(features)}.")
+
+
+def _has_pipeline(tag: str, auto_class: str) -> bool:
+    """Whether transformers' pipeline of that name loads its models by `auto_class`: by another they would lose their head."""
+    from transformers.pipelines import PIPELINE_REGISTRY
+
+    if tag not in PIPELINE_REGISTRY.get_supported_tasks():
+        return False
+    _, pipeline, _ = PIPELINE_REGISTRY.check_task(tag)
+    return auto_class in [known.__name__ for known in pipeline["pt"]]

@@ -11,6 +11,8 @@ from support.command import library_python
 from support.trained.training import messages, train
 
 import hfq
+from hfq.hub.local.card import problems
+from hfq.tasks.registry import tasks
 
 FILE = '''
 from hfq.tasks.classification import Classification
@@ -60,7 +62,12 @@ def test_a_new_task_is_one_file(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out" / "hfq.json").read_text())
     assert (report["task"], report["metric"]) == ("next-sentence-prediction", "accuracy")
-    assert "Accuracy" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Accuracy" in card
+    ran: dict[str, Any] = {}  # transformers' pipeline of its tag would load another class, with a head at random
+    exec(card.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(tmp_path / "out")), ran)
+    assert type(ran["model"]).__name__ == "BertForNextSentencePrediction"
+    assert ran["model"](**ran["processor"]("I am", "here", return_tensors="pt")).logits.shape == (1, 2)
 
     config = {"architectures": ["BertForSequenceClassification"], "model_type": "bert"}
     asked = [(config, None), (config, "text-classification"), ({"architectures": ["Own"]}, "text-classification")]
@@ -70,3 +77,9 @@ def test_a_new_task_is_one_file(tmp_path: Path) -> None:
     )
     found = subprocess.run([library_python(), "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert found.stdout.strip() == "{'text-classification'}", found.stderr
+
+
+def test_the_hub_takes_the_tags_of_every_task() -> None:
+    """Else a card is refused after hours, when all is measured."""
+    tags = {tag for task in tasks().values() for tag in (task.pipeline_tag, *task.other_tags)}
+    assert not [tag for tag in tags if problems(f"---\npipeline_tag: {tag}\n---\n", "model")]
