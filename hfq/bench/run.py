@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from transformers import AutoConfig
 
 from ..common.errors import UsageError
 from ..common.installation import installation
@@ -24,6 +25,7 @@ from ..source.checkpoint import Checkpoint, pull
 from ..source.sentence_model import read_sentence_model
 from ..tasks.labels import count_labels
 from ..tasks.registry import find_task
+from ..tasks.text.tokens import TextTask
 from .engines import ENGINES, OF_EMBEDDINGS, PEERS, REFERENCE, WEIGHTS, missing
 
 CALIBRATION = 100  # inputs, as the peers' own guides take
@@ -212,7 +214,9 @@ def opening_request(quantized: Checkpoint, baseline: Checkpoint, *, threads: int
     auto_class = find_task(quantized.config, folder=quantized.path).auto_class
     for checkpoint in (quantized, baseline):
         check_model(checkpoint, auto_class)
-    vocabulary = quantized.config["vocab_size"]
+    vocabulary = (
+        AutoConfig.from_pretrained(quantized.path).get_text_config().vocab_size
+    )  # a config may call it otherwise
     calibration = folder / "calibration.safetensors"
     save_file(_calibration(vocabulary), calibration)
     return {
@@ -301,8 +305,14 @@ def pull_baseline(quantized: Checkpoint, named: str | None, *, token: str | None
 
 
 def _check(quantized: Checkpoint, baseline: Checkpoint, shapes: Sequence[Shape]) -> None:
-    """Refuse what could be measured but not compared."""
+    """Refuse what cannot be measured, or could be but not compared."""
     name = baseline.info.id
+    task = find_task(quantized.config, folder=quantized.path)
+    if not issubclass(task, TextTask):
+        raise UsageError(
+            f"hfq bench times models on random tokens, and one for {task.name} reads something else. On your own data: "
+            f"hfq eval {quantized.info.id} --dataset DATA has seconds and memory, and hfq eval {name} those of the baseline."
+        )
     if baseline.is_quantized:
         raise UsageError(
             f"--baseline {name} is quantized. Pass the float checkpoint that {quantized.info.id} was made from."

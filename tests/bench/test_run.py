@@ -1,5 +1,6 @@
 """What `hfq bench` measures of models that are no classifiers."""
 
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -9,9 +10,9 @@ import torch
 from sentence_transformers import SentenceTransformer
 from support.trained.sentences import write_encoder, write_sentence_model
 from support.trained.training import messages
-from transformers import AutoModelForMultipleChoice
+from transformers import AutoModelForMultipleChoice, XLMConfig, XLMForSequenceClassification
 
-from hfq.bench.run import Timing, bench
+from hfq.bench.run import Timing, bench, opening_request
 from hfq.bench.table import markdown
 from hfq.common.ui import Reporter
 from hfq.config import PostTrainingQuantConfig
@@ -50,3 +51,14 @@ def test_vectors_are_compared_and_a_peer_may_have_an_interpreter_of_its_own(tmp_
     assert 0 < found.engines[1].error < 0.2  # int8 did run
     assert list(found.setup["elsewhere"]) == ["fp32"]
     assert "| cosine to FP32 | vector error |" in markdown(found, [])
+
+
+def test_a_vocabulary_may_be_called_otherwise(tmp_path: Path) -> None:
+    """XLM's config.json has n_words, as on the Hub."""
+    config = XLMConfig(n_words=300, emb_dim=16, n_layers=1, n_heads=2, num_labels=2)
+    XLMForSequenceClassification(config).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    written["n_words"] = written.pop("vocab_size", written.get("n_words"))
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    checkpoint = pull(str(tmp_path))
+    assert opening_request(checkpoint, checkpoint, threads=1, folder=tmp_path)["vocabulary"] == 300

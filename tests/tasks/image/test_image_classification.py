@@ -96,6 +96,9 @@ def test_a_folder_of_images_is_quantized_and_judged(checkpoint: Path, data: Path
     with torch.inference_mode():
         alike = model(pixels).logits.argmax(1) == float_model(pixels).logits.argmax(1)
     assert alike.double().mean() >= 0.9
+    done = forkserver().hfq("bench", "out", "--baseline", checkpoint, cwd=tmp_path)
+    assert done.code == 2
+    assert "times models on random tokens, and one for image-classification reads something else" in done.err
 
 
 def test_the_demo_of_images_is_as_good_as_it_says(tmp_path: Path) -> None:
