@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..common.errors import UsageError
 from ..common.ui import Reporter
 from ..recipe import Recipe
+from ..runtime.fusion.snapshot import drawing_alike
 from ..source.checkpoint import Checkpoint, pull
 from ..source.model import load_model
 from ..tasks.base import FIDELITY, Batch, Metric, Task
@@ -107,8 +108,12 @@ def open_session(
 
 def answers(model: nn.Module, batches: Sequence[Batch], *, task: Task) -> list[Tensor]:
     """The task's outputs of `model`, one tensor for each example."""
+    found = []
     with torch.inference_mode():
-        return [output for batch in batches for output in task.outputs(model, batch)]
+        for batch in batches:
+            with drawing_alike():
+                found += task.outputs(model, batch)
+    return found
 
 
 def calibration_inputs(session: Session, batches: Sequence[Batch]) -> list[Batch]:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..common.errors import UsageError
 from ..common.silence import silent
+from ..runtime.fusion.snapshot import drawing_alike
 from ..tasks.base import Batch, Task
 from .evaluate import Engine
 
@@ -83,7 +84,8 @@ class _Validation(LightningModule):
     def validation_step(self, indexed_batch: tuple[int, Batch], _: int) -> None:
         position, batch = indexed_batch
         start = time.perf_counter()
-        outputs = self.task.outputs(self.model, batch)
+        with drawing_alike():
+            outputs = self.task.outputs(self.model, batch)
         self.seconds += time.perf_counter() - start
         for row, output in enumerate(outputs):
             self.outputs[f"{position}.{row}"] = output.cpu().clone()

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..common.memory import weights_left_in_file
 from ..runtime.fusion.slicing import in_parts
+from ..runtime.fusion.snapshot import drawing_alike
 from .inputs import Batch
 from .layers import CONVOLUTIONS, layer_input
 from .observers import BINS, InputStatistics
@@ -104,7 +105,8 @@ def encoder_output(model: nn.Module, batches: Sequence[Batch]) -> EncoderOutput:
             with weights_left_in_file(model), torch.inference_mode():
                 for batch in _parts(model, batches):
                     mask = batch.get("attention_mask")
-                    model(**batch)
+                    with drawing_alike():
+                        model(**batch)
         finally:
             handle.remove()
         if tokens:
@@ -129,7 +131,8 @@ def watch(
     with weights_left_in_file(model), hooks as set_mask, torch.inference_mode():
         for batch in batches:
             set_mask(batch.get("attention_mask"))
-            model(**batch)
+            with drawing_alike():
+                model(**batch)
 
 
 @contextmanager

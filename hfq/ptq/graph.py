@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from ..common.memory import drop_file_pages, weights_left_in_file
 from ..common.silence import exporting
+from ..runtime.fusion.snapshot import drawing_alike
 from .inputs import Batch
 from .layers import linear, twin
 
@@ -92,7 +93,10 @@ def _exact(model: nn.Module, folds: Sequence[Fold], batch: Batch) -> bool:
     rescaled = twin(model)
     fold_into(rescaled, folds, factors)
     with weights_left_in_file(model, rescaled, from_rows=1), torch.inference_mode():
-        before, after = _first_tensor(model(**batch)), _first_tensor(rescaled(**batch))
+        with drawing_alike():
+            before = _first_tensor(model(**batch))
+        with drawing_alike():
+            after = _first_tensor(rescaled(**batch))
     return bool((after - before).norm() <= EXACT * before.norm())
 
 

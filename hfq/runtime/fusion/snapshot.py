@@ -51,6 +51,18 @@ def unchanged(model: nn.Module) -> Iterator[Snapshot]:
         found.put_back()
 
 
+@contextmanager
+def drawing_alike() -> Iterator[None]:
+    """For the length of the block, a model that draws numbers draws those of any other such block.
+
+    Some do so to answer: ViLT pads an image with patches of itself, Reformer hashes, ViTMAE masks. Models are compared on
+    the same draws, or what differs would be chance.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
 def _is_simple(module: nn.Module) -> bool:
     """Whether it is a layer of a library that changes none while it computes."""
     return type(module).__module__.startswith(("torch.nn.modules.", "hfq."))

@@ -84,6 +84,18 @@ def test_images_are_told_by_their_neighbours(data: Path, tmp_path: Path) -> None
     assert "the nearest other one is the same" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_a_model_that_masks_at_random_is_compared_on_the_same_masks(data: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.ViTMAEConfig(**SIZES, **SEEN, mask_ratio=0.5)
+    checkpoint = save(transformers.ViTMAEModel(config), tmp_path / "mae-random")
+    flags = ["--metric", "fidelity", "--approach", "dynamic", "--allow-loss", "--output", "out", "--json"]
+    done = forkserver().hfq("quantize", checkpoint, "--dataset", data, *flags, cwd=tmp_path)
+    assert done.code == 0, done.err
+    report = json.loads(done.out)
+    assert min(report["quantized"]["accuracy"], report["held_out_stock"]["agreement"]) > 0.99
+    assert report["trials"][0]["output_error"] < 1e-3
+
+
 def test_texts_are_told_by_images(clip: Path, data: Path, tmp_path: Path) -> None:
     done = forkserver().hfq("quantize", clip, "--dataset", data, "--output", "out", "--json", cwd=tmp_path)
     assert done.code == 0, done.err
