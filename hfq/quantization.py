@@ -30,6 +30,7 @@ from .ptq.sentences import around, run_all
 from .quantized import quantized_like
 from .report.report import Report, layers_of, now, package_versions
 from .runtime.fusion.fuse import fuse
+from .runtime.fusion.snapshot import unchanged
 from .runtime.inside import sentence_transformer
 from .runtime.int8.packed import memory_mib, state_mib
 from .runtime.loading.ownership import own_tensors
@@ -97,7 +98,7 @@ def fit(
     ui = Reporter()
     with _inference(model), tempfile.TemporaryDirectory(prefix="hfq-") as folder:
         started = time.monotonic()
-        with weights_left_in_file(model):
+        with unchanged(model), weights_left_in_file(model):
             baseline = None if evaluate is None else score_of(evaluate, model)
         seconds = time.monotonic() - started
         floats = in_float32(model)
@@ -282,7 +283,8 @@ def _recorded(model: nn.Module, function: Callable[[nn.Module], Any], samples: i
     own = vars(model).get("forward")
     model.forward = recorded  # not a hook, which callers of `forward` pass by
     try:
-        function(model)
+        with unchanged(model):
+            function(model)
     except _EnoughError:
         pass
     finally:

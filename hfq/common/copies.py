@@ -18,6 +18,6 @@ def deep_copy(module: Module, *, shared: Mapping[int, object] | None = None) -> 
         id(value): value.detach().clone()
         for part in module.modules()
         for value in vars(part).values()
-        if isinstance(value, Tensor) and not value.is_leaf
+        if isinstance(value, Tensor) and (not value.is_leaf or value.is_inference())
     }
     return copy.deepcopy(module, {**memo, **(shared or {})})

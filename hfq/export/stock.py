@@ -18,7 +18,7 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 
 from ..common.errors import ExportError, UnsupportedError
 from ..ptq.inputs import Batch
-from ..runtime.fusion.snapshot import drawing_alike
+from ..runtime.fusion.snapshot import drawing_alike, unchanged
 from ..runtime.int8.conv import Int8Conv
 from ..runtime.int8.embedding import Int8Embedding
 from ..runtime.int8.linear import Int8Linear
@@ -127,7 +127,9 @@ def _alike(found: Tensor, expected: Tensor) -> bool:
 
 @torch.inference_mode()
 def _other_answer(model: nn.Module, stock: nn.Module, batch: Batch) -> str | None:
-    return answers_otherwise(_answer(model, batch), _answer(stock, batch))
+    with unchanged(model):
+        ours = _answer(model, batch)
+    return answers_otherwise(ours, _answer(stock, batch))
 
 
 def answers_otherwise(ours: Tensor, theirs: Tensor) -> str | None:

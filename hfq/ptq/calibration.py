@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..common.memory import weights_left_in_file
 from ..runtime.fusion.slicing import in_parts
-from ..runtime.fusion.snapshot import drawing_alike
+from ..runtime.fusion.snapshot import drawing_alike, unchanged
 from .inputs import Batch
 from .layers import CONVOLUTIONS, layer_input
 from .observers import BINS, InputStatistics
@@ -102,7 +102,7 @@ def encoder_output(model: nn.Module, batches: Sequence[Batch]) -> EncoderOutput:
     for whole in (encoder, model):  # OPT's head calls what its base model is made of, and not that
         handle = whole.register_forward_hook(keep)
         try:
-            with weights_left_in_file(model), torch.inference_mode():
+            with unchanged(model), weights_left_in_file(model), torch.inference_mode():
                 for batch in _parts(model, batches):
                     mask = batch.get("attention_mask")
                     with drawing_alike():
@@ -128,7 +128,7 @@ def watch(
 ) -> None:
     """Run `batches` and show each layer's real inputs and outputs to `see`; without `outputs`, those as they are."""
     hooks = _hooks(model, layers, see, outputs=outputs)
-    with weights_left_in_file(model), hooks as set_mask, torch.inference_mode():
+    with unchanged(model), weights_left_in_file(model), hooks as set_mask, torch.inference_mode():
         for batch in batches:
             set_mask(batch.get("attention_mask"))
             with drawing_alike():

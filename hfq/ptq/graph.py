@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from ..common.memory import drop_file_pages, weights_left_in_file
 from ..common.silence import exporting
-from ..runtime.fusion.snapshot import drawing_alike
+from ..runtime.fusion.snapshot import drawing_alike, unchanged
 from .inputs import Batch
 from .layers import linear, twin
 
@@ -55,7 +55,7 @@ class Fold:
 def find_folds(model: nn.Module, batch: Batch, linears: tuple[str, ...]) -> list[Fold]:
     """Folds whose consumers are all among `linears`. A model that cannot be exported has none."""
     try:
-        with exporting():
+        with unchanged(model), exporting():
             graph = torch.export.export(model, (), {**batch, **_without_cache(model)}, strict=False)
     except Exception:  # torch.export raises whatever the model's own code or its tracer raises
         return []
@@ -92,7 +92,7 @@ def _exact(model: nn.Module, folds: Sequence[Fold], batch: Batch) -> bool:
     }
     rescaled = twin(model)
     fold_into(rescaled, folds, factors)
-    with weights_left_in_file(model, rescaled, from_rows=1), torch.inference_mode():
+    with unchanged(model), weights_left_in_file(model, rescaled, from_rows=1), torch.inference_mode():
         with drawing_alike():
             before = _first_tensor(model(**batch))
         with drawing_alike():

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from ..common.copies import deep_copy
 from ..common.errors import UnsupportedError
 from ..common.memory import weights_left_in_file
+from ..runtime.fusion.snapshot import unchanged
 from ..runtime.int8.embedding import factor_of
 from .inputs import Batch
 
@@ -41,9 +42,11 @@ class Quantizable:
 
 
 def twin(model: nn.Module) -> nn.Module:
-    """A copy whose parameters and buffers are the model's own tensors: replace them in it, never write to them."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return deep_copy(model, shared={id(tensor): tensor for tensor in tensors})
+    """A copy whose parameters are the model's own tensors: replace them in it, never write to them.
+
+    Buffers are copied: there are forwards that write to them.
+    """
+    return deep_copy(model, shared={id(parameter): parameter for parameter in model.parameters()})
 
 
 def linear(model: nn.Module, name: str) -> nn.Linear:
@@ -166,7 +169,7 @@ def _called(
     handles = [module.register_forward_pre_hook(note(name), with_kwargs=True) for name, module in candidates.items()]
     handles += [module.register_forward_hook(keep(name)) for name, module in candidates.items()]
     try:
-        with weights_left_in_file(model), torch.inference_mode(), bypassed:
+        with unchanged(model), weights_left_in_file(model), torch.inference_mode(), bypassed:
             answer = tree_leaves(model(**batch))
     finally:
         for handle in handles:

@@ -16,7 +16,6 @@ from ..ptq.inputs import Batch, head, spread
 from ..ptq.layers import find_quantizable, linear
 from ..ptq.scheme import Plan
 from ..runtime.fusion.fuse import fuse
-from ..runtime.fusion.snapshot import unchanged
 from ..runtime.int8.packed import memory_mib, state_mib
 from .candidates import Candidate, Space
 from .goal import Goal
@@ -137,13 +136,12 @@ def score_plan(
 def prepare(model: nn.Module, calibration: Calibration, *, options: Options, ui: Reporter) -> Space:
     """Find what can be int8 and, where activations may need a scale, calibrate. Without batches: by structure alone."""
     first, batches = calibration.traced, calibration.batches
-    with unchanged(model):  # examples may be made up, and some models change themselves for good by what they are given
-        layers = find_quantizable(
-            model, first, first=options.quantize_first, last=options.quantize_last, asked_for=options.wants_int8
-        )
-        folds = find_folds(model, head(first, TRACED), layers.layers) if first and options.smooths else []
-        return_freed_memory()
-        statistics = calibrate(model, layers.layers, batches, track=lambda b: ui.track(b, text="calibrating"))
+    layers = find_quantizable(
+        model, first, first=options.quantize_first, last=options.quantize_last, asked_for=options.wants_int8
+    )
+    folds = find_folds(model, head(first, TRACED), layers.layers) if first and options.smooths else []
+    return_freed_memory()
+    statistics = calibrate(model, layers.layers, batches, track=lambda b: ui.track(b, text="calibrating"))
     smoothing = f"; {len(folds)} SmoothQuant folds" if options.smooths else ""
     ui.note(f"{len(layers.layers)} matmuls and {len(layers.embeddings)} embeddings can run in int8{smoothing}")
     return Space(model, layers, statistics, folds, batches=batches, options=options, learned=calibration.learned)
@@ -199,8 +197,7 @@ def _output_error(space: Space) -> Callable[[Candidate], float]:
     """
     return_freed_memory()
     few = spread(space.batches, RANKED)
-    with unchanged(space.model):
-        reference = encoder_output(space.model, few)
+    reference = encoder_output(space.model, few)
 
     def output_error(candidate: Candidate) -> float:
         return_freed_memory()

@@ -1,7 +1,10 @@
 """Looking at a model leaves it as it was."""
 
+from collections import deque
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.models import quantized, relative_error, token_batches
@@ -74,6 +77,58 @@ def test_whatever_a_forward_changes_in_a_model_is_put_back() -> None:
     with unchanged(model.dense) as found:
         model.dense(torch.ones(1, 4))
     assert not found.changed
+
+
+@dataclass
+class Memory:
+    calls: int = 0
+    sizes: list[int] = field(default_factory=list)
+
+
+class Remembering(nn.Module):
+    """Keeps what it saw deep inside of what it holds, and on a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last, self.added = nn.Linear(16, 16), nn.Linear(16, 4), nn.ModuleList()
+        self.nested: dict[str, list[Any]] = {"seen": [{}]}
+        self.queue, self.memory, self.numbers = deque[int](maxlen=3), Memory(), np.zeros(2)
+        self.first.calls = 0
+        self.register_buffer("mean", torch.zeros(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.nested["seen"][0][len(self.nested["seen"][0])] = x
+        self.queue.append(len(x))
+        self.memory.calls += 1
+        self.memory.sizes.append(len(x))
+        self.numbers += 1
+        self.first.calls += 1
+        self.added.append(nn.Identity())
+        self.mean.mul_(0.9).add_(x.mean(0))
+        answer: Tensor = self.last(self.first(x).relu())
+        return answer
+
+    @property
+    def state(self) -> Any:
+        sizes = (len(self.nested["seen"][0]), len(self.queue), len(self.memory.sizes), len(self.added))
+        return sizes, self.memory.calls, self.numbers.tolist(), self.first.calls, self.mean.tolist()
+
+
+@pytest.mark.parametrize("calibrated_by", ["data", "function"])
+def test_fit_leaves_what_a_model_remembers_as_it_was_in_both_models(calibrated_by: str) -> None:
+    model, batches = Remembering(), [torch.randn(4, 16) for _ in range(2)]
+
+    def run(which: nn.Module) -> float:
+        return sum(which(batch).mean().item() for batch in batches)
+
+    before, conf = model.state, PostTrainingQuantConfig(approach="static")
+    data: Any = {"calib_dataloader": batches} if calibrated_by == "data" else {"calib_func": run}
+    int8 = fit(model, conf, **data, eval_func=lambda which: run(which) * 0)
+    assert (model.state, int8.state) == (before, before)
+    int8(batches[0])
+    assert model.state == before
+    assert int8.state[1:4] == (1, [1.0, 1.0], 1)
 
 
 def test_a_set_is_as_it_was_whatever_the_order_of_its_copy() -> None:

@@ -25,6 +25,7 @@ from ...common.memory import LargestInput, return_freed_memory
 from ..direct.forward import DirectForward
 from ..fusion.fuse import finish_fusing, known_of, wanted_fusions
 from ..fusion.slicing import TOKENS, is_token_batch
+from ..fusion.snapshot import unchanged
 from ..inputs import NUMBERS
 from ..inside import sentence_transformer
 from ..int8.known_forward import FusedForward, enter
@@ -392,9 +393,11 @@ class _InProcess:
     def __init__(self, model: nn.Module, eager: Callable[[tuple[str, ...], Tensor], Any]) -> None:
         _keep_on_disk()
         self._name = type(model).__name__
+        self._model = model
         self._own = types.MethodType(type(model).forward, model)
         self._eager = eager
         self._made = threading.Event()
+        self._is_known = False
         self._is_said = False
         # Guards on modules would be checked at each call, for a tenth of the time that a single input takes.
         guards: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
@@ -411,6 +414,8 @@ class _InProcess:
 
         # Frozen weights are ordinary tensors, and inference mode would hand the compiler something else.
         with torch.inference_mode(False), torch.no_grad(), _settings():
+            if not self._is_known:
+                self._see_that_it_stays(names, stacked)
             self._made.clear()
             try:
                 output = self._run(names, stacked)
@@ -419,6 +424,18 @@ class _InProcess:
             if self._made.is_set():
                 self._check(names, stacked)
             return output
+
+    def _see_that_it_stays(self, names: tuple[str, ...], stacked: Tensor) -> None:
+        """Refuse a forward that changes its model, which no guard would see: a graph would do for ever what the first one did.
+
+        Raises:
+            NotOneGraphError: it does.
+        """
+        with unchanged(self._model) as snapshot:
+            self._eager(names, stacked)
+        if snapshot.changed:
+            raise NotOneGraphError("Its forward changes the model itself")
+        self._is_known = True
 
     def _inductor(self, module: torch.fx.GraphModule, inputs: Any) -> Any:
         """What torch.compile calls with a graph, once it has one."""

@@ -3,37 +3,50 @@
 Some models change themselves for good by what they are given: BigBird gives up sparse attention after one short text.
 """
 
-import copy
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+_MOST = 100_000  # things that are looked into, those that are nearest to the modules first
+_OTHERS = ("torch", "hfq", "lightning", "pytorch_lightning")  # whose objects are no model's memory
+_CONTAINERS = (dict, list, set, deque)
+_LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
+
 
 class Snapshot:
-    """What `model` is, to be put back. `changed`: whether it may have been one of other steps in between."""
+    """What `model` is, to be put back. `changed`: whether it may have been one of other steps in between.
+
+    That is all its modules hold but parameters: numbers, tensors, containers and objects, and what is in those.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.changed = False
-        modules = [module for module in model.modules() if module._modules or not _is_simple(module)]
-        configs = {id(config): config for module in modules if (config := getattr(module, "config", None)) is not None}
-        self._owners: list[Any] = [owner for owner in (*modules, *configs.values()) if hasattr(owner, "__dict__")]
-        self._had = [_contents(vars(owner)) for owner in self._owners]
+        self._had = list(_reachable(model))
 
     def put_back(self) -> None:
         """Make the model again what it was."""
-        for owner, had in zip(self._owners, self._had, strict=True):
-            now = vars(owner)
-            for name in now.keys() - had.keys():
-                self._note(now.pop(name))
-            for name, (value, content) in had.items():
-                if now.get(name) is not value:
-                    self._note(now.get(name))
-                    now[name] = value
-                if _restore(value, content):
-                    self._note(value)
+        for value, content in self._had:
+            if isinstance(value, Tensor | np.ndarray):
+                self.changed |= _restore(value, content)
+            elif not isinstance(value, _CONTAINERS):
+                self._restore_attributes(vars(value), content)
+            elif not _is_same(value, content):
+                self.changed = True
+                value.clear()
+                value.extend(content) if isinstance(value, list | deque) else value.update(content)
+
+    def _restore_attributes(self, now: dict[str, Any], had: dict[str, Any]) -> None:
+        for name in now.keys() - had.keys():
+            self._note(now.pop(name))
+        for name, value in had.items():
+            if now.get(name) is not value:
+                self._note(now.get(name))
+                now[name] = value
 
     def _note(self, value: Any) -> None:
         """A tensor is what the model remembers of an example; anything else may decide what it does with the next."""
@@ -63,46 +76,74 @@ def drawing_alike() -> Iterator[None]:
         yield
 
 
+def _reachable(model: nn.Module) -> Iterator[tuple[Any, Any]]:
+    """What may be changed of `model`, each with what it holds."""
+    seen: set[int] = set()
+    ahead: deque[Any] = deque()
+    for module in model.modules():
+        if module._modules or isinstance(module, _LISTS) or not _is_simple(module):
+            ahead.append(module)
+        elif type(module).__module__.startswith("torch."):  # more than a layer's own may lie at its surface
+            yield module, dict(vars(module))
+            ahead += filter(_is_buffer, module._buffers.values())
+    while ahead and len(seen) < _MOST:
+        value = ahead.popleft()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        content = _content(value)
+        yield value, content
+        if not isinstance(content, Tensor | np.ndarray):
+            inside = content.values() if isinstance(content, dict) else content
+            ahead += [item for item in inside if _may_change(item)]
+
+
 def _is_simple(module: nn.Module) -> bool:
     """Whether it is a layer of a library that changes none while it computes."""
     return type(module).__module__.startswith(("torch.nn.modules.", "hfq."))
 
 
-def _contents(state: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    return {name: (value, _copy(value)) for name, value in state.items()}
+def _may_change(value: Any) -> bool:
+    """Whether `value` may hold something else later, and is no module, parameter, function or the like."""
+    if isinstance(value, np.ndarray):
+        return bool(value.flags.writeable)
+    if isinstance(value, _CONTAINERS) or _is_buffer(value):
+        return True
+    if isinstance(value, Tensor) or callable(value) or not hasattr(value, "__dict__"):
+        return False
+    return type(value).__module__.partition(".")[0] not in _OTHERS
 
 
-def _copy(value: Any) -> Any:
-    """What `value` holds, if that may change: the items of a container, and the numbers of a tensor that is no parameter."""
+def _is_buffer(value: Any) -> bool:
+    known = isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and value.device.type == "cpu"
+    return known and not value.is_mkldnn
+
+
+def _content(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    kind = next((kind for kind in (dict, list, set) if isinstance(value, kind)), list)
+    return kind(value) if isinstance(value, _CONTAINERS) else dict(vars(value))
+
+
+def _is_same(value: Any, content: Any) -> bool:
+    """Whether a container holds the very same things."""
     if isinstance(value, dict):
-        return {key: (item, _copy(item) if isinstance(item, Tensor) else None) for key, item in value.items()}
-    if isinstance(value, list | set):
-        return copy.copy(value)
-    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and value.device.type == "cpu":
-        return None if value.is_mkldnn else value.detach().clone()
-    return None
+        return value.keys() == content.keys() and all(value[key] is item for key, item in content.items())
+    ids, held = ([id(item) for item in items] for items in (value, content))
+    return ids == held if isinstance(value, list | deque) else set(ids) == set(held)  # a set's copy has another order
 
 
 def _restore(value: Any, content: Any) -> bool:
-    """Give `value` back what it held. Returns: whether that was needed."""
-    if content is None:
-        return False
-    if isinstance(value, Tensor):
-        if torch.equal(value, content) or value.is_inference():
-            return False
-        value.detach().copy_(content)
-        return True
-    if isinstance(value, dict):
-        same = value.keys() == content.keys() and all(value[key] is item for key, (item, _) in content.items())
+    """Give an array back its numbers. Returns: whether that was needed."""
+    if isinstance(value, np.ndarray):
+        same = np.array_equal(value, content)
         if not same:
-            value.clear()
-            value.update({key: item for key, (item, _) in content.items()})
-        restored = [_restore(item, held) for item, held in content.values()]  # each, not only up to the first
-        return any(restored) or not same
-    # A set's copy may be in another order.
-    ids, held = ([id(item) for item in items] for items in (value, content))
-    same = ids == held if isinstance(value, list) else set(ids) == set(held)
-    if not same:
-        value.clear()
-        value.extend(content) if isinstance(value, list) else value.update(content)
+            value[...] = content
+    else:
+        same = value.is_inference() or torch.equal(value, content)
+        if not same:
+            value.detach().copy_(content)
     return not same

@@ -1,6 +1,9 @@
 """Put int8 modules where a checkpoint's `quantization_config` says so, before its tensors are loaded."""
 
+import inspect
 from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any
 
 import torch
 from compressed_tensors.quantization import (
@@ -38,6 +41,7 @@ def replacer(model: nn.Module) -> Callable[[nn.Module, nn.Module], None]:
                 places.setdefault(child, []).append((parent, name))
 
     def put(old: nn.Module, new: nn.Module) -> None:
+        vars(new).update({name: value for name, value in _noted_on(old).items() if not hasattr(new, name)})
         for parent, name in places[old]:
             parent._modules[name] = new
             if isinstance(parent, nn.TransformerEncoderLayer):  # its fast path reads weights past their modules
@@ -46,6 +50,24 @@ def replacer(model: nn.Module) -> Callable[[nn.Module, nn.Module], None]:
                     encoder.use_nested_tensor = False
 
     return put
+
+
+def _noted_on(layer: nn.Module) -> dict[str, Any]:
+    """What somebody's model keeps on a layer of torch's or transformers', to read it in its forward."""
+    own = _own_names(type(layer))  # type: ignore[arg-type]
+    return {
+        name: value
+        for name, value in vars(layer).items()
+        if not (name in own or name.startswith("_") or callable(value))
+    }
+
+
+@cache
+def _own_names(kind: type[nn.Module]) -> frozenset[str]:
+    """Of a layer's settings; inspecting takes longer than a layer."""
+    bases = (base for base in kind.__mro__ if issubclass(base, nn.Module))
+    names = {name for base in bases for name in inspect.signature(base).parameters}
+    return frozenset((*names, *getattr(kind, "__constants__", ()), "training"))
 
 
 def swap_tied(model: nn.Module) -> dict[str, str]:

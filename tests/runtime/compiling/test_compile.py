@@ -306,6 +306,29 @@ def test_a_model_that_is_not_one_graph_is_left_as_it_is_and_says_so_once(cache: 
     assert len(said) == 1
 
 
+class Counting(OwnModel):
+    """What it computes depends on how often it was called."""
+
+    calls = 0
+
+    def forward(self, **inputs: Any) -> Any:
+        self.calls += 1
+        answer = super().forward(**inputs)
+        return type(answer)(logits=answer.logits * self.calls)
+
+
+@needs_compiler
+def test_a_model_that_its_forward_changes_is_left_as_it_is(cache: Path) -> None:
+    """No guard would see that it has changed."""
+    model: Any = Counting(tiny(num_hidden_layers=0).config).eval()
+    (batch,) = cut(BATCHES[0], (3, 7))
+    first = logits(model, [batch])
+    model = hfq.compile(model)
+    with pytest.warns(UserWarning, match="leaves Counting as it is.*changes the model") as said:
+        assert torch.allclose(logits(model, [batch]), first * 2)
+    assert (len(said), model.calls) == (1, 2)
+
+
 class TwoFaced(OwnModel):
     """Compiled, it is another model."""
 
