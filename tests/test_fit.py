@@ -140,7 +140,7 @@ def test_report_names_every_layer_and_why_it_is_float() -> None:
     model, x, y = make("cnn")
     report = fit(model, PostTrainingQuantConfig(), loader(x, y)).report()
     assert report.layers.static == ["conv1", "conv2", "fc"]
-    assert report.layers.float_layers == {"head": "makes the logits"}
+    assert report.layers.float_layers == {"head": "makes the answer"}
     assert report.layers.other == {"norm": "BatchNorm2d"}
     assert not report.tuned
     assert report.met is report.quantized.accuracy is None

@@ -122,10 +122,11 @@ def find_quantizable(
     if not first and layers[:1] == ordered[:1] and layers[0] not in wanted:
         reasons[layers[0]] = "first layer"
     if not last and len(layers) > 1 and layers[-1] == ordered[-1] and layers[-1] not in wanted:
-        if not _in_encoder(model, layers[-1]):
-            if not _is_large(linear(model, layers[-1]).weight, model):
-                reasons[layers[-1]] = "makes the logits"
-        elif called[layers[-1]].answers:
+        if _in_encoder(model, layers[-1]):
+            answers = called[layers[-1]].answers
+        else:
+            answers = not _is_large(linear(model, layers[-1]).weight, model)
+        if answers:
             reasons[layers[-1]] = "makes the answer"
     layers = [name for name in layers if name not in reasons]
     if not layers:
