@@ -129,9 +129,9 @@ def describe_runtime() -> dict[str, Any]:
 
 def _where_bfloat16(fusions: Sequence[str]) -> str:
     """Where attention multiplies bfloat16 numbers."""
-    from ..runtime.kernels.cpu import is_compiled, multiplies_bfloat16
+    from ..runtime.kernels.cpu import is_compiled, multiplies_in_tiles
 
-    if "attention" in fusions and multiplies_bfloat16():
+    if "attention" in fusions and multiplies_in_tiles():
         return "yes"
     return "where compiled" if is_compiled(fusions) else "no"
 

@@ -1,12 +1,12 @@
-"""Attention between int8 layers: bfloat16 products where the CPU multiplies bfloat16, torch's own attention elsewhere.
+"""Attention between int8 layers: bfloat16 products on CPUs with AMX, torch's own attention elsewhere.
 
 It stands under its own name in transformers' attention registry, so every model that looks its attention up there can
 use it, whatever its family. Which attention runs depends on the model and the CPU alone, never on how many texts come
-together, how long they are or how they are padded, so that a text is rounded in a batch as it is alone. With AMX, torch's fused attention is fastest on bfloat16; it keeps scores and sums in
-float32. With AVX-512 BF16 alone, two batched matmuls through oneDNN take two thirds of the float32 attention's time.
+together, how long they are or how they are padded, so that a text is rounded in a batch as it is alone. torch's fused
+attention keeps scores and sums in float32. With AVX-512 BF16 alone it is slower on bfloat16 than on float32 (twice as
+slow at 8 x 128 on an EPYC), and so are matmuls of bfloat16 with a softmax between them, which round scores as well.
 """
 
-import functools
 import itertools
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from ..kernels.cpu import multiplies_bfloat16, multiplies_in_tiles
+from ..kernels.cpu import multiplies_in_tiles
 
 NAME = "hfq"
 LANES = 16  # floats of the widest vector registers
@@ -28,8 +28,7 @@ def register(*, compiled: bool = False) -> None:
 
     `compiled`: torch's own, which `hfq.runtime.compiling.inductor.attention_template` stands in for.
     """
-    own = functools.partial(bfloat16_attention, tiles=multiplies_in_tiles())
-    AttentionInterface.register(NAME, sdpa_attention_forward if compiled else own)
+    AttentionInterface.register(NAME, sdpa_attention_forward if compiled else bfloat16_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
@@ -46,7 +45,7 @@ class Registration:
 
 def can_replace(model: PreTrainedModel) -> bool:
     """Whether `model` runs torch's attention because nobody asked for another."""
-    return model.config._attn_implementation == "sdpa" and multiplies_bfloat16()
+    return model.config._attn_implementation == "sdpa" and multiplies_in_tiles()
 
 
 def bfloat16_attention(  # noqa: PLR0913 - transformers calls it so
@@ -58,19 +57,16 @@ def bfloat16_attention(  # noqa: PLR0913 - transformers calls it so
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
-    *,
-    tiles: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """`softmax(q k^T * scaling + mask) v` of an encoder: float `[batch, heads, length, size]` to `[batch, length, heads, size]`.
 
     `attention_mask`: bool, true where a key may be seen, broadcast to `[batch, heads, length, keys]`. Products are
     bfloat16 with float32 sums. What an encoder does not do (causal masks, shared key heads, dropout, additive masks) goes
-    to torch's attention; small inputs do not, though they gain nothing, or their outputs would be others. `tiles`: the
-    CPU has AMX. A float32 model may hand over bfloat16 (`hfq.runtime.int8.narrowing`).
+    to torch's attention; small inputs do not, though they gain nothing, or their outputs would be others. A float32 model
+    may hand over bfloat16 (`hfq.runtime.int8.narrowing`).
     """
-    batch, heads, length, size = query.shape
-    keys = key.shape[2]
+    _, heads, _, size = query.shape
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     # Without padding, a causal mask may be left to `is_causal`: the mask does not say whether there is one.
     plain = not causal and key.shape[1] == heads and value.shape == key.shape and not dropout
@@ -83,13 +79,7 @@ def bfloat16_attention(  # noqa: PLR0913 - transformers calls it so
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
     scale = size**-0.5 if scaling is None else scaling
-    if tiles:
-        return fused_attention(query, key, value, attention_mask, scale=scale, dtype=dtype), None
-    scores = torch.bmm(_rows(query).mul_(scale), _rows(key).transpose(1, 2))
-    if attention_mask is not None:
-        scores.view(batch, heads, length, keys).masked_fill_(~attention_mask, torch.finfo(scores.dtype).min)
-    y = torch.bmm(scores.softmax(-1), _rows(value)).view(batch, heads, length, size)
-    return torch.empty(batch, length, heads, size, dtype=dtype).copy_(y.transpose(1, 2)), None
+    return fused_attention(query, key, value, attention_mask, scale=scale, dtype=dtype), None
 
 
 def fused_attention(
@@ -127,8 +117,3 @@ def _dtype_of(module: torch.nn.Module, default: torch.dtype) -> torch.dtype:
     """Of the floats that `module` computes with: an int8 weight that is not packed yet is its parameter, too."""
     near = (p for child in module.children() for p in child._parameters.values() if p is not None)  # takes less time
     return next((p.dtype for p in itertools.chain(near, module.parameters()) if p.is_floating_point()), default)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """`[batch, heads, length, size]` in any layout to bfloat16 `[batch * heads, length, size]`, in one pass."""
-    return torch.empty(x.shape, dtype=torch.bfloat16).copy_(x).flatten(0, 1)

@@ -105,8 +105,7 @@ def wanted_fusions() -> tuple[str, ...]:
 
     The default is "exact", and attention with products of bfloat16 where that keeps scores in float32: compiled on CPUs
     that multiply bfloat16, uncompiled too on those with AMX. It moves the outputs of a float model a fortieth as far as
-    int8 does (MiniLM, logits). Uncompiled and without AMX it rounds scores to 8 bits for its speed: who wants that asks
-    for it, and measures with it. Where the CPU has bfloat16, compiled code also keeps normed numbers so from one residual
+    int8 does (MiniLM, logits). Where the CPU has bfloat16, compiled code also keeps normed numbers so from one residual
     sum to the next; the codes that matmuls read are made before they are rounded.
 
     Behind bfloat16, codes round another way than in stock transformers, which then agrees on fewer outputs: 98.1 % of
@@ -305,7 +304,7 @@ def _fuse_attention(model: nn.Module, example: Mapping[str, Tensor], flow: Flow 
         return
     model.hfq_attention = attention.Registration()  # type: ignore[assignment]
     model.set_attn_implementation(attention.NAME)
-    layers = flow.read_by_attention() if flow is not None and cpu.multiplies_in_tiles() else []
+    layers = flow.read_by_attention() if flow is not None else []
     layers = [layer for layer in layers if layer.activation == "static" and type(layer) is Int8Linear]
     narrowing = Narrowing(model.config, attention=attention.NAME)
     for layer in layers:

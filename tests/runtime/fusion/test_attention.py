@@ -1,4 +1,4 @@
-"""bfloat16 attention answers as torch's does, and only runs where it was asked for and the CPU has bfloat16."""
+"""bfloat16 attention answers as torch's does, and only runs where it was asked for and the CPU has AMX."""
 
 import subprocess
 import sys
@@ -80,27 +80,25 @@ def test_keys_that_are_masked_count_for_nothing() -> None:
     assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("tiles", [False, True])
-def test_a_row_is_rounded_alone_as_in_a_batch(tiles: bool) -> None:
+def test_a_row_is_rounded_alone_as_in_a_batch() -> None:
     query, key, value = tensors(64, 4, 20, 16)
     lengths = torch.arange(64).remainder(16) + 5
     mask = (torch.arange(20) < lengths[:, None])[:, None, None, :]
     with torch.inference_mode():
-        batch, _ = bfloat16_attention(Encoder(), query, key, value, mask, tiles=tiles)
+        batch, _ = bfloat16_attention(Encoder(), query, key, value, mask)
         for row in (0, 7, 15):
             parts = [x[row : row + 1, :, : lengths[row]] for x in (query, key, value)]
             in_float32 = F.scaled_dot_product_attention(*parts).transpose(1, 2)
-            alone, _ = bfloat16_attention(Encoder(), *parts, None, tiles=tiles)
+            alone, _ = bfloat16_attention(Encoder(), *parts, None)
             found = relative_error(batch[row : row + 1, : lengths[row]], alone)
             assert found < relative_error(in_float32, alone) / 2
 
 
-@pytest.mark.parametrize("tiles", [False, True])
-def test_a_decoders_row_is_attended_alone_as_with_padding(tiles: bool) -> None:
+def test_a_decoders_row_is_attended_alone_as_with_padding() -> None:
     query, key, value = tensors(2, 4, 200, 16)
     mask = torch.ones(2, 1, 200, 200, dtype=torch.bool).tril()
-    padded, _ = bfloat16_attention(Decoder(), query, key, value, mask, tiles=tiles)
-    alone, _ = bfloat16_attention(Decoder(), query[:1], key[:1], value[:1], None, tiles=tiles)
+    padded, _ = bfloat16_attention(Decoder(), query, key, value, mask)
+    alone, _ = bfloat16_attention(Decoder(), query[:1], key[:1], value[:1], None)
     assert relative_error(alone, padded[:1]) < 1e-5
 
 
@@ -123,7 +121,7 @@ def test_models_take_it_when_asked(family: str, monkeypatch: pytest.MonkeyPatch)
     model = quantized(tiny(family), Candidate("dynamic"), LONG)
     before = logits(model, LONG)
     fuse(model)
-    native = cpu.multiplies_bfloat16()
+    native = cpu.multiplies_in_tiles()
     assert model.config._attn_implementation == (attention.NAME if native else "sdpa")
     assert relative_error(logits(model, LONG), before) < 0.1
 
@@ -174,7 +172,7 @@ def test_a_fused_model_may_still_be_turned_into_bfloat16(family: str) -> None:
     assert relative_error(answer.float(), before) < 0.1
 
 
-@pytest.mark.skipif(not cpu.multiplies_bfloat16(), reason="this CPU does not multiply bfloat16")
+@needs_tiles
 def test_a_pickled_model_runs_in_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HFQ_FUSIONS", "all")
     model: Any = quantized(tiny(), Candidate("static"), LONG)

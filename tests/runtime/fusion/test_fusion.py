@@ -22,7 +22,7 @@ from hfq.runtime.fusion.encoder_layer import EncoderLayer
 from hfq.runtime.fusion.fuse import fuse
 from hfq.runtime.fusion.residual import NormalizedSum
 from hfq.runtime.int8.linear import Int8Linear
-from hfq.runtime.kernels.cpu import multiplies_bfloat16
+from hfq.runtime.kernels.cpu import multiplies_in_tiles
 from hfq.runtime.kernels.selection import select_kernel
 from hfq.tuning.candidates import Candidate
 
@@ -71,7 +71,7 @@ def test_activation_without_a_kernel_stays_where_it_is(activation: str) -> None:
     before = logits(model, BATCHES)
     fuse(model)
     assert fused_activations(model) == layers_that_return_codes(model) == []
-    assert relative_error(logits(model, BATCHES), before) <= (ROUNDING if multiplies_bfloat16() else 0)
+    assert relative_error(logits(model, BATCHES), before) <= (ROUNDING if multiplies_in_tiles() else 0)
 
 
 def test_float_layer_gets_floats() -> None:
@@ -89,7 +89,7 @@ def test_example_that_does_not_fit_the_model_only_means_less_fusing() -> None:
     before = logits(model, small)
     fuse(model)
     assert len(fused_activations(model)) == 2
-    assert relative_error(logits(model, small), before) < (ROUNDING if multiplies_bfloat16() else 1e-4)
+    assert relative_error(logits(model, small), before) < (ROUNDING if multiplies_in_tiles() else 1e-4)
 
 
 def test_fusing_twice_is_fusing_once() -> None:

@@ -39,7 +39,7 @@ from hfq.ptq.convert import quantize_model
 from hfq.ptq.scheme import Plan
 from hfq.runtime.int8.embedding import Int8Embedding
 from hfq.runtime.int8.packed import memory_mib
-from hfq.runtime.kernels.cpu import multiplies_bfloat16
+from hfq.runtime.kernels.cpu import multiplies_in_tiles
 from hfq.source.checkpoint import Checkpoint, pull
 from hfq.tuning.candidates import Candidate
 
@@ -159,9 +159,9 @@ def test_stock_transformers_gives_the_same_answers(exports: Exports, plan: str) 
     assert not {"Int8Linear", "Int8Embedding"} & set(exports.layers["stock"][plan])
     assert len(stock) >= 200
     assert len(set(stock.argmax(1).tolist())) == 3  # answers differ, so that agreeing means something
-    assert (stock.argmax(1) == ours.argmax(1)).float().mean() >= (0.96 if multiplies_bfloat16() else 0.99)
+    assert (stock.argmax(1) == ours.argmax(1)).float().mean() >= (0.96 if multiplies_in_tiles() else 0.99)
     # On the pooler's two dimensions stock makes one dynamic scale of the whole batch, where hfq makes one a row.
-    far = 0.05 if plan == "dynamic" or multiplies_bfloat16() else 0.01
+    far = 0.05 if plan == "dynamic" or multiplies_in_tiles() else 0.01
     assert (stock - ours).abs().mean() < far * stock.std()
 
 
