@@ -50,6 +50,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
         with pytest.MonkeyPatch.context() as patch:
             path = [str(site), str(ROOT), os.environ.get("PYTHONPATH")]
             patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, path)))
+            patch.setenv("RAY_worker_niceness", "0")  # else they wait until the other tests on this machine have ended
             for name in ("HF_TOKEN", "HF_ENDPOINT"):
                 patch.delenv(name)
             cluster = Cluster(initialize_head=True, head_node_args={**STORE, "include_dashboard": False})
