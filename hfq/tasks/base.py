@@ -360,10 +360,41 @@ class Task(ABC):
         return Fidelity(self) if metric == FIDELITY else self.metrics[metric]
 
 
-def require_column(name: str, features: Mapping[str, Any], flag: str) -> None:
-    """Raises `DataError` where a dataset has no such column."""
-    if name not in features:
-        raise DataError(f"{flag} {name!r} is not a column of the dataset. Columns: {', '.join(features)}.")
+def require_columns(names: Sequence[str], features: Mapping[str, Any], flag: str) -> None:
+    """Raises `DataError` where a dataset lacks one of these columns, which `flag` named."""
+    for name in names:
+        if name not in features:
+            raise DataError(f"{flag} {name!r} is not a column of the dataset. Columns: {', '.join(features)}.")
+
+
+def find_column(
+    features: Mapping[str, Any],
+    requested: Sequence[str],
+    *,
+    known: Sequence[str],
+    held: Sequence[str] = (),
+    what: str,
+    flag: str,
+) -> list[str]:
+    """The one column for a role: the one asked for, else the first that is called by a `known` name, else the only of `held`.
+
+    `what`: that the column holds, and `flag`: by which a user names it, for messages.
+
+    Raises:
+        DataError: it does not exist, or the choice is not clear.
+    """
+    require_columns(requested, features, flag)
+    if len(requested) > 1:
+        raise DataError(
+            f"{len(requested)} columns were given for {what}: {', '.join(requested)}. Name one with {flag}."
+        )
+    found = list(requested) or [name for name in known if name in features][:1] or list(held)
+    if len(found) == 1:
+        return found
+    fitting = f"; that could be it: {', '.join(held)}" if held else ""
+    raise DataError(
+        f"Which column holds {what} is not clear. Columns: {', '.join(features)}{fitting}. Name it with {flag}."
+    )
 
 
 def _has_pipeline(tag: str, auto_class: str) -> bool:

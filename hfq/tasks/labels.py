@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..common.errors import DataError, UnsupportedError
-from .base import require_column
+from .base import require_columns
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -143,8 +143,7 @@ def find_label_column(
         DataError: it does not exist, or the choice is not clear.
     """
     if requested:
-        for name in requested:
-            require_column(name, features, "--label-column")
+        require_columns(requested, features, "--label-column")
         if len(requested) > 1:
             raise DataError(f"{len(requested)} label columns were given; {task} reads one.")
         return list(requested)

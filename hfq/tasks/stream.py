@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 from ..common.errors import DataError
-from .base import Encoding, require_column
+from .base import Encoding, require_columns
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -20,8 +20,7 @@ def find_file_column(
     Raises:
         DataError: it does not exist, or the choice is not clear.
     """
-    for name in requested:
-        require_column(name, features, f"--column {role}=")
+    require_columns(requested, features, f"--column {role}=")
     held = [
         name
         for name, feature in features.items()

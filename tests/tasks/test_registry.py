@@ -3,15 +3,19 @@
 import json
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from support.command import library_python
 from support.trained.training import messages, train
 
 import hfq
+from hfq.common.errors import DataError
 from hfq.hub.local.card import problems
+from hfq.tasks.base import find_column
 from hfq.tasks.registry import tasks
 
 FILE = '''
@@ -83,3 +87,19 @@ def test_the_hub_takes_the_tags_of_every_task() -> None:
     """Else a card is refused after hours, when all is measured."""
     tags = {tag for task in tasks().values() for tag in (task.pipeline_tag, *task.other_tags)}
     assert not [tag for tag in tags if problems(f"---\npipeline_tag: {tag}\n---\n", "model")]
+
+
+@pytest.mark.parametrize(
+    ("requested", "message"),
+    [
+        (["nope"], r"^--column map= 'nope' is not a column of the dataset\. Columns: image, near, far\.$"),
+        (["near", "far"], r"^2 columns were given for the depth: near, far\. Name one with --column map=\.$"),
+        ([], r"^Which column holds the depth is not clear\. Columns: image, near, far; that could be it: near, far\. "),
+    ],
+)
+def test_the_column_of_a_role_is_found_or_asked_for(requested: list[str], message: str) -> None:
+    features = dict.fromkeys(("image", "near", "far"))
+    find = partial(find_column, features, held=["near", "far"], what="the depth", flag="--column map=")
+    with pytest.raises(DataError, match=message):
+        find(requested, known=["depth"])
+    assert find([], known=["depth", "far", "near"]) == find(["far"], known=[]) == ["far"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...common.errors import DataError
-from ..base import Columns, Metric, Outputs, References, SumMetric, Task, Trivial, require_column
+from ..base import Columns, Metric, Outputs, References, SumMetric, Task, Trivial, find_column
 from ..text.tokens import is_text
 from .recordings import AudioTask
 
@@ -84,16 +84,10 @@ class Transcription(AudioTask):
 
     def columns(self, features: Mapping[str, Any], requested: Columns) -> Columns:
         heard = self.inputs(features, requested)
-        named = requested.get("text", ())
-        for name in named:
-            require_column(name, features, "--label-column")
-        found = list(named) or [name for name in TEXTS if name in features and is_text(features[name])][:1]
-        found = found or [name for name, feature in features.items() if is_text(feature)]
-        if len(found) != 1:
-            raise DataError(
-                f"Which column holds what is said is not clear. Columns: {', '.join(features)}. Name it with --label-column."
-            )
-        return {**heard, "text": found}
+        held = [name for name, feature in features.items() if is_text(feature)]
+        known = [name for name in TEXTS if name in held]
+        asked, flag = requested.get("text", ()), "--label-column"
+        return {**heard, "text": find_column(features, asked, known=known, held=held, what="what is said", flag=flag)}
 
     def references(self, rows: "Dataset", columns: Columns, alignment: Any) -> list[Any]:
         """What is said, as the model writes. None where nothing is left of it."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...common.errors import DataError, UnsupportedError
-from ..base import Batch, Columns, Encoding, Metric, Outputs, Processor, References
+from ..base import Batch, Columns, Encoding, Metric, Outputs, Processor, References, find_column
 from ..labels import LabelMap, LabelNames
 from ..stream import Stream
 from .pixels import ImageTask, as_images, picture
@@ -111,11 +111,8 @@ class ObjectDetection(ImageTask):
         return {name: value for name, value in vars(self).items() if name != "reader"}
 
     def columns(self, features: Mapping[str, Any], requested: Columns) -> Columns:
-        named = list(requested.get("label", ())) or [name for name in OBJECTS if name in features][:1]
-        if len(named) != 1 or named[0] not in features:
-            raise DataError(
-                f"Which column holds the objects is not clear. Columns: {', '.join(features)}. Name it with --label-column."
-            )
+        asked, flag = requested.get("label", ()), "--label-column"
+        named = find_column(features, asked, known=OBJECTS, what="the objects", flag=flag)
         _keys(features[named[0]], named[0])
         return {**self.inputs(features, requested), "label": named}
 

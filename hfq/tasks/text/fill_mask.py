@@ -23,7 +23,7 @@ from ..base import (
     Processor,
     References,
     SumMetric,
-    require_column,
+    find_column,
 )
 from ..metrics import other_scores
 from .tokens import TextTask, is_text, texts
@@ -69,19 +69,10 @@ class FillMask(TextTask):
         return Processor(found.tool, max_length or min(found.max_length, LENGTH))
 
     def columns(self, features: Mapping[str, Any], requested: Columns) -> Columns:
-        names = requested.get("text", ())
-        if len(names) > 1:
-            raise DataError(f"--text-column was given {len(names)} times; {self.name} reads one text.")
-        for name in names:
-            require_column(name, features, "--text-column")
         held = [name for name, kind in features.items() if is_text(kind)]
-        found = list(names) or [name for name in KNOWN_TEXTS if name in held][:1] or held
-        if len(found) == 1:
-            return {"text": found}
-        raise DataError(
-            f"Which column holds the text is not clear. Columns: {', '.join(features)}; with text: "
-            f"{', '.join(held) or 'none'}. Name it with --text-column."
-        )
+        known = [name for name in KNOWN_TEXTS if name in held]
+        asked, flag = requested.get("text", ()), "--text-column"
+        return {"text": find_column(features, asked, known=known, held=held, what="the text", flag=flag)}
 
     def align(self, splits: Sequence["Dataset"], columns: Columns) -> Itself:
         return Itself()

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from ...common.errors import DataError
-from ..base import Batch, Columns, Encoding, Metric, Outputs, Processor, References, Trivial, require_column
+from ..base import Batch, Columns, Encoding, Metric, Outputs, Processor, References, Trivial, require_columns
 from ..classification import right
 from ..labels import find_label_column
 from ..metrics import MeanOf, leads, stacked
-from .tokens import TextTask, is_mixed, is_text, known_texts, texts
+from .tokens import TextTask, find_texts, is_mixed, is_text, texts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -71,7 +71,9 @@ class MultipleChoice(TextTask):
 
     def inputs(self, features: Mapping[str, Any], requested: Columns) -> Columns:
         choices = _find_choices(features, requested.get("choices", ()))
-        return {"text": _find_texts(features, requested.get("text", ()), choices), "choices": choices}
+        what = "the text before the choices"
+        found = find_texts(features, requested.get("text", ()), known=KNOWN_TEXTS, without=choices, what=what)
+        return {"text": found, "choices": choices}
 
     def align(self, splits: Sequence["Dataset"], columns: Columns) -> Places:
         (column,) = columns["label"]
@@ -168,8 +170,7 @@ class MultipleChoice(TextTask):
 
 def _find_choices(features: Mapping[str, Any], requested: Sequence[str]) -> list[str]:
     if requested:
-        for name in requested:
-            require_column(name, features, "--column choices=")
+        require_columns(requested, features, "--column choices=")
         return list(requested)
     numbered: dict[str, list[str]] = {}
     for name, kind in features.items():
@@ -183,24 +184,6 @@ def _find_choices(features: Mapping[str, Any], requested: Sequence[str]) -> list
     raise DataError(
         f"Which columns hold the choices is not clear. Columns: {', '.join(features)}. Name one with lists, or one for each "
         "choice, with --column choices=…"
-    )
-
-
-def _find_texts(features: Mapping[str, Any], requested: Sequence[str], choices: Sequence[str]) -> list[str]:
-    if requested:
-        for name in requested:
-            require_column(name, features, "--text-column")
-        if len(requested) > 2:
-            raise DataError(f"--text-column was given {len(requested)} times; choices follow one text or two.")
-        return list(requested)
-    if names := known_texts(features, KNOWN_TEXTS, without=choices):
-        return names
-    held = [name for name, kind in features.items() if is_text(kind) and name not in choices]
-    if len(held) == 1:
-        return held
-    raise DataError(
-        f"Which column holds the text before the choices is not clear. Columns: {', '.join(features)}; with text: "
-        f"{', '.join(held) or 'none'}. Name it with --text-column."
     )
 
 

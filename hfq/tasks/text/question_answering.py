@@ -18,7 +18,7 @@ from torch import Tensor
 from ...common.errors import DataError
 from ...common.names import REPORT_FILE
 from ...common.reading import read_json
-from ..base import Batch, Columns, Encoding, Metric, Outputs, Processor, References, SumMetric, Trivial, require_column
+from ..base import Batch, Columns, Encoding, Metric, Outputs, Processor, References, SumMetric, Trivial, find_column
 from ..metrics import other_scores
 from .tokens import TextTask, texts
 
@@ -393,15 +393,8 @@ def _least_room(questions: Sequence[str], processor: Processor) -> int:
 
 
 def _column(role: str, features: Mapping[str, Any], requested: Columns) -> list[str]:
-    names = list(requested.get(role, ()))
-    for name in names:
-        require_column(name, features, f"--column {role}=")
-    found = names or [name for name in KNOWN[role] if name in features][:1]
-    if len(found) != 1:
-        raise DataError(
-            f"Which column holds the {role} is not clear. Columns: {', '.join(features)}. Name one with --column {role}=…"
-        )
-    return found
+    flag = f"--column {role}=…"
+    return find_column(features, requested.get(role, ()), known=KNOWN[role], what=f"the {role}", flag=flag)
 
 
 def _texts(value: Any, column: str) -> list[Any] | None:

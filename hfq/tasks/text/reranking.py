@@ -17,7 +17,7 @@ from torch import Tensor
 from ...common.errors import DataError
 from ...source.metadata import read_card
 from ...source.sentence_model import read_sentence_model
-from ..base import Columns, Metric, Outputs, References, Trivial, require_column
+from ..base import Columns, Metric, Outputs, References, Trivial, require_columns
 from ..labels import count_labels
 from ..metrics import Torchmetric
 from .ranking import Ranking, gains_in_order, ranking_metrics
@@ -117,8 +117,7 @@ class Reranking(Regression):
     def inputs(self, features: Mapping[str, Any], requested: Columns) -> Columns:
         """The columns of query and passage."""
         asked = list(requested.get("text", ()))
-        for name in asked:
-            require_column(name, features, "--text-column")
+        require_columns(asked, features, "--text-column")
         if not asked and (pair := known_texts(features, (FLAT[:2], *POSITIVES, *PAIRS))):
             return {"text": pair}
         found = [name for name, feature in features.items() if is_text(feature)]

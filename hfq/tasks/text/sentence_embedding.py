@@ -17,7 +17,7 @@ from torch.nn.functional import cosine_similarity, pad
 
 from ...common.errors import DataError, UsageError
 from ...source.sentence_model import SentenceModel, import_sentence_transformers, load_head, read_sentence_model
-from ..base import Batch, Columns, Encoding, Metric, Outputs, Processor, References, Trivial, require_column
+from ..base import Batch, Columns, Encoding, Metric, Outputs, Processor, References, Trivial, require_columns
 from ..labels import check_varied
 from ..metrics import MeanOf, Torchmetric, stacked
 from .ranking import DEPTH, Ranking, gains_in_order, ranking_metrics
@@ -417,8 +417,7 @@ def _same_neighbours(similarity: str, first: Tensor, second: Tensor) -> float:
 
 def _text_columns(features: Mapping[str, Any], requested: Columns) -> list[str]:
     asked = list(requested.get("text", ()))
-    for name in asked:
-        require_column(name, features, "--text-column")
+    require_columns(asked, features, "--text-column")
     if len(asked) > 3:
         raise DataError(
             f"--text-column was given {len(asked)} times; at most three texts are compared with each other."
@@ -439,8 +438,7 @@ def _text_columns(features: Mapping[str, Any], requested: Columns) -> list[str]:
 
 def score_column(features: Mapping[str, Any], requested: Columns, names: Sequence[str]) -> list[str]:
     asked = list(requested.get("label", ()))
-    for name in asked:
-        require_column(name, features, "--label-column")
+    require_columns(asked, features, "--label-column")
     if len(asked) > 1:
         raise DataError(f"{len(asked)} label columns were given; a pair has one score.")
     return asked or [name for name in SCORES if name in features and name not in names][:1]

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...common.errors import DataError
-from ..base import Columns, Encoding, Processor, require_column
+from ..base import Columns, Encoding, Processor
 from ..labels import find_label_column
-from .tokens import TextTask, is_mixed, is_text, known_texts, texts
+from .tokens import TextTask, find_texts, texts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -47,21 +47,6 @@ class SequenceTask(TextTask):
         return find_label_column(features, requested, names=self.label_columns, task=self.name)
 
     def _find_texts(self, features: Mapping[str, Any], requested: Sequence[str], labels: Sequence[str]) -> list[str]:
-        if requested:
-            for name in requested:
-                require_column(name, features, "--text-column")
-                if name in labels:
-                    raise DataError(f"--text-column names the column {name!r}, which holds the label and not a text.")
-            if len(requested) > 2:
-                raise DataError(f"--text-column was given {len(requested)} times; a model reads one text or a pair.")
-            return list(requested)
-        if pair := known_texts(features, KNOWN_PAIRS, without=labels):
-            return pair
-        found = [name for name, feature in features.items() if is_text(feature) and name not in labels]
-        found = found or [name for name, feature in features.items() if is_mixed(feature) and name not in labels]
-        if len(found) == 1:
-            return found
-        raise DataError(
-            f"Which columns hold the text is not clear. Columns: {', '.join(features)}; with text: "
-            f"{', '.join(found) or 'none'}. Name them with --text-column, in order."
-        )
+        if both := [name for name in requested if name in labels]:
+            raise DataError(f"--text-column names the column {both[0]!r}, which holds the label and not a text.")
+        return find_texts(features, requested, known=KNOWN_PAIRS, without=labels)

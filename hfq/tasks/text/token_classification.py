@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...common.errors import DataError
-from ..base import Batch, Columns, Encoding, Metric, Outputs, Processor, References, SumMetric, Trivial, require_column
+from ..base import Batch, Columns, Encoding, Metric, Outputs, Processor, References, SumMetric, Trivial, require_columns
 from ..labels import WITHOUT_LABELS, LabelMap, LabelNames, check_varied
 from ..metrics import leads
 from .tokens import TextTask, is_text, texts
@@ -269,7 +269,7 @@ def _one_of(
     flag: str,
 ) -> str:
     if requested:
-        require_column(requested[0], features, flag)
+        require_columns(requested, features, flag)
         if requested[0] not in lists or len(requested) > 1:
             raise DataError(f"{flag} {', '.join(requested)}: expected one column that holds a list for each example.")
         return requested[0]

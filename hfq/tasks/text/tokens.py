@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...common.errors import DataError, UsageError
-from ..base import Batch, Encoding, Processor, Task
+from ..base import Batch, Encoding, Processor, Task, require_columns
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -90,6 +90,35 @@ def is_mixed(feature: Any) -> bool:
     from datasets import Json
 
     return isinstance(feature, Json)
+
+
+def find_texts(
+    features: Mapping[str, Any],
+    requested: Sequence[str],
+    *,
+    known: Sequence[Sequence[str]],
+    without: Sequence[str],
+    what: str = "the text",
+) -> list[str]:
+    """One column of texts or two: those asked for, else as `known_texts` finds them, else the only one.
+
+    Raises:
+        DataError: one does not exist, or the choice is not clear.
+    """
+    require_columns(requested, features, "--text-column")
+    if len(requested) > 2:
+        raise DataError(f"--text-column was given {len(requested)} times; a model reads one text or a pair.")
+    if found := list(requested) or known_texts(features, known, without=without):
+        return found
+    rest = {name: feature for name, feature in features.items() if name not in without}
+    found = [name for name, feature in rest.items() if is_text(feature)]
+    found = found or [name for name, feature in rest.items() if is_mixed(feature)]
+    if len(found) == 1:
+        return found
+    raise DataError(
+        f"Which columns hold {what} is not clear. Columns: {', '.join(features)}; with text: "
+        f"{', '.join(found) or 'none'}. Name them with --text-column, in order."
+    )
 
 
 def known_texts(
