@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from support.command import library_python
 from support.trained.training import messages, train
 
@@ -87,6 +88,15 @@ def test_the_hub_takes_the_tags_of_every_task() -> None:
     """Else a card is refused after hours, when all is measured."""
     tags = {tag for task in tasks().values() for tag in (task.pipeline_tag, *task.other_tags)}
     assert not [tag for tag in tags if problems(f"---\npipeline_tag: {tag}\n---\n", "model")]
+
+
+def test_every_task_is_whole() -> None:
+    """Else the first checkpoint says so, or any checkpoint: all tasks are asked whether it is theirs."""
+    lacking = {name: sorted(task.__abstractmethods__) for name, task in tasks().items() if task.__abstractmethods__}
+    assert not lacking
+    for task in tasks().values():
+        assert hasattr(transformers, task.auto_class), f"{task.name}: {task.auto_class}"
+        assert task.text_role in task.roles, f"{task.name}: --text-column names no column of it"
 
 
 @pytest.mark.parametrize(
