@@ -4,7 +4,6 @@ Durations here are only a trial's own forward passes; published timings come fro
 """
 
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,9 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..common.errors import UsageError
 from ..common.silence import silent
-from ..runtime.fusion.snapshot import drawing_alike
 from ..tasks.base import Batch, Task
-from .evaluate import Engine
+from .evaluate import Engine, timed_outputs
 
 LIGHTNING = (
     "lightning.pytorch",
@@ -83,12 +81,10 @@ class _Validation(LightningModule):
 
     def validation_step(self, indexed_batch: tuple[int, Batch], _: int) -> None:
         position, batch = indexed_batch
-        start = time.perf_counter()
-        with drawing_alike():
-            outputs = self.task.outputs(self.model, batch)
-        self.seconds += time.perf_counter() - start
+        outputs, seconds = timed_outputs(self.model, batch, task=self.task)
+        self.seconds += seconds
         for row, output in enumerate(outputs):
-            self.outputs[f"{position}.{row}"] = output.cpu().clone()
+            self.outputs[f"{position}.{row}"] = output
 
     def on_validation_epoch_end(self) -> None:
         path = self.folder / f"{self.global_rank}.safetensors"
