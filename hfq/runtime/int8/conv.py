@@ -264,6 +264,7 @@ class _PackedConv:
     def __init__(self, codes: Tensor, *, zero_point: int, geometry: Geometry) -> None:
         self.shape = codes.shape
         self.weight = prepack(codes, zero_point=zero_point, geometry=geometry)
+        self.parameter = None
 
     def unpack(self) -> Tensor:
         return self.weight.to_dense().reshape(self.shape)

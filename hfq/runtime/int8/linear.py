@@ -220,7 +220,12 @@ class PackedLinear:
         if any(module.bias is not None for module in modules):
             self.bias = torch.cat([_bias(module) for module in modules])
         from_file = all(module._in_file_at is not None for module in modules)
-        self.weight = sharing.pack(self.kernel, [codes for codes, _ in rows], self.scale, from_file=from_file)
+        self.parameter: nn.Parameter | None = None
+        plain, codes = first._parameters.get("weight"), rows[0][0]
+        if self.activation == "weight-only" and plain is not None and codes.data_ptr() == plain.data_ptr():
+            self.parameter, self.weight = plain, codes  # the embeddings', which are there anyhow
+        else:
+            self.weight = sharing.pack(self.kernel, [codes for codes, _ in rows], self.scale, from_file=from_file)
         if isinstance(self.kernel, CheckedKernel) and not self.weight.is_mkldnn:
             self.kernel = PortableKernel()
         self.as_stored = first.as_stored  # a function, not a method: what a module owns is not to own the module

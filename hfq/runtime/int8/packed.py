@@ -69,7 +69,7 @@ class PackedModule(nn.Module):
     def unpack(self) -> None:
         """Take the weight back as a plain parameter."""
         if self._packed is not None:
-            self._parameters["weight"] = frozen(self._packed.unpack())
+            self._parameters["weight"] = _plain(self._packed)
             self._packed = None
 
     def __getattr__(self, name: str) -> Any:
@@ -78,16 +78,16 @@ class PackedModule(nn.Module):
             self.free_weight()
         if name == "weight" and packed is not None:
             with unrecorded() if is_recorded() else nullcontext():
-                return frozen(packed.unpack())  # for model code that looks at a weight's dtype or device
+                return _plain(packed)  # for model code that looks at a weight's dtype or device
         return super().__getattr__(name)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry the plain weight: packed tensors are opaque and belong to this CPU."""
         state = self.__dict__.copy()
         if self._packed is not None:
-            weight = frozen(self._packed.unpack())
-            started = get_spawning_popen() is not None
-            state["_parameters"] = {**self._parameters, "weight": _ByValue(weight) if started else weight}
+            weight = _plain(self._packed)
+            is_made = self._packed.parameter is None and get_spawning_popen() is not None
+            state["_parameters"] = {**self._parameters, "weight": _ByValue(weight) if is_made else weight}
             state["_packed"] = None
         return state
 
@@ -122,20 +122,24 @@ class _ByValue:
 
 
 class PackedWeight(Protocol):
-    """What a kernel computes with. `unpack` gives the int8 weight back, bit for bit."""
+    """What a kernel computes with. `unpack` gives the int8 weight back, bit for bit.
+
+    `parameter`: the plain weight itself where that is what runs, as it may be an embedding's too; else None.
+    """
+
+    @property
+    def parameter(self) -> nn.Parameter | None: ...
 
     def unpack(self) -> Tensor: ...
 
 
 def memory_mib(model: nn.Module) -> float:
     """Parameters and buffers in memory, MiB. A packed weight counts as the int8 weight it holds."""
-    seen: dict[int, int] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        seen[id(tensor)] = tensor.numel() * tensor.element_size()
-    packed = sum(
-        math.prod(m.weight_shape) for m in model.modules() if isinstance(m, PackedModule) and m._packed is not None
-    )
-    return (sum(seen.values()) + packed) / 2**20
+    packed = [m for m in model.modules() if isinstance(m, PackedModule) and m._packed is not None]
+    plain = [m._packed.parameter for m in packed if m._packed is not None and m._packed.parameter is not None]
+    seen = {id(tensor): tensor.nbytes for tensor in [*model.parameters(), *model.buffers(), *plain]}
+    opaque = sum(math.prod(m.weight_shape) for m in packed) - sum(weight.numel() for weight in plain)
+    return (sum(seen.values()) + opaque) / 2**20
 
 
 def state_mib(model: nn.Module) -> float:
@@ -173,6 +177,10 @@ def input_codes(module: PackedModule) -> tuple[float, int]:
 
 def _weight_of(numbers: Any) -> nn.Parameter:
     return frozen(torch.from_numpy(numbers))
+
+
+def _plain(packed: PackedWeight) -> nn.Parameter:
+    return frozen(packed.unpack()) if packed.parameter is None else packed.parameter
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:

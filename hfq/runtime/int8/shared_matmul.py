@@ -18,6 +18,7 @@ class _Slice:
     def __init__(self, shared: "SharedMatmul", start: int, stop: int) -> None:
         self.shared = shared
         self.start, self.stop = start, stop
+        self.parameter = None
 
     def __call__(
         self, x: Tensor, post_op: PostOp | None, residual: Tensor | None = None, in_place: bool = False

@@ -1,6 +1,7 @@
 """Who opens an int8 folder gets the model that was written: by its class or another, with hfq and without."""
 
 import inspect
+import pickle
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from hfq.export.checkpoint import write_weights_and_config
 from hfq.ptq.convert import quantize_model
 from hfq.ptq.scheme import LayerScheme, Plan
+from hfq.runtime.int8.packed import memory_mib
 from hfq.runtime.loading.stock import stock_transformers
 from hfq.tuning.candidates import Candidate
 
@@ -112,3 +114,19 @@ def test_large_weights_without_an_int8_form_are_stored_in_16_bits(tmp_path: Path
             loaded = getattr(transformers, family.model).from_pretrained(tmp_path / "saved").eval()
         assert torch.equal(loaded.get_parameter(name), int8.get_parameter(name))
         assert relative_error(answer(loaded, family.inputs()), answer(int8, family.inputs())) < NEAR
+
+
+@pytest.mark.parametrize("name", ["bert with words", "llama, tied", "t5"])
+def test_a_head_and_its_embeddings_are_one_weight_after_forwards_too(name: str, tmp_path: Path) -> None:
+    write_mixed(FAMILIES[name], tmp_path / "saved")
+    model = getattr(transformers, FAMILIES[name].model).from_pretrained(tmp_path / "saved").eval()
+    before, fresh = memory_mib(model), len(pickle.dumps(model))
+    expected = answer(model, FAMILIES[name].inputs())
+    weight = model.get_output_embeddings().weight
+    assert weight.dtype == torch.int8 and weight is model.get_input_embeddings().weight
+    assert memory_mib(model) == before
+    content = pickle.dumps(model)
+    assert len(content) < fresh + weight.nbytes
+    twin = pickle.loads(content)
+    assert torch.equal(answer(twin, FAMILIES[name].inputs()), expected)
+    assert twin.get_output_embeddings().weight is twin.get_input_embeddings().weight
