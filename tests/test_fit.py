@@ -641,6 +641,17 @@ def test_torch_transformer_layers_run_by_their_modules(tmp_path: Path) -> None:
         assert torch.equal(loaded(**inputs), int8(**inputs))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_is_saved_in_whatever_mode_and_dtype_a_trainer_left_it(dtype: torch.dtype, tmp_path: Path) -> None:
+    batches = token_batches(1)
+    int8 = fit(tiny(), PostTrainingQuantConfig(approach="dynamic"), calib_dataloader=batches).train().to(dtype)
+    int8.save(tmp_path / "saved")
+    assert all(module.training for module in int8.modules())
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    with torch.inference_mode():
+        assert relative_error(int8.eval()(**batches[0]).logits.float(), loaded(**batches[0]).logits) < 0.05
+
+
 def test_what_stock_transformers_would_open_otherwise_is_not_saved(tmp_path: Path) -> None:
     int8 = fit(tiny(), PostTrainingQuantConfig(), token_batches(1))
     int8.bert.pooler.dense.forward = lambda x: x * 3  # which no folder holds

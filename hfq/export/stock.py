@@ -98,7 +98,7 @@ def _differences(model: nn.Module, stock: nn.Module, *, widened: bool) -> Iterat
     for name, module in int8.items():
         found: Any = stock.get_submodule(name)
         codes = module.codes if isinstance(module, Int8Conv) else module.weight.detach()
-        if not _alike(found.weight, codes * module.weight_scale.detach()):
+        if not _alike(found.weight, codes * module.weight_scale.detach().float()):
             yield f"{name} has another weight"
         if not widened and _activation(found) != getattr(module, "activation", "weight-only"):
             yield f"{name} runs with {_activation(found)} activations"
@@ -127,8 +127,14 @@ def _alike(found: Tensor, expected: Tensor) -> bool:
 
 @torch.inference_mode()
 def _other_answer(model: nn.Module, stock: nn.Module, batch: Batch) -> str | None:
-    with unchanged(model):
-        ours = _answer(model, batch)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()  # or what dropout makes of it is compared
+    try:
+        with unchanged(model):
+            ours = _answer(model, batch)
+    finally:
+        for module, mode in modes:
+            module.training = mode
     return answers_otherwise(ours, _answer(stock, batch))
 
 
