@@ -15,6 +15,7 @@ from torch import Tensor, nn
 _MOST = 100_000  # things that are looked into, those that are nearest to the modules first
 _OTHERS = ("torch", "hfq", "lightning", "pytorch_lightning")  # whose objects are no model's memory
 _CONTAINERS = (dict, list, set, deque)
+_HOOKS = vars(nn.Module()).keys() - {"_buffers", "_modules"}  # and the like: no forward changes what torch holds there
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
 
 
@@ -95,6 +96,8 @@ def _reachable(model: nn.Module) -> Iterator[tuple[Any, Any]]:
         yield value, content
         if not isinstance(content, Tensor | np.ndarray):
             inside = content.values() if isinstance(content, dict) else content
+            if isinstance(value, nn.Module):
+                inside = [item for name, item in content.items() if name not in _HOOKS]
             ahead += [item for item in inside if _may_change(item)]
 
 
