@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 
 from ...common.version import __version__
 from ..int8.linear import packed_linears
-from ..kernels.cpu import compiles_to_bfloat16, is_compiled
+from ..kernels.cpu import compiles_to_bfloat16, is_compiled, onednn_settings
 from ..kernels.native import machine, take_tensors
 from .difference import Forward, differs
 from .folders import trusted
@@ -340,10 +340,13 @@ def made_with() -> dict[str, Any]:
         "transformers": transformers.__version__,
         "hfq": __version__,
         "code of hfq": _own_code(),
-        "setting": [f"{name}={value}" for name, value in sorted(os.environ.items()) if _is_setting(name)],
+        "setting": [
+            *(f"{name}={value}" for name, value in sorted(os.environ.items()) if _is_setting(name)),
+            *onednn_settings(),
+        ],
         "CPU": machine(),
     }
 
 
 def _is_setting(name: str) -> bool:
-    return name.startswith(("TORCHINDUCTOR_", "AOT_INDUCTOR_", "ONEDNN_", "DNNL_")) and not name.endswith("_CACHE_DIR")
+    return name.startswith(("TORCHINDUCTOR_", "AOT_INDUCTOR_")) and not name.endswith("_CACHE_DIR")

@@ -22,6 +22,12 @@ def can_compile() -> bool:
     return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") and not onednn_is_limited()
 
 
+def onednn_settings() -> list[str]:
+    """What the user told oneDNN that decides layouts and machine code, as `NAME=value`."""
+    told = (f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(("ONEDNN_", "DNNL_")))
+    return [setting for setting in told if "CACHE_CAPACITY" not in setting]
+
+
 def onednn_is_limited() -> bool:
     """Whether oneDNN is told of a lesser CPU."""
     return any(os.environ.get(name) for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"))

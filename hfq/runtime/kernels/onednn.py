@@ -1,11 +1,19 @@
 """oneDNN's int8 matmul, through torch."""
 
+import os
+
 import torch
 from torch import Tensor
 
 from . import packing
 from .kernel import PLAIN, Codes, Epilogue, PostOp, added, apply_post_op, quantize_uint8, token_scale
 from .weight_memory import WeightMemory
+
+PRIMITIVES = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+# oneDNN keeps machine code for each shape that it was given, a quarter of a MiB or more
+# each. It would keep 1,024 of them, which ragged texts fill in a minute; a few shapes of a large model are a hundred.
+# It reads this when it first computes.
+os.environ.setdefault(PRIMITIVES, "256")
 
 DYNAMIC_ROWS = 1024  # tokens quantized and multiplied at a time: their floats stay out of the peak
 MANY_NUMBERS = 1 << 20  # of a sum that takes memory of its own: a sum after the matmul is faster than oneDNN's in it

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ...common.version import __version__
+from .cpu import onednn_settings
 from .kernel import Kernel
 from .native import machine, packed_tensor
 from .onednn import OneDnnKernel
@@ -99,9 +100,8 @@ def _name(weights: Sequence[Tensor]) -> str:
 @lru_cache(maxsize=1)
 def _setting() -> list[str]:
     """What decides a layout beside the weight: the code that packs, what it was told, and the CPU."""
-    told = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(("ONEDNN_", "DNNL_"))]
     built = torch.__config__.show()  # oneDNN's version is in it
-    return [__version__, torch.__version__, str(torch.version.git_version), built, *told, *machine()]
+    return [__version__, torch.__version__, str(torch.version.git_version), built, *onednn_settings(), *machine()]
 
 
 def _map(folder: int, name: str) -> Tensor:
