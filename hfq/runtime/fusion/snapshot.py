@@ -3,6 +3,7 @@
 Some models change themselves for good by what they are given: BigBird gives up sparse attention after one short text.
 """
 
+import re
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 _MOST = 100_000  # things that are looked into, those that are nearest to the modules first
 _OTHERS = ("torch", "hfq", "lightning", "pytorch_lightning")  # whose objects are no model's memory
 _CONTAINERS = (dict, list, set, deque)
-_HOOKS = vars(nn.Module()).keys() - {"_buffers", "_modules"}  # and the like: no forward changes what torch holds there
+# What torch holds for other times than a forward. Of a forward's own hooks, transformers puts some there in the first.
+_ELSEWHERE = {name for name in vars(nn.Module()) if re.search("parameters|backward|state_dict|persistent", name)}
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
 
 
@@ -97,7 +99,7 @@ def _reachable(model: nn.Module) -> Iterator[tuple[Any, Any]]:
         if not isinstance(content, Tensor | np.ndarray):
             inside = content.values() if isinstance(content, dict) else content
             if isinstance(value, nn.Module):
-                inside = [item for name, item in content.items() if name not in _HOOKS]
+                inside = [item for name, item in content.items() if name not in _ELSEWHERE]
             ahead += [item for item in inside if _may_change(item)]
 
 
