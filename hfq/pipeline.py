@@ -35,7 +35,7 @@ from .measure.compare import (
 from .measure.evaluate import Evaluation
 from .measure.hardware import hardware
 from .measure.sequential import evaluate_until_decided
-from .measure.timing import Subject, examples_in, measure, some_batches
+from .measure.timing import Subject, examples_in, measure, timed_batches
 from .output import check_output, finish, work_folder
 from .ptq.convert import quantize_model
 from .ptq.graph import Fold
@@ -207,7 +207,7 @@ def evaluate_checkpoint(
     ui.stage("Evaluate")
     model = compile(session.model) if compiled else session.model
     found = evaluate_split(session, model, session.evaluation, session.data.evaluation)
-    batches = some_batches(session.evaluation)
+    batches = timed_batches(session.evaluation)
     subject = Subject(session.checkpoint, session.task, compiled=compiled, trust_remote_code=recipe.trust_remote_code)
     (timing,) = measure([subject], batches, threads=recipe.threads)
     info = session.data.info

@@ -21,7 +21,7 @@ from .evaluate import Engine, Evaluation, evaluate, judged
 from .figures import Comparison, Measurement, StockComparison
 from .kept_outputs import keeping_outputs
 from .statistics import mcnemar_p, middle, on_others
-from .timing import Subject, Timing, examples_in, measure, outputs_of, some_batches, some_places
+from .timing import Subject, Timing, examples_in, measure, outputs_of, some_batches, some_places, timed_batches
 
 TIE = 4.5  # times the middle one: three standard deviations of what moves by chance
 COMPARED = (256, 512)  # examples, of the tuning split and of the holdout, with stock: that takes twice as long as FP32
@@ -95,7 +95,7 @@ def measure_export(
         stock = compare_with_stock(session, ours, exported, held_out=True)
         ui.note(f"stock transformers agrees to {stock.agreement:.2%} on {stock.examples} examples there")
 
-    batches = some_batches(session.evaluation)
+    batches = timed_batches(session.evaluation)
     subjects = [
         Subject(checkpoint, session.task, trust_remote_code=remote) for checkpoint in (session.checkpoint, exported)
     ]

@@ -45,7 +45,15 @@ class Subject:
     trust_remote_code: bool = False
 
 
-def some_batches(batches: Sequence[Batch], examples: int = TIMED_EXAMPLES) -> list[Batch]:
+def timed_batches(batches: Sequence[Batch]) -> list[Batch]:
+    """Some of the full batches: a rest of two texts tells neither speed nor peak, though it holds the longest."""
+    some = some_batches(batches, TIMED_EXAMPLES)
+    if len(some) < len(batches) > 1 and count(some[-1]) < count(full := batches[len(batches) - 2]):
+        some[-1] = full
+    return some
+
+
+def some_batches(batches: Sequence[Batch], examples: int) -> list[Batch]:
     """Batches of up to so many examples, evenly spaced over all of them, which are sorted by length."""
     return [batches[place] for place in some_places(batches, examples)]
 

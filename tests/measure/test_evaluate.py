@@ -10,6 +10,7 @@ from transformers import AutoModelForSequenceClassification
 
 from hfq.common.errors import HfqError, UsageError
 from hfq.measure.evaluate import Engine, Evaluation, evaluate
+from hfq.measure.timing import timed_batches
 from hfq.tasks.registry import make_task
 
 
@@ -44,3 +45,9 @@ def test_numbers_that_are_none_are_refused(engine: Engine) -> None:
     torch.nn.init.constant_(broken.classifier.bias, float("nan"))
     with pytest.raises(HfqError, match="NaN or infinity"):
         evaluated(broken, engine)
+
+
+def test_full_batches_are_timed_and_not_the_rest_of_a_split() -> None:
+    batches = [*token_batches(20, rows=32), *token_batches(1, rows=2)]
+    assert [len(batch["input_ids"]) for batch in timed_batches(batches)] == [32, 32]
+    assert len(timed_batches(batches[-2:])) == 2  # so few are all timed
