@@ -107,6 +107,7 @@ def find_target(to: str | None, name: str, *, token: str | None) -> str:
 
     Raises what `resolve_repo_id` does.
     """
+    _check_name(to or name)
     resolve_repo_id(None, default_name="any", token=token)  # asks whatever `to` is
     return resolve_repo_id(to, default_name=f"{name}-int8", token=token)
 
@@ -175,19 +176,23 @@ def resolve_repo_id(repo_id: str | None, *, default_name: str, token: str | None
         HubError: no token, or a bad one.
     """
     name = repo_id or default_name
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        raise UsageError(
-            f"{name!r} cannot name a repository. Expected 'name' or 'user/name' of up to 96 letters, digits "
-            "and single '-', '_' or '.' each."
-        ) from error
+    _check_name(name)
     if "/" in name:
         return name
     be_patient()
     token = _require_token(token)
     with explained("Asking the Hub whose token this is"):
         return f"{HfApi(token=token).whoami()['name']}/{name}"
+
+
+def _check_name(repo_id: str) -> None:
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UsageError(
+            f"{repo_id!r} cannot name a repository. Expected 'name' or 'user/name' of up to 96 letters, digits "
+            "and single '-', '_' or '.' each."
+        ) from error
 
 
 def validate_card(text: str) -> None:

@@ -252,8 +252,12 @@ def report_command(
         )
     if output.is_dir():
         raise UsageError(f"--output {output} is a folder. Expected a file, such as {output / 'report.html'}.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_text(output, render_page(found))
+    page = render_page(found)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_text(output, page)
+    except OSError as error:
+        raise UsageError(f"{output} cannot be written: {error.strerror or error}. Choose another --output.") from error
     Reporter().stage(f"Wrote {output}")
 
 

@@ -21,13 +21,19 @@ class SourceError(HfqError):
 
 
 class WrongCheckpointError(SourceError):
-    """The checkpoint is whole, and none for this command."""
+    """What the arguments name is no checkpoint, or a whole one that is none for this command."""
 
     exit_code = 2
 
 
 class DataError(HfqError):
     """The dataset cannot be had, or does not fit the task or the checkpoint's labels."""
+
+
+class WrongDataError(DataError):
+    """The arguments name what is not there, a dataset, split or column, or leave open which one is meant."""
+
+    exit_code = 2
 
 
 class UnsupportedError(HfqError):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-from ..common.errors import DataError, HfqError, UsageError
+from ..common.errors import DataError, HfqError, UsageError, WrongDataError
 from ..common.files import user_path
 from ..common.names import is_path
 from ..common.reading import check_yaml, read_json, read_text
@@ -36,6 +36,7 @@ READERS = {
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 _SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` writes
 _LONGEST_REASON = 400  # characters
+_NO_SUBSET = ("BuilderConfig ", "Config name is missing")
 _SAYS_NOTHING = "An error occurred while generating the dataset"
 
 
@@ -43,8 +44,10 @@ def load_splits(name: str, subset: str | None, *, token: str | None) -> "tuple[D
     """The splits of a dataset, and the commit it is at if it comes from the Hub.
 
     Raises:
-        DataError: it cannot be found or read; the message says why.
+        WrongDataError: there is none of that name here, or no such subset.
+        DataError: it cannot be read; the message says why.
     """
+    from datasets.data_files import EmptyDatasetError
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
@@ -72,14 +75,16 @@ def load_splits(name: str, subset: str | None, *, token: str | None) -> "tuple[D
                     f"Dataset {name} is prepared in the cache, which cannot be written: {_reason(cause)}. Set HF_HOME to a "
                     "folder that can."
                 ) from error
-        raise DataError(
+        if isinstance(error, ValueError) and str(error).startswith(_NO_SUBSET):
+            raise WrongDataError(f"Dataset {name}: {_reason(error)}. Name a subset with --subset.") from error
+        raise (WrongDataError if isinstance(error, EmptyDatasetError) else DataError)(
             f"Dataset {name} cannot be loaded: {_reason(error)}. "
             "Expected a Hub id, a folder, or a CSV, JSON or Parquet file, of rows with text and label; or plain text (.txt)."
         ) from error
 
 
 def _load(name: str, subset: str | None, token: str | None) -> "tuple[DatasetDict, str | None]":
-    if is_path(name):
+    if is_path(name) or ("/" not in name and _reader(Path(name))):  # "rows.csv" is a file also where it is missing
         return _load_path(user_path(name), subset), None
     return _load_from_hub(name, subset, token)
 
@@ -139,12 +144,12 @@ def _load_path(path: Path, subset: str | None) -> "DatasetDict":
         _check_files(path, builder.config.data_files or {}, mend=f"Mend data_files in its {CARD}.")
         return _build(builder, card)
     if not path.exists():
-        raise DataError(
+        raise WrongDataError(
             f"Dataset {path} does not exist. Expected a folder, a CSV, JSON, Parquet or text file, or a Hub id."
         )
     reader = _reader(path)
     if reader is None:
-        raise DataError(f"Dataset {path} is not a CSV, JSON, Parquet or text file. Convert it to one.")
+        raise WrongDataError(f"Dataset {path} is not a CSV, JSON, Parquet or text file. Convert it to one.")
     _refuse_subset(path, subset, kind="a file")
     return _build(datasets.load_dataset_builder(reader, data_files=str(path)), None)
 

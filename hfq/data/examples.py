@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
-from ..common.errors import DataError, UsageError
+from ..common.errors import DataError, UsageError, WrongDataError
 from ..common.names import is_path
 from ..recipe import Recipe, flag
 from ..source.checkpoint import Checkpoint
@@ -321,7 +321,7 @@ def _requested(recipe: Recipe, task: Task) -> dict[str, list[str]]:
 def _require_columns(rows: "Dataset", split: str, columns: Columns) -> None:
     for name in (name for names in columns.values() for name in names):
         if name not in rows.features:
-            raise DataError(f"Split {split!r} has no column {name!r}. Columns: {', '.join(rows.features)}.")
+            raise WrongDataError(f"Split {split!r} has no column {name!r}. Columns: {', '.join(rows.features)}.")
 
 
 def _without_labels(info: DatasetInfo) -> str:

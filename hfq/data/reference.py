@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import DataError
+from ..common.errors import WrongDataError
 from ..recipe import Recipe, read_recipe
 from ..source.checkpoint import Checkpoint
 
@@ -33,7 +33,7 @@ def find_dataset(checkpoint: Checkpoint, recipe: Recipe, *, recipes: Path) -> Da
         or _from_recipes(recipe.checkpoint, recipes)
     )
     if found is None:
-        raise DataError(
+        raise WrongDataError(
             f"No dataset is known for {recipe.checkpoint}. Looked at: the card's model-index (no result with a dataset "
             f"type), the card's datasets ({checkpoint.card.get('datasets') or 'none'}), recipes in {recipes} (none names "
             "this checkpoint). Pass --dataset."

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..common.errors import DataError
+from ..common.errors import WrongDataError
 
 EVALUATION = ("validation", "dev", "val", "test")
 FIRST_LOOK = 512  # examples that a candidate is evaluated on at least, where there are as many
@@ -26,14 +26,16 @@ def evaluation_splits(splits: Mapping[str, Any], requested: str | None) -> list[
                 return [name]
     if len(splits) == 1:
         return list(splits)
-    raise DataError(f"Which split to evaluate on is not clear. Splits: {', '.join(splits)}. Name one with --split.")
+    raise WrongDataError(
+        f"Which split to evaluate on is not clear. Splits: {', '.join(splits)}. Name one with --split."
+    )
 
 
 def calibration_split(splits: Mapping[str, Any], requested: str | None, evaluated: Sequence[str]) -> str:
     """The split that calibration examples are drawn from, given those to evaluate on.
 
     Raises:
-        DataError: it does not exist, or is empty.
+        WrongDataError: it does not exist, or is empty.
     """
     if requested is not None:
         return _require(requested, splits, "--calibration-split")
@@ -58,7 +60,7 @@ def looks(examples: int, batch_size: int) -> list[int]:
 
 def _require(name: str, splits: Mapping[str, Any], flag: str) -> str:
     if name not in splits:
-        raise DataError(f"{flag} {name!r} is not a split of the dataset. Splits: {', '.join(splits)}.")
+        raise WrongDataError(f"{flag} {name!r} is not a split of the dataset. Splits: {', '.join(splits)}.")
     if len(splits[name]) == 0:
-        raise DataError(f"{flag} {name!r} is empty.")
+        raise WrongDataError(f"{flag} {name!r} is empty.")
     return name

@@ -122,8 +122,9 @@ def pull(
         hashed: know a folder, which has no revision, by the SHA-256 of its weights. It takes seconds for a gigabyte.
 
     Raises:
-        SourceError: it does not exist, may not be read, has only pickle weights, needs remote code that was
-            not allowed, or its files are damaged.
+        WrongCheckpointError: it does not exist, or is none that can be opened, such as one of pickle weights.
+        UsageError: it needs remote code that was not allowed.
+        SourceError: it may not be read, or its files are damaged.
     """
     if is_path(reference):
         path, sha, names = _folder(reference), None, None
@@ -137,7 +138,7 @@ def pull(
     config = read_config(path, reference=reference)
     code = remote_code(config, path)
     if code and not trust_remote_code:
-        raise SourceError(
+        raise UsageError(
             f"{reference} needs code from its repository ({', '.join(code)}). "
             "Read that code, then pass --trust-remote-code to run it."
         )
@@ -210,7 +211,7 @@ def _folder(reference: str) -> Path:
         return as_folder(path)
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
-        raise SourceError(
+        raise WrongCheckpointError(
             f"Checkpoint {reference} {what}. Expected a folder with config.json and safetensors weights, a Lightning .ckpt, or a Hub id."
         )
     return path
@@ -261,7 +262,10 @@ def _explained(reference: str, revision: str | None) -> Iterator[None]:
         raise
     except (HTTPError, OSError, RuntimeError, ValueError, *NOT_UNDERSTOOD) as error:
         wrapped = isinstance(error, LocalEntryNotFoundError) and error.__cause__  # says only that one occurred
-        raise SourceError(_what_failed(wrapped or error, reference, revision)) from error
+        misnamed = isinstance(error, RevisionNotFoundError | HFValidationError)
+        raise (WrongCheckpointError if misnamed else SourceError)(
+            _what_failed(wrapped or error, reference, revision)
+        ) from error
 
 
 def _what_failed(error: BaseException, reference: str, revision: str | None) -> str:
@@ -319,7 +323,7 @@ def _check_layout(names: Iterable[str], reference: str) -> None:
     """Refuse files among which there is no checkpoint that can be opened, and say what they are.
 
     Raises:
-        SourceError: weights or config.json are missing, elsewhere, or of another kind.
+        WrongCheckpointError: weights or config.json are missing, elsewhere, or of another kind.
     """
     names = sorted(names)
     top = [name for name in names if "/" not in name]
@@ -327,9 +331,9 @@ def _check_layout(names: Iterable[str], reference: str) -> None:
     if ADAPTER in top or (whole and "config.json" in top):
         return
     if folders := _checkpoints_inside(names):
-        raise SourceError(_lies_elsewhere(folders, reference, is_sentence_model=MODULES_FILE in top))
+        raise WrongCheckpointError(_lies_elsewhere(folders, reference, is_sentence_model=MODULES_FILE in top))
     if not whole and (refusal := _refusal_of_weights(top, reference)):
-        raise SourceError(refusal)
+        raise refusal
 
 
 def _checkpoints_inside(names: Iterable[str]) -> list[str]:
@@ -366,29 +370,32 @@ def _inside(reference: str, folder: str) -> str:
     return f"the folder that `hf download {reference} --include '{folder}/*' --local-dir .` makes"
 
 
-def _refusal_of_weights(top: list[str], reference: str) -> str | None:
+def _refusal_of_weights(top: list[str], reference: str) -> SourceError | None:
     """Why the files at the top of a checkpoint are not the weights that are expected there."""
     expected = f"expected {WEIGHTS_FILE}, or shards with {INDEX_FILE}"
     variants = sorted({match["a"] or match["b"] for name in top if (match := _VARIANT.fullmatch(name))})
     pickles = [name for name in top if name.endswith(PICKLES)]
     others = [name for name in top if name.endswith(".safetensors")]
     if variants:
-        return (
+        return WrongCheckpointError(
             f"{reference} has weights of a variant only ({', '.join(variants)}): {expected}. Save them under that name "
             f"with `AutoModelForSequenceClassification.from_pretrained(…, variant={variants[0]!r}).save_pretrained(…)` and "
             "the tokenizer beside them; then quantize the result."
         )
     if any(map(_SHARD.fullmatch, others)):
-        return f"{reference} has shards of weights, but not {INDEX_FILE}, which says what is where. Download it again."
+        return SourceError(
+            f"{reference} has shards of weights, but not {INDEX_FILE}, which says what is where. Download it again."
+        )
     if others:
-        return f"{reference} has no weights that transformers looks for, but {', '.join(others[:3])}: {expected}."
+        found = ", ".join(others[:3])
+        return WrongCheckpointError(f"{reference} has no weights that transformers looks for, but {found}: {expected}.")
     if pickles:
-        return (
+        return WrongCheckpointError(
             f"{reference} has only pickle weights ({', '.join(pickles)}), which can run code when they are read. "
             "Convert it once where you trust it: https://huggingface.co/spaces/safetensors/convert, or "
             "`AutoModel.from_pretrained(…).save_pretrained(…)`; then quantize the result."
         )
-    return f"{reference} has no weights: {expected}." if "config.json" in top else None
+    return WrongCheckpointError(f"{reference} has no weights: {expected}.") if "config.json" in top else None
 
 
 def _card(path: Path) -> tuple[dict[str, Any], list[str]]:

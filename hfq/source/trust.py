@@ -67,7 +67,7 @@ def read_config(folder: Path, *, reference: str) -> dict[str, Any]:
     try:
         config = read_json(file)
     except FileNotFoundError as error:
-        raise SourceError(
+        raise WrongCheckpointError(
             f"{reference} has no config.json. Expected a transformers checkpoint: config.json and safetensors weights."
         ) from error
     except (OSError, ValueError) as error:

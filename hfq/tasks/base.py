@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from ..common.errors import DataError, UsageError
+from ..common.errors import DataError, UsageError, WrongDataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -361,10 +361,10 @@ class Task(ABC):
 
 
 def require_columns(names: Sequence[str], features: Mapping[str, Any], flag: str) -> None:
-    """Raises `DataError` where a dataset lacks one of these columns, which `flag` named."""
+    """Raises `WrongDataError` where a dataset lacks one of these columns, which `flag` named."""
     for name in names:
         if name not in features:
-            raise DataError(f"{flag} {name!r} is not a column of the dataset. Columns: {', '.join(features)}.")
+            raise WrongDataError(f"{flag} {name!r} is not a column of the dataset. Columns: {', '.join(features)}.")
 
 
 def find_column(
@@ -381,18 +381,18 @@ def find_column(
     `what`: that the column holds, and `flag`: by which a user names it, for messages.
 
     Raises:
-        DataError: it does not exist, or the choice is not clear.
+        WrongDataError: it does not exist, or the choice is not clear.
     """
     require_columns(requested, features, flag)
     if len(requested) > 1:
-        raise DataError(
+        raise WrongDataError(
             f"{len(requested)} columns were given for {what}: {', '.join(requested)}. Name one with {flag}."
         )
     found = list(requested) or [name for name in known if name in features][:1] or list(held)
     if len(found) == 1:
         return found
     fitting = f"; that could be it: {', '.join(held)}" if held else ""
-    raise DataError(
+    raise WrongDataError(
         f"Which column holds {what} is not clear. Columns: {', '.join(features)}{fitting}. Name it with {flag}."
     )
 

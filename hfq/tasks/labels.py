@@ -10,7 +10,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..common.errors import DataError, UnsupportedError
+from ..common.errors import DataError, UnsupportedError, WrongDataError
 from .base import require_columns
 
 if TYPE_CHECKING:
@@ -140,19 +140,19 @@ def find_label_column(
     """The column of labels: the one asked for, one called by one of `names`, or the only one of classes.
 
     Raises:
-        DataError: it does not exist, or the choice is not clear.
+        WrongDataError: it does not exist, or the choice is not clear.
     """
     if requested:
         require_columns(requested, features, "--label-column")
         if len(requested) > 1:
-            raise DataError(f"{len(requested)} label columns were given; {task} reads one.")
+            raise WrongDataError(f"{len(requested)} label columns were given; {task} reads one.")
         return list(requested)
     named = [name for name in names if name in features]
     classes = [name for name, feature in features.items() if hasattr(feature, "names")]
     found = named or classes
     if len(found) == 1:
         return found
-    raise DataError(
+    raise WrongDataError(
         f"Which column holds the label is not clear. Columns: {', '.join(features)}. Name it with --label-column; "
         f"{WITHOUT_LABELS}."
     )

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
-from ..common.errors import DataError
+from ..common.errors import DataError, WrongDataError
 from .base import Encoding, require_columns
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ def find_file_column(
     Files that Parquet has without a note of what they are count too. `what`: they are called in messages, as `role` is.
 
     Raises:
-        DataError: it does not exist, or the choice is not clear.
+        WrongDataError: it does not exist, or the choice is not clear.
     """
     require_columns(requested, features, f"--column {role}=")
     held = [
@@ -29,7 +29,7 @@ def find_file_column(
     found = list(requested) or held
     if len(found) == 1 and found[0] in held:
         return found
-    raise DataError(
+    raise WrongDataError(
         f"Which column holds the {what} is not clear. Columns: {', '.join(features)}; with {what}s: "
         f"{', '.join(held) or 'none'}. Name one with --column {role}=NAME."
     )

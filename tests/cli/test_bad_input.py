@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import time
 from collections.abc import Callable
@@ -166,7 +167,11 @@ BAD_CHECKPOINTS: dict[str, tuple[Change, tuple[str, ...]]] = {
 }
 
 
-UNSUPPORTED = (  # whole, and wrong for the command
+WRONG = (  # none that a command could take, where nothing is damaged
+    "without config.json",
+    "without weights",
+    "with pickle weights only",
+    "that brings its own code",
     "for another task",
     "of another kind of model",
     "of an unknown architecture",
@@ -181,7 +186,7 @@ def test_refuses_a_checkpoint(kind: str, cwd: Path, data: Path) -> None:
     checkpoint = copy_checkpoint(cwd.parent / "model")
     change(checkpoint)
     done = forkserver().hfq("quantize", checkpoint, "--dataset", data, "--output", "out", cwd=cwd)
-    refused(done, *says, code=2 if kind in UNSUPPORTED else 1)
+    refused(done, *says, code=2 if kind in WRONG else 1)
 
 
 def test_eval_refuses_a_checkpoint_for_another_task(cwd: Path, data: Path) -> None:
@@ -208,7 +213,7 @@ def test_a_quantization_config_that_is_null_is_none(cwd: Path) -> None:
 def test_a_path_beside_a_recipe_is_never_taken_for_a_hub_id(key: str, project: Path) -> None:
     recipe = {"checkpoint": str(CHECKPOINT), "output": "out", key: "../nowhere"}
     (project / "pipelines" / "mine.yaml").write_text(json.dumps(recipe))  # JSON is YAML
-    refused(forkserver().hfq("run", "pipelines/mine.yaml", cwd=project), "nowhere does not exist", "Expected a folder")
+    refused(forkserver().hfq("run", "pipelines/mine.yaml", cwd=project), "nowhere does not exist", code=2)
     assert not (project / "out").exists()
 
 
@@ -218,7 +223,7 @@ def test_a_path_beside_a_recipe_is_never_taken_for_a_hub_id(key: str, project: P
     [("./nowhere", "does not exist"), (str(CHECKPOINT / "config.json"), "is a file"), ("a/b/c", "nor a Hub id")],
 )
 def test_refuses_what_is_no_checkpoint(command: str, checkpoint: str, problem: str, cwd: Path) -> None:
-    refused(forkserver().hfq(command, checkpoint, cwd=cwd), checkpoint, problem, "Hub id")
+    refused(forkserver().hfq(command, checkpoint, cwd=cwd), checkpoint, problem, "Hub id", code=2)
 
 
 # Datasets
@@ -270,7 +275,7 @@ def test_refuses_names_that_the_dataset_does_not_have(
     flags: list[str], says: tuple[str, ...], cwd: Path, data: Path
 ) -> None:
     done = forkserver().hfq("quantize", CHECKPOINT, "--dataset", data, "--output", "out", *flags, cwd=cwd)
-    refused(done, *says)
+    refused(done, *says, code=2)
 
 
 @pytest.mark.parametrize(
@@ -301,14 +306,15 @@ def test_refuses_a_dataset_file(name: str, content: bytes | None, says: tuple[st
     file = cwd.parent / name
     if content is not None:
         file.write_bytes(content)
-    refused(forkserver().hfq("quantize", CHECKPOINT, "--dataset", file, "--output", "out", cwd=cwd), *says)
+    done = forkserver().hfq("quantize", CHECKPOINT, "--dataset", file, "--output", "out", cwd=cwd)
+    refused(done, *says, code=2 if name in ("data.xlsx", "two.csv", "nowhere.csv", "folder") else 1)
 
 
 def test_says_where_it_looked_when_no_dataset_is_known(cwd: Path) -> None:
     checkpoint = copy_checkpoint(cwd.parent / "model")
     (checkpoint / "README.md").unlink()
     done = forkserver().hfq("quantize", checkpoint, "--output", "out", cwd=cwd)
-    refused(done, "No dataset is known", "model-index", "datasets (none)", "recipes in", "Pass --dataset")
+    refused(done, "No dataset is known", "model-index", "datasets (none)", "recipes in", "Pass --dataset", code=2)
 
 
 # Arguments and recipes
@@ -371,6 +377,33 @@ def test_a_token_file_that_cannot_be_read_is_named(cwd: Path) -> None:
     make_folder(cwd.parent / "out")
     env = {"HF_TOKEN": None, "HF_TOKEN_PATH": str(cwd.parent)}
     refused(hfq_in(env, "push", cwd.parent / "out", cwd=cwd), f"Is a directory: {cwd.parent}")
+
+
+NOT_THERE = {
+    "inspect ../empty": "has no config.json",
+    "eval ../nowhere --dataset {data}": "../nowhere does not exist",
+    "report ../empty": "has no hfq.json",
+    "eval {model} --dataset rows.csv": "rows.csv does not exist",
+    "eval {model} --dataset ../empty": "any data files",
+    "eval {model} --dataset {data} --split nope": "Splits: train, validation",
+    "eval {model} --dataset {data} --subset nope": "Name a subset with --subset",
+    "eval {model} --dataset {data} --text-column nope": "Columns: text, label",
+    "explain {model} --dataset {data} --column label=nope": "Columns: text, label",
+    "eval {model} --dataset {data} --task image-classification": "Name one with --column image=NAME",
+    "push {int8} --to a+b": "cannot name a repository",
+    "report {int8} --output ../file/page.html": "Choose another --output",
+}
+
+
+@pytest.mark.parametrize("line", NOT_THERE)
+def test_naming_what_is_not_there_is_wrong_use(line: str, cwd: Path, data: Path) -> None:
+    places = {"model": CHECKPOINT, "data": data, "int8": cwd.parent / "int8"}
+    if "{int8}" in line:
+        make_folder(places["int8"])
+    (cwd.parent / "empty").mkdir()
+    (cwd.parent / "file").touch()
+    done = forkserver().hfq(*line.format(**places).split(), cwd=cwd)
+    refused(done, NOT_THERE[line], code=2)
 
 
 BAD_USAGE = {
@@ -448,7 +481,7 @@ def test_refuses_an_output_where_it_may_not_write(cwd: Path, data: Path) -> None
 
 def test_takes_folders_away_again_that_it_made_for_the_output(cwd: Path) -> None:
     done = forkserver().hfq("quantize", CHECKPOINT, "--dataset", "./nowhere", "--output", "a/b/out", cwd=cwd)
-    refused(done, "nowhere does not exist")
+    refused(done, "nowhere does not exist", code=2)
 
 
 def test_a_full_disk_leaves_nothing_behind(cwd: Path, data: Path) -> None:
@@ -509,7 +542,7 @@ NOT_GIVEN: dict[str, tuple[str, ...]] = {
 def test_says_what_the_hub_does_not_give(arguments: str, tmp_path: Path, hub: LocalHub, repos: None) -> None:
     (tmp_path / "model").symlink_to(CHECKPOINT)
     done = forkserver().hfq("quantize", *arguments.split(), "--output", "out", cwd=tmp_path)
-    refused(done, *NOT_GIVEN[arguments], code=2 if "./model" in arguments else 1)
+    refused(done, *NOT_GIVEN[arguments], code=2 if re.search("[.]/model|pickled|v9", arguments) else 1)
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
     assert not any(".bin" in path for _, path, _ in hub.requests)
 

@@ -148,7 +148,7 @@ def test_flags_become_the_recipe(tmp_path: Path) -> None:
         "--explore",
     ]
     done = forkserver().hfq("quantize", "./nowhere", *flags, "--save-recipe", "r.yaml", cwd=tmp_path)
-    assert done.code == 1  # there is no such checkpoint
+    assert done.code == 2  # there is no such checkpoint
     assert yaml.safe_load((tmp_path / "r.yaml").read_text()) == {
         "checkpoint": "./nowhere",
         "columns": {"text": ["premise", "hypothesis=1"], "label": ["y"]},

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...common.errors import DataError
+from ...common.errors import DataError, WrongDataError
 from ..base import Batch, Columns, Encoding, Metric, Outputs, Processor, References, Trivial, require_columns
 from ..classification import right
 from ..labels import find_label_column
@@ -181,7 +181,7 @@ def _find_choices(features: Mapping[str, Any], requested: Sequence[str]) -> list
     found = lists or several
     if len(found) == 1:
         return found[0]
-    raise DataError(
+    raise WrongDataError(
         f"Which columns hold the choices is not clear. Columns: {', '.join(features)}. Name one with lists, or one for each "
         "choice, with --column choices=…"
     )

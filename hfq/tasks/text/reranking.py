@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...common.errors import DataError
+from ...common.errors import DataError, WrongDataError
 from ...source.metadata import read_card
 from ...source.sentence_model import read_sentence_model
 from ..base import Columns, Metric, Outputs, References, Trivial, require_columns
@@ -122,7 +122,7 @@ class Reranking(Regression):
             return {"text": pair}
         found = [name for name, feature in features.items() if is_text(feature)]
         if len(asked or found) != 2:
-            raise DataError(
+            raise WrongDataError(
                 f"Which columns hold query and passage is not clear. Columns: {', '.join(features)}; with text: "
                 f"{', '.join(found) or 'none'}. Name two with --text-column, the query first."
             )
@@ -132,7 +132,7 @@ class Reranking(Regression):
         read = self.inputs(features, requested)
         labels = score_column(features, requested, read["text"])
         if not labels:
-            raise DataError(
+            raise WrongDataError(
                 f"Which column says how relevant a passage is, is not clear. Columns: {', '.join(features)}. Name it with "
                 f"--label-column ({', '.join(SCORES)} are found by themselves)."
             )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, pad
 
-from ...common.errors import DataError, UsageError
+from ...common.errors import DataError, UsageError, WrongDataError
 from ...source.sentence_model import SentenceModel, import_sentence_transformers, load_head, read_sentence_model
 from ..base import Batch, Columns, Encoding, Metric, Outputs, Processor, References, Trivial, require_columns
 from ..labels import check_varied
@@ -166,7 +166,7 @@ class SentenceEmbedding(TextTask):
         scores = score_column(features, requested, names) if len(names) == 2 else []
         if len(names) == 3 or scores or tuple(names) in POSITIVES or requested.get("text", ()) == names:
             return {**read, "label": scores}
-        raise DataError(
+        raise WrongDataError(
             f"By what embeddings are to be judged is not clear. Columns: {', '.join(features)}; texts: "
             f"{', '.join(names)}. Expected two texts and a score (--label-column), (anchor, positive, negative), "
             "(query, positive), or corpus, queries and qrels as BEIR has them."
@@ -419,7 +419,7 @@ def _text_columns(features: Mapping[str, Any], requested: Columns) -> list[str]:
     asked = list(requested.get("text", ()))
     require_columns(asked, features, "--text-column")
     if len(asked) > 3:
-        raise DataError(
+        raise WrongDataError(
             f"--text-column was given {len(asked)} times; at most three texts are compared with each other."
         )
     if asked:
@@ -430,7 +430,7 @@ def _text_columns(features: Mapping[str, Any], requested: Columns) -> list[str]:
     found = [name for name, feature in features.items() if is_text(feature) and name not in labels]
     if len(found) in (1, 2):
         return found
-    raise DataError(
+    raise WrongDataError(
         f"Which columns hold the texts is not clear. Columns: {', '.join(features)}; with text: "
         f"{', '.join(found) or 'none'}. Name them with --text-column, in order."
     )
@@ -440,7 +440,7 @@ def score_column(features: Mapping[str, Any], requested: Columns, names: Sequenc
     asked = list(requested.get("label", ()))
     require_columns(asked, features, "--label-column")
     if len(asked) > 1:
-        raise DataError(f"{len(asked)} label columns were given; a pair has one score.")
+        raise WrongDataError(f"{len(asked)} label columns were given; a pair has one score.")
     return asked or [name for name in SCORES if name in features and name not in names][:1]
 
 

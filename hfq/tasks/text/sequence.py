@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ...common.errors import DataError
+from ...common.errors import WrongDataError
 from ..base import Columns, Encoding, Processor
 from ..labels import find_label_column
 from .tokens import TextTask, find_texts, texts
@@ -48,5 +48,5 @@ class SequenceTask(TextTask):
 
     def _find_texts(self, features: Mapping[str, Any], requested: Sequence[str], labels: Sequence[str]) -> list[str]:
         if both := [name for name in requested if name in labels]:
-            raise DataError(f"--text-column names the column {both[0]!r}, which holds the label and not a text.")
+            raise WrongDataError(f"--text-column names the column {both[0]!r}, which holds the label and not a text.")
         return find_texts(features, requested, known=KNOWN_PAIRS, without=labels)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...common.errors import DataError
+from ...common.errors import DataError, WrongDataError
 from ..base import Batch, Columns, Encoding, Metric, Outputs, Processor, References, SumMetric, Trivial, require_columns
 from ..labels import WITHOUT_LABELS, LabelMap, LabelNames, check_varied
 from ..metrics import leads
@@ -271,13 +271,15 @@ def _one_of(
     if requested:
         require_columns(requested, features, flag)
         if requested[0] not in lists or len(requested) > 1:
-            raise DataError(f"{flag} {', '.join(requested)}: expected one column that holds a list for each example.")
+            raise WrongDataError(
+                f"{flag} {', '.join(requested)}: expected one column that holds a list for each example."
+            )
         return requested[0]
     named = [name for name in known if name in lists]
     found = named[:1] or list(lists)
     if len(found) == 1:
         return found[0]
-    raise DataError(
+    raise WrongDataError(
         f"Which column holds {'words' if flag == '--text-column' else 'tags'} is not clear. Columns: {', '.join(features)}; "
         f"with lists: {', '.join(lists) or 'none'}. Name it with {flag}"
         f"{'.' if flag == '--text-column' else f'; {WITHOUT_LABELS}.'}"

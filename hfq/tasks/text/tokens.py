@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ...common.errors import DataError, UsageError
+from ...common.errors import DataError, UsageError, WrongDataError
 from ..base import Batch, Encoding, Processor, Task, require_columns
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def find_texts(
     """
     require_columns(requested, features, "--text-column")
     if len(requested) > 2:
-        raise DataError(f"--text-column was given {len(requested)} times; a model reads one text or a pair.")
+        raise WrongDataError(f"--text-column was given {len(requested)} times; a model reads one text or a pair.")
     if found := list(requested) or known_texts(features, known, without=without):
         return found
     rest = {name: feature for name, feature in features.items() if name not in without}
@@ -115,7 +115,7 @@ def find_texts(
     found = found or [name for name, feature in rest.items() if is_mixed(feature)]
     if len(found) == 1:
         return found
-    raise DataError(
+    raise WrongDataError(
         f"Which columns hold {what} is not clear. Columns: {', '.join(features)}; with text: "
         f"{', '.join(found) or 'none'}. Name them with --text-column, in order."
     )
