@@ -30,6 +30,7 @@ from .view import (
     Score,
     by_reason,
     difference,
+    int8_layers,
     is_hub_dataset,
     is_hub_model,
     is_repo_id,
@@ -104,6 +105,7 @@ def render_card(report: Report, *, repo_id: str | None, plots: Mapping[str, str]
             published=scores[-1],
             stock=stock_comparison(report),
             evaluated=[trial for trial in report.trials if trial.accuracy is not None],
+            int8_layers=int8_layers(report.layers),
             float_layers=by_reason(report.layers.float_layers),
             plots={name: _image(alt_text(name, report), path) for name, path in (plots or {}).items()},
             licences=[*texts(report.checkpoint.license), *in_words(report.checkpoint.terms.get("license_name"))],
@@ -125,6 +127,7 @@ def render_fit_card(report: Report) -> str:
         .render(
             report=report,
             results=results(report),
+            int8_layers=int8_layers(report.layers),
             float_layers=by_reason(report.layers.float_layers),
             installation=_own(installation()),
         )

@@ -16,7 +16,7 @@ from ..common.redact import redact, redact_command
 from ..data.examples import DatasetInfo
 from ..measure.figures import Comparison, StockComparison
 from ..source.checkpoint import CheckpointInfo
-from .report import Report
+from .report import Layers, Report
 
 _SIGNIFICANCE = 0.05
 _PATH = re.compile(r"""'/[^']*'|"/[^"]*"|(?<![\w:/.~)-])(?:file://)?/[^\s'"`,;]+""")
@@ -217,6 +217,13 @@ def number(value: float | None, digits: int = 4) -> str:
 def count(value: int, noun: str) -> str:
     """A number of things, with the plural where there is not one."""
     return f"{value:,} {noun}" if value == 1 else f"{value:,} {noun}s"
+
+
+def int8_layers(layers: Layers) -> str:
+    """How many there are of each kind: `36 static, 1 dynamic, 3 embeddings`."""
+    found = {"static": layers.static, "dynamic": layers.dynamic, "weight-only": layers.weight_only}
+    kinds = [f"{len(names):,} {kind}" for kind, names in found.items() if names]
+    return ", ".join([*kinds, *([count(len(layers.embeddings), "embedding")] if layers.embeddings else [])])
 
 
 def points(value: float) -> str:

@@ -142,8 +142,9 @@ def prepare(model: nn.Module, calibration: Calibration, *, options: Options, ui:
     folds = find_folds(model, head(first, TRACED), layers.layers) if first and options.smooths else []
     return_freed_memory()
     statistics = calibrate(model, layers.layers, batches, track=lambda b: ui.track(b, text="calibrating"))
-    smoothing = f"; {len(folds)} SmoothQuant folds" if options.smooths else ""
-    ui.note(f"{len(layers.layers)} matmuls and {len(layers.embeddings)} embeddings can run in int8{smoothing}")
+    embeddings = f" and {len(layers.embeddings)} embeddings" if layers.embeddings else ""
+    smoothing = f"; {len(folds)} SmoothQuant folds" if folds else ""
+    ui.note(f"{len(layers.layers)} matmuls and convolutions{embeddings} can run in int8{smoothing}")
     return Space(model, layers, statistics, folds, batches=batches, options=options, learned=calibration.learned)
 
 

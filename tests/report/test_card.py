@@ -25,7 +25,7 @@ from hfq.publish import validate_card
 from hfq.report import plots
 from hfq.report.card import TEMPLATE, render_card
 from hfq.report.page import render_page
-from hfq.report.report import Report
+from hfq.report.report import Layers, Report
 from hfq.report.view import model_name
 from hfq.source.checkpoint import CheckpointInfo
 
@@ -53,6 +53,15 @@ def test_large_and_small_figures_stay_readable() -> None:
     rows = _table(render_card(report, repo_id=None), "Info Type")
     assert {row[0]: row[2] for row in rows}["Memory (MiB)"] == "123457"
     assert {row[0]: row[2] for row in rows}["Duration (s)"] == "0.009123"
+
+
+def test_int8_layers_are_counted_by_how_they_run_and_not_called_linear() -> None:
+    assert "INT8 layers: 2 static, 1 dynamic, 1 embedding; kept in float: 1 layer." in render_card(
+        make_report(), repo_id=None
+    )
+    convolutions = Layers(["stem.convolution"], [], [], {}, weight_only=["stages.0.convolution"])
+    card = render_card(make_report(layers=convolutions), repo_id=None)
+    assert "INT8 layers: 1 static, 1 weight-only; kept in float: 0 layers." in card
 
 
 def test_metadata_publishes_the_int8_result_of_the_holdout() -> None:
