@@ -20,6 +20,14 @@ _PLAIN = (bool, int, str, type(None))
 _NAMED = (float, torch.dtype, torch.layout, torch.device, torch.memory_format)
 
 _CONSTANT = torch.ops.aten.lift_fresh.default
+_SIZED_BY_VALUES = (  # they are made of those that have the tag, which shows of them in no inference mode
+    torch.ops.aten.argwhere.default,
+    torch.ops.aten.narrow.Tensor,
+    torch.ops.aten.nonzero_numpy.default,
+    torch.ops.aten.repeat_interleave.self_Tensor,
+    torch.ops.aten.tensor_split.tensor_indices_or_sections,
+    torch.ops.aten.where.default,
+)
 _DETACH = torch.ops.aten.detach_.default  # of a gradient that there is not
 
 Plan = Callable[[Mapping[str, Tensor]], Any]  # None where a number that the forward looked at is another one
@@ -108,6 +116,8 @@ class _Calls(TorchDispatchMode):
         for x in () if is_pure else _written(func, args, kwargs, read, returned):
             self._note_write(x)
         is_fixed = is_pure and all((slot := self.slot(x)) is not None and slot.value is not None for x in read)
+        if not is_fixed and _has_size_of_values(func, read):
+            self.failure = "the size of a tensor depends on what the inputs hold"
         for y in returned:
             if any(y is x for x in read):
                 continue
@@ -284,6 +294,13 @@ def _written(func: Any, args: Any, kwargs: Any, read: Sequence[Tensor], returned
     values = {**dict(zip((argument.name for argument in schema), args, strict=False)), **kwargs}
     names = [argument.name for argument in schema if argument.alias_info is not None and argument.alias_info.is_write]
     return found + [leaf for name in names for leaf in tree_leaves(values.get(name)) if isinstance(leaf, Tensor)]
+
+
+def _has_size_of_values(func: Any, read: Sequence[Tensor]) -> bool:
+    """Whether the size of what a call returns depends on values: `nonzero`, or rows that a mask selects."""
+    if func is torch.ops.aten.index.Tensor:  # by numbers it returns as many as they are
+        return any(index.dtype in (torch.bool, torch.uint8) for index in read[1:])
+    return func in _SIZED_BY_VALUES or torch.Tag.dynamic_output_shape in func.tags
 
 
 def _is_view(y: Tensor, x: Tensor) -> bool:

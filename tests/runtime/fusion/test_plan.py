@@ -63,6 +63,26 @@ def test_a_plan_answers_as_the_model(family: str, monkeypatch: pytest.MonkeyPatc
         assert relative_error(outputs(twin, inputs), outputs(model, inputs)) < 1e-3
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    "sized",
+    [
+        lambda x: x.nonzero(as_tuple=True)[0],
+        lambda x: x[x > 0],
+        lambda x: torch.where(x > 0)[0],
+        lambda x: torch.argwhere(x),
+        lambda x: x.flatten().repeat_interleave(x.clamp(min=0).flatten()),
+        lambda x: x.masked_select(x > 0),
+    ],
+)
+def test_a_size_that_the_values_decide_makes_no_plan(sized: Any, mode: Any) -> None:
+    """Longformer picks its tokens of global attention so: a plan would take those of another text, or none."""
+    x = torch.tensor([[3, 0, 2]])
+    with mode():
+        assert record(lambda x: sized(x) * 2, {"x": x})[1] is None
+        assert record(lambda x: x[torch.arange(1), x.argmax(1)] * 2, {"x": x})[1] is not None
+
+
 def test_what_is_changed_in_the_model_afterwards_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     model, twin = pair(monkeypatch)
     inputs = batch(1, 12)
