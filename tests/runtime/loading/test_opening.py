@@ -23,7 +23,8 @@ from hfq.runtime.int8.packed import memory_mib
 from hfq.runtime.loading.stock import stock_transformers
 from hfq.tuning.candidates import Candidate
 
-NEAR = max(0.05, ROUNDING)  # int8 inputs, which folders that stock widens lack there, are off by up to 4 %
+NEAR = max(0.03, ROUNDING)  # int8 inputs, which folders that stock widens lack there, are off by up to 2.4 %
+NEAR_OF = {"clip": max(0.05, ROUNDING)}  # and by 4 % in both of its encoders
 
 
 @torch.inference_mode()
@@ -49,7 +50,7 @@ def write_mixed(family: Family, folder: Path) -> Any:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_folder_answers_alike_whoever_opens_it(name: str, tmp_path: Path) -> None:
-    family, inputs = FAMILIES[name], FAMILIES[name].inputs()
+    family, inputs, near = FAMILIES[name], FAMILIES[name].inputs(), NEAR_OF.get(name, NEAR)
     int8 = write_mixed(family, tmp_path / "saved")
     whole, base = answer(int8, inputs), answer(int8.base_model, inputs)
     for opened in (nullcontext, stock_transformers):
@@ -58,10 +59,10 @@ def test_folder_answers_alike_whoever_opens_it(name: str, tmp_path: Path) -> Non
                 loaded = getattr(transformers, head).from_pretrained(tmp_path / "saved").eval()
             found = answer(loaded, inputs)
             if head == family.model:
-                assert relative_error(found, whole) < NEAR
+                assert relative_error(found, whole) < near
             else:
                 assert found.isfinite().all()
-                assert relative_error(answer(loaded.base_model, inputs), base) < NEAR
+                assert relative_error(answer(loaded.base_model, inputs), base) < near
 
 
 def test_layers_that_a_checkpoint_has_not_are_made_anew_in_float(tmp_path: Path) -> None:
