@@ -1,5 +1,6 @@
 """What multiplies some rows by one block of a weight inside inductor's int8 matmul, in the process that compiles."""
 
+import hashlib
 from typing import Any
 
 import torch
@@ -26,7 +27,21 @@ def register(layout: Layout) -> GemmBlocking:
     return sizes
 
 
-class VnniMicroKernel(cpp_micro_gemm.CppMicroGemmAVX512VNNI):
+class SharedMicroKernel(cpp_micro_gemm.CppMicroGemm):
+    """A function that all matmuls of a graph call: named by its code, and compiled once, for half of the compiler's time."""
+
+    def codegen_define(self, kernel: Any) -> str:
+        self.name = "multiply"
+        code = self.define(kernel)
+        self.name = f"multiply_{hashlib.sha256(code.encode()).hexdigest()[:8]}"
+        return f"#ifndef HAS_{self.name}\n#define HAS_{self.name}\n{self.define(kernel)}\n#endif\n"
+
+    def define(self, kernel: Any) -> str:
+        """The code, in which its functions' names begin with `name`."""
+        raise NotImplementedError
+
+
+class VnniMicroKernel(SharedMicroKernel, cpp_micro_gemm.CppMicroGemmAVX512VNNI):
     """oneDNN's kernel, which uses AMX, and one for a few rows: with AMX our own, else inductor's.
 
     Weights are in `hfq.runtime.kernels.layouts.VNNI`.
@@ -36,7 +51,7 @@ class VnniMicroKernel(cpp_micro_gemm.CppMicroGemmAVX512VNNI):
     FEW = 32  # up to here, calling oneDNN's kernel for each block of a weight costs more than it saves
     FEW_IN_TILES = 63  # the same, with AMX
 
-    def codegen_define(self, kernel: Any) -> str:
+    def define(self, kernel: Any) -> str:
         tiles = isinstance(pick_vec_isa(), VecAMX) and not onednn_is_limited()
         few = _rendered(_TILES, name=self.name) if tiles else self._vectors(kernel)
         few_rows = self.FEW_IN_TILES if tiles else self.FEW
@@ -47,7 +62,7 @@ class VnniMicroKernel(cpp_micro_gemm.CppMicroGemmAVX512VNNI):
         """What multiplies a few rows without AMX."""
         name, blocking = self.name, self.register_blocking
         self.name, self.register_blocking = f"{name}_few", GemmBlocking(6, blocking.block_n, blocking.block_k)
-        few: str = super().codegen_define(kernel)
+        few: str = cpp_micro_gemm.CppMicroGemmAVX512VNNI.codegen_define(self, kernel)
         self.name, self.register_blocking = name, blocking
         return few
 
@@ -138,7 +153,7 @@ inline void {{name}}_few(
 """
 
 
-class WideningMicroKernel(cpp_micro_gemm.CppMicroGemm):
+class WideningMicroKernel(SharedMicroKernel):
     """Products of 16-bit integers, which AVX2 adds in pairs to 32 bits and never saturates.
 
     Without VNNI, the instruction for pairs of 8-bit integers saturates at 16 bits, and with what makes it exact it is no
@@ -157,7 +172,7 @@ class WideningMicroKernel(cpp_micro_gemm.CppMicroGemm):
     def codegen_init(self, kernel: Any) -> str:
         return f"{self.name}_rows rows;"
 
-    def codegen_define(self, kernel: Any) -> str:
+    def define(self, kernel: Any) -> str:
         declaration = self.get_kernel_declaration()
         return _rendered(_WIDENING, declaration=declaration, name=self.name, tile=self._TILE)
 
