@@ -35,6 +35,7 @@ _UNREAD = (
 _HOOKS = "_forward_hooks"
 _PARAMETRIZED = "parametrizations"  # asked for as an attribute, an int8 module lets go of what is packed
 _LOAD_HOOKS = "_load_state_dict_pre_hooks"  # weight norm's is a function of its own, and nothing is loaded
+_NEW = vars(nn.Module())
 
 
 def take_apart(model: nn.Module, *, blocks: bool = False) -> tuple[bytes, list[Tensor]] | None:
@@ -114,6 +115,8 @@ class _Pickler(pickle.Pickler):
                 state["training"] = False
             if value is self.model or isinstance(state.get("forward"), FusedForward):
                 state.pop("forward", None)
+            if isinstance(value, nn.Module):  # most of what there is, which a new one has as well
+                state = {name: item for name, item in state.items() if name not in _NEW or item != _NEW[name]}
             if isinstance(value, Int8Linear) and value._packed is not None:
                 state["_parameters"] = {}  # they are in what was packed
             return _new, (kind,), state, None, None, _set_state
@@ -143,7 +146,10 @@ def _with_weights(module: nn.Module, state: dict[str, Any]) -> tuple[type, dict[
 
 
 def _new(kind: type) -> Any:
-    return object.__new__(kind)
+    new: Any = object.__new__(kind)
+    if issubclass(kind, nn.Module):
+        nn.Module.__init__(new)
+    return new
 
 
 def _set_state(value: Any, state: dict[str, Any]) -> None:

@@ -180,7 +180,8 @@ def read_for_first_token(model: nn.Module, example: Mapping[str, Tensor], flow: 
         layer for layer, given, _ in flow.calls if given.dim() == 3 and layer in alone and readers[id(given)] == 1
     ]
     try:
-        found = _first_token_alone(model, _longer(example), _first_token_alone(model, example, layers))
+        found = _first_token_alone(model, example, layers)
+        found = _first_token_alone(model, _longer(example), found) if found else []
         return found if found and _is_enough(model, example, found) else []
     except Exception:  # the model's own code, which wants other inputs
         return []

@@ -32,6 +32,7 @@ from .flow import Flow, ignores_padding, last_readers, read_for_first_token, tra
 from .planning import Plans
 from .residual import fuse_residual
 from .slicing import SlicedForward, slice_batches
+from .snapshot import many_unchanged
 
 Then = Callable[[nn.Module], None]
 
@@ -179,7 +180,8 @@ def _fuse_calls(model: nn.Module, wanted: tuple[str, ...]) -> None:
             for parent in list(model.modules()):
                 fuse_residual(parent)
         for part, example in _examples(model):
-            flow = _fuse_flow(part, example, wanted)
+            with many_unchanged(part):
+                flow = _fuse_flow(part, example, wanted)
             if "attention" in wanted and part is model:
                 _fuse_attention(model, example, flow)
         directly = {"encoder-layer", "residual"}.issubset(wanted)  # it adds in matmuls

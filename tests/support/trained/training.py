@@ -2,6 +2,7 @@
 
 import csv
 import json
+import random
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,18 +36,27 @@ def train(
     batch_of: Callable[[Any, Sequence[str]], dict[str, Any]],
     *,
     epochs: int = 2,
+    by_length: bool = True,
     **config: Any,
 ) -> Path:
-    """A checkpoint of the demo's encoder with the head of `auto_class`. `batch_of`: tensors of a tokenizer and texts."""
+    """A checkpoint of the demo's encoder with the head of `auto_class`.
+
+    `batch_of`: tensors of a tokenizer and texts. `by_length`: in batches of texts as long as each other, which have less
+    than half of the tokens; no such batch teaches what depends on the length.
+    """
     folder = copy_checkpoint(to)
     torch.manual_seed(0)
     tokenizer = transformers.AutoTokenizer.from_pretrained(CHECKPOINT)
     model = getattr(transformers, auto_class).from_pretrained(CHECKPOINT, ignore_mismatched_sizes=True, **config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     texts = messages("train", 960)
+    if by_length:
+        texts.sort(key=len)
+    starts = range(0, len(texts), 32)
+    order = random.Random(0)
     model.train()
     for _ in range(epochs):
-        for start in range(0, len(texts), 32):
+        for start in order.sample(starts, len(starts)):
             model(**batch_of(tokenizer, texts[start : start + 32])).loss.backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -35,7 +35,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return {**tokenizer(texts, truncation=True, padding=True, return_tensors="pt"), "labels": labels}
 
     to = tmp_path_factory.mktemp("regression") / "bert-mini-length"
-    return train(to, "AutoModelForSequenceClassification", batch, num_labels=1, problem_type="regression")
+    return train(
+        to, "AutoModelForSequenceClassification", batch, by_length=False, num_labels=1, problem_type="regression"
+    )
 
 
 @pytest.mark.parametrize("values", [[0.5, 3, 2.25], ["0.5", "3", "2.25"]])
