@@ -95,11 +95,12 @@ def _is_of_cache(error: BaseException) -> bool:
     from huggingface_hub import constants
 
     path = getattr(error, "filename", None)
-    if not isinstance(error, OSError) or isinstance(error, FileNotFoundError) or not isinstance(path, str):
+    if not isinstance(error, OSError) or not isinstance(path, str):
         return False
-    homes = (datasets.config.HF_DATASETS_CACHE, constants.HF_HOME, constants.HF_HUB_CACHE)
-    inside = [Path(path).is_relative_to(home) or Path(home).is_relative_to(path) for home in map(Path, homes)]
-    return any(inside)
+    homes = [Path(home) for home in (datasets.config.HF_DATASETS_CACHE, constants.HF_HOME, constants.HF_HUB_CACHE)]
+    if any(home.is_relative_to(path) for home in homes):
+        return True
+    return not isinstance(error, FileNotFoundError) and any(Path(path).is_relative_to(home) for home in homes)
 
 
 def _load_from_hub(name: str, subset: str | None, token: str | None) -> "tuple[DatasetDict, str | None]":

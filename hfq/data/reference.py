@@ -23,7 +23,7 @@ def find_dataset(checkpoint: Checkpoint, recipe: Recipe, *, recipes: Path) -> Da
     """The dataset that was asked for, else the one the card names, else the one of this checkpoint's recipe.
 
     Raises:
-        DataError: none is found; the message lists what was looked at.
+        WrongDataError: none is found; the message lists what was looked at.
     """
     if recipe.dataset:
         return DatasetReference(recipe.dataset, recipe.subset)

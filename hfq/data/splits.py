@@ -15,7 +15,7 @@ def evaluation_splits(splits: Mapping[str, Any], requested: str | None) -> list[
     """The split that decides whether the goal is met, or several together: more evidence than one. `requested`: with commas.
 
     Raises:
-        DataError: one does not exist or is empty, or it is not clear which.
+        WrongDataError: one does not exist or is empty, or it is not clear which.
     """
     if requested is not None:
         names = dict.fromkeys(name.strip() for name in requested.split(","))

@@ -151,10 +151,11 @@ def test_says_why_the_files_of_a_folder_do_not_fit(rows: dict[str, Any], reason:
     assert reason in str(caught.value)
 
 
-def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("cache", ["file/cache", "/proc/nowhere/cache"])  # there no folder can be made
+def test_a_cache_that_cannot_be_written_is_named(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "validation.csv").write_text("text,label\na,0\n")
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / cache))
     with pytest.raises(DataError, match=r"cache, which cannot be written.*Set HF_HOME"):
         load_splits(str(tmp_path / "validation.csv"), None, token=None)
 
