@@ -172,7 +172,7 @@ def load_task_data(checkpoint: Checkpoint, recipe: Recipe, *, task: Task, recipe
         split=split,
         calibration_split=calibration,
         calibration_samples=len(calibrated),
-        columns={role: list(names) for role, names in columns.items()},
+        columns={role: list(names) for role, names in columns.items() if names},  # triplets have no labels
         alignment=alignment.how,
         examples=len(evaluated),
         holdout_split=unseen,

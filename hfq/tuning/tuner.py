@@ -144,7 +144,7 @@ def prepare(model: nn.Module, calibration: Calibration, *, options: Options, ui:
     statistics = calibrate(model, layers.layers, batches, track=lambda b: ui.track(b, text="calibrating"))
     embeddings = f" and {len(layers.embeddings)} embeddings" if layers.embeddings else ""
     smoothing = f"; {len(folds)} SmoothQuant folds" if folds else ""
-    ui.note(f"{len(layers.layers)} matmuls and convolutions{embeddings} can run in int8{smoothing}")
+    ui.note(f"{len(layers.layers)} layers{embeddings} can run in int8{smoothing}")
     return Space(model, layers, statistics, folds, batches=batches, options=options, learned=calibration.learned)
 
 

@@ -26,7 +26,8 @@ from transformers import T5Config, T5EncoderModel
 
 from hfq.common.errors import DataError, SourceError, UnsupportedError, UsageError
 from hfq.data.dataset import load_splits
-from hfq.data.examples import told_apart
+from hfq.data.examples import load_task_data, told_apart
+from hfq.recipe import Recipe
 from hfq.source.checkpoint import pull
 from hfq.source.model import load_model
 from hfq.tasks.base import Task
@@ -193,6 +194,15 @@ def test_rows_that_do_not_fit_are_refused(model: Path, rows: dict[str, Any], mes
     task = task_of(model)
     with pytest.raises(DataError, match=message):
         task.align([found], task.columns(told_apart(found), {}))
+
+
+def test_triplets_have_no_column_of_labels_to_be_named(model: Path, tmp_path: Path) -> None:
+    write_lines(
+        tmp_path / "data" / "test.jsonl", [{"anchor": f"a{i}", "positive": "b", "negative": "c"} for i in range(9)]
+    )
+    recipe = Recipe(checkpoint=str(model), dataset=str(tmp_path / "data"), calibration_split="test")
+    data = load_task_data(pull(str(model)), recipe, task=task_of(model), recipes=tmp_path, token=None)
+    assert data.info.columns == {"text": ["anchor", "positive", "negative"]}
 
 
 def test_neighbours_and_shorter_vectors_are_said(tmp_path: Path) -> None:
