@@ -14,6 +14,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,15 +24,17 @@ from transformers import PreTrainedModel
 
 from ...common.memory import LargestInput, return_freed_memory
 from ..direct.forward import DirectForward
+from ..fusion.flow import standing_in
 from ..fusion.fuse import finish_fusing, known_of, wanted_fusions
 from ..fusion.slicing import TOKENS, is_token_batch
 from ..fusion.snapshot import unchanged
 from ..inputs import NUMBERS
 from ..inside import sentence_transformer
-from ..int8.known_forward import FusedForward, enter
+from ..int8.known_forward import WATCHED, FusedForward, enter
+from ..int8.linear import Int8Linear
 from ..int8.packed import PACKING, pack_all
 from .blocked import lay_out, lay_out_for_kernels
-from .difference import differs
+from .difference import Reference, differs
 from .folders import are_all_empty, cache_folder, compile_setting, folders, say_what_differs
 from .graphs import CompilerError, Graph, Graphs, WrongOutputError, dynamic_axes, made_with, said
 
@@ -294,20 +297,20 @@ class _Compiled:
         if not self._compiler or self._in_background:
             return self._entry.forward(**inputs)
         if self._in_process is None:
-            self._in_process = _InProcess(self._model, self._eager_of)
+            self._in_process = _InProcess(self._model, functools.partial(_Uncompiled, self))
         try:
             return self._in_process(names, stacked)
         except NotOneGraphError as error:
-            outputs = self._eager(inputs)
+            outputs = self.uncompiled(inputs)
             self._leave_to_inner(error)
             return outputs
         except Exception as error:  # any of torch's
-            outputs = self._eager(inputs)  # which says what is wrong with the inputs, if that is it
+            outputs = self.uncompiled(inputs)  # which says what is wrong with the inputs, if that is it
             self._give_up(error)
             return outputs
 
     def _make(self, graphs: Graphs, names: tuple[str, ...], stacked: Tensor) -> Graph | None:
-        eager = functools.partial(self._eager_of, names) if self._compiler else None
+        eager = _Uncompiled(self, names) if self._compiler else None
         try:
             return graphs.make(names, stacked, eager=eager)
         except (CompilerError, WrongOutputError) as error:
@@ -328,16 +331,22 @@ class _Compiled:
                 self._maker = threading.Thread(target=make, daemon=True)  # the process may end before it does
                 self._maker.start()
 
-    def _eager_of(self, names: tuple[str, ...], stacked: Tensor) -> Any:
-        return self._eager(dict(zip(names, stacked.unbind(), strict=True)))
-
-    def _eager(self, inputs: dict[str, Any]) -> Any:
+    def uncompiled(self, inputs: dict[str, Any]) -> Any:
         """What the model puts out, no graph of a model inside having a part in it."""
         _comparison.under_way = True
         try:
             return self._entry.forward(**inputs)
         finally:
             _comparison.under_way = False
+
+    def rounded(self, inputs: dict[str, Any]) -> Any:
+        """The same, no layer doing another's work, and all that they read rounded to bfloat16."""
+
+        def read_rounded(layer: Int8Linear, x: Tensor) -> Tensor:
+            return type(layer).forward(layer, x.bfloat16().to(x.dtype))
+
+        with self._entry.known.running(WATCHED), standing_in(self._model.modules(), read_rounded):
+            return self.uncompiled(inputs)
 
     def _has_padding(self, ids: Tensor) -> bool:
         """Whether some are those of padding, from which a few models make a mask of their own."""
@@ -380,22 +389,39 @@ def _are_consecutive(positions: Tensor) -> bool:
     return torch.equal(positions[:, 1:], positions[:, :-1] + 1)
 
 
+@dataclass(frozen=True)
+class _Uncompiled:
+    """What is compiled of a model is compared with it. Inputs are those of `names`, in one tensor."""
+
+    compiled: _Compiled
+    names: tuple[str, ...]
+
+    def __call__(self, stacked: Tensor) -> Any:
+        return self.compiled.uncompiled(self._by_name(stacked))
+
+    def rounded(self, stacked: Tensor) -> Any:
+        return self.compiled.rounded(self._by_name(stacked))
+
+    def _by_name(self, stacked: Tensor) -> dict[str, Any]:
+        return dict(zip(self.names, stacked.unbind(), strict=True))
+
+
 class NotOneGraphError(Exception):
     """A forward depends on numbers, or calls what a graph cannot, as the message says."""
 
 
 class _InProcess:
-    """torch.compile of a model's forward, with what it sees as constants (freezing). `eager`: whose outputs it is to have.
+    """torch.compile of a model's forward, with what it sees as constants (freezing). `uncompiled`: whose outputs it is to have.
 
     The forward has to be one graph: compiling Longformer's pieces took each process more than ten minutes.
     """
 
-    def __init__(self, model: nn.Module, eager: Callable[[tuple[str, ...], Tensor], Any]) -> None:
+    def __init__(self, model: nn.Module, uncompiled: Callable[[tuple[str, ...]], Reference]) -> None:
         _keep_on_disk()
         self._name = type(model).__name__
         self._model = model
         self._own = types.MethodType(type(model).forward, model)
-        self._eager = eager
+        self._uncompiled = uncompiled
         self._made = threading.Event()
         self._is_known = False
         self._is_said = False
@@ -432,7 +458,7 @@ class _InProcess:
             NotOneGraphError: it does.
         """
         with unchanged(self._model) as snapshot:
-            self._eager(names, stacked)
+            self._uncompiled(names)(stacked)
         if snapshot.changed:
             raise NotOneGraphError("Its forward changes the model itself")
         self._is_known = True
@@ -462,8 +488,8 @@ class _InProcess:
         Raises:
             WrongOutputError: it is not.
         """
-        compiled, eager = functools.partial(self._run, names), functools.partial(self._eager, names)
-        difference = differs(compiled, eager, stacked)
+        model = self._uncompiled(names)
+        difference = differs(functools.partial(self._run, names), model, stacked, rounded=model.rounded)
         if difference is not None:
             raise WrongOutputError(said(difference))
 

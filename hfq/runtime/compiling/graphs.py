@@ -30,7 +30,7 @@ from ...common.version import __version__
 from ..int8.linear import packed_linears
 from ..kernels.cpu import compiles_to_bfloat16, is_compiled, onednn_settings
 from ..kernels.native import machine, take_tensors
-from .difference import Forward, differs
+from .difference import Reference, differs
 from .folders import trusted
 from .skeleton import stand_in, take_apart
 
@@ -103,7 +103,7 @@ class Graphs:
         """Whether nothing was found yet that keeps such inputs from having a graph."""
         return _kind(names, inputs) not in self._refused
 
-    def make(self, names: Sequence[str], inputs: Tensor, *, eager: Forward | None) -> "Graph | None":
+    def make(self, names: Sequence[str], inputs: Tensor, *, eager: Reference | None) -> "Graph | None":
         """Load or compile a graph for `inputs`. None if it cannot be.
 
         Args:
@@ -157,7 +157,7 @@ class Graphs:
                 _log.warning("%s is not used: %s", folder, error)
         return None
 
-    def _compile(self, names: Sequence[str], inputs: Tensor, folder: Path, *, eager: Forward) -> None:
+    def _compile(self, names: Sequence[str], inputs: Tensor, folder: Path, *, eager: Reference) -> None:
         """Have another process compile into `folder`, which appears whole and seen to be right, or not at all.
 
         Raises:
@@ -185,7 +185,7 @@ class Graphs:
         except OSError as error:
             raise CompilerError(str(error)) from error
 
-    def _check_outputs(self, folder: Path, inputs: Tensor, eager: Forward) -> None:
+    def _check_outputs(self, folder: Path, inputs: Tensor, eager: Reference) -> None:
         """Leave a sentence in place of a graph whose outputs are not the model's.
 
         Raises:
@@ -194,7 +194,7 @@ class Graphs:
         if not (folder / FACTS).exists():  # it is refused
             return
         try:
-            difference = differs(Graph(folder, self._tensors), eager, inputs)
+            difference = differs(Graph(folder, self._tensors), eager, inputs, rounded=eager.rounded)
         except RuntimeError as error:
             raise CompilerError(str(error)) from error
         if difference is not None:
