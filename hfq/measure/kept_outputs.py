@@ -1,7 +1,9 @@
 """The float model's outputs, kept from run to run: evaluating it takes longer than a trial, and gives the same each time."""
 
 import hashlib
+import inspect
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -18,7 +20,7 @@ from ..common.version import __version__
 from ..data.session import Session
 from ..runtime.compiling.folders import trusted
 from ..source.contents import list_contents
-from ..tasks.base import Batch
+from ..tasks.base import Batch, Task
 
 Outputs = tuple[list[Tensor], float]  # one for each example, and the seconds that they took
 LARGEST = 1 << 26  # bytes that are kept of one split: vocabularies of logits are not
@@ -52,7 +54,7 @@ def _key(session: Session, batches: Sequence[Batch]) -> str:
         "engine": [recipe.accelerator, recipe.devices, recipe.strategy],
         "weights": checkpoint.info.revision,
         "config": checkpoint.config,
-        "task": [session.task.name, dict(session.task.given)],
+        "task": [session.task.name, dict(session.task.given), _code_of(session.task)],
     }
     digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
     for name in sorted(map(str, list_contents(checkpoint.path, checkpoint.contents))):
@@ -62,6 +64,13 @@ def _key(session: Session, batches: Sequence[Batch]) -> str:
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
             digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _code_of(task: Task) -> str:
+    """The file that says what outputs are, which its author may be changing; nothing where only bytecode is installed."""
+    with suppress(OSError):
+        return inspect.getsource(sys.modules[type(task).__module__])
+    return ""
 
 
 def _read(path: Path) -> Outputs | None:

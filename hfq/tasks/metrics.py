@@ -81,6 +81,16 @@ def leads(outputs: Tensor, others: Tensor) -> Tensor:
     return (others.gather(-1, answer) - others.scatter(-1, answer, -torch.inf).amax(-1, keepdim=True)).squeeze(-1)
 
 
+def leads_among(answer: Tensor, known: Tensor, scores: Tensor) -> Tensor:
+    """By how much `answer`, `[n, parts]`, is ahead of all others where only the best are known: `[n]`.
+
+    `known`: `[n, best, parts]`, no answer twice, with their `scores` `[n, best]`. What is not among them is behind them all.
+    """
+    same = (known == answer[:, None]).all(2)
+    own = scores.where(same, -torch.inf).amax(1).maximum(scores.amin(1))
+    return own - scores.where(~same, -torch.inf).amax(1)
+
+
 def other_scores(
     metrics: Mapping[str, Metric], decides: Metric, outputs: Outputs, others: Outputs, references: References
 ) -> list[str]:

@@ -25,7 +25,7 @@ from ..base import (
     SumMetric,
     find_column,
 )
-from ..metrics import other_scores
+from ..metrics import leads_among, other_scores
 from .tokens import TextTask, is_text, texts
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ IGNORED = -100  # of tokens that are not asked for, as transformers has it
 KNOWN_TEXTS = ("text", "sentence", "content")
 _LOGITS = 1 << 26  # at a time: 256 MiB
 _LOG_PROBABILITY, _RECIPROCAL_RANK, _FIRST = range(3)
+KEPT = 5  # likeliest tokens that an output names
 
 
 class Itself(Alignment):
@@ -51,8 +52,8 @@ class Itself(Alignment):
 class FillMask(TextTask):
     """Hidden tokens of a text.
 
-    Outputs are float32 `[hidden tokens, 3]`: the right token's log-probability, the reciprocal of its rank, and which token
-    comes first, as a fraction of the vocabulary.
+    Outputs are float32 `[hidden tokens, 12]`: the right token's log-probability, the reciprocal of its rank, the five
+    likeliest tokens, as fractions of the vocabulary, and their log-probabilities.
     """
 
     name = "fill-mask"
@@ -110,7 +111,7 @@ class FillMask(TextTask):
         return {**batch, "labels": labels}
 
     def outputs(self, model: "nn.Module", batch: Batch) -> list[Tensor]:
-        """Float32 `[hidden tokens, 3]` for each example."""
+        """Float32 `[hidden tokens, 12]` for each example."""
         rows, length = batch["input_ids"].shape
         size = max(1, _LOGITS // (length * self.config.get("vocab_size", 1 << 16)))
         found: list[Tensor] = []
@@ -129,6 +130,15 @@ class FillMask(TextTask):
         pairs = zip(outputs, others, strict=True)
         same = torch.cat([a[:, _FIRST] == b[:, _FIRST] for a, b in pairs])
         return same.double().mean().item() if len(same) else 1.0
+
+    def margins(self, outputs: Outputs, others: Outputs) -> Tensor:
+        """Of log-probabilities, at the hidden token that has least."""
+        found = []
+        for a, b in zip(outputs, others, strict=True):
+            known, scores = b[:, _FIRST : _FIRST + KEPT, None], b[:, _FIRST + KEPT :]
+            lead = leads_among(a[:, _FIRST, None], known, scores)
+            found.append(lead.amin() if len(a) else lead.new_tensor(torch.inf))
+        return torch.stack(found)
 
     def remarks(self, metric: Metric, outputs: Outputs, others: Outputs, references: References) -> list[str]:
         """The other metrics."""
@@ -176,10 +186,10 @@ def _hidden(ids: Sequence[int], special: Sequence[int]) -> set[int]:
 
 
 def _reduced(logits: Tensor, asked: Tensor) -> Tensor:
-    """Of logits `[hidden, vocabulary]`, all that is compared: `[hidden, 3]`."""
+    """Of logits `[hidden, vocabulary]`, all that is compared: `[hidden, 12]`."""
     right = asked[asked != IGNORED, None]
     log_p = logits.float().log_softmax(1)
     found = log_p.gather(1, right)
     rank = 1 + (log_p > found).sum(1, keepdim=True)
-    first = log_p.argmax(1, keepdim=True) / log_p.shape[1]
-    return torch.cat([found, 1 / rank, first], 1)
+    best, tokens = log_p.topk(KEPT)
+    return torch.cat([found, 1 / rank, tokens / log_p.shape[1], best], 1)

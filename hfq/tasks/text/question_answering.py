@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ...common.errors import DataError
 from ...common.names import REPORT_FILE
 from ...common.reading import read_json
 from ..base import Batch, Columns, Encoding, Metric, Outputs, Processor, References, SumMetric, Trivial, find_column
-from ..metrics import other_scores
+from ..metrics import leads_among, other_scores
 from .tokens import TextTask, texts
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ KNOWN = {
 }
 _OUTSIDE, _NO_ANSWER = -1.0, -2.0  # in place of where in the text a token is
 _START, _END, _SPAN, _NONE = range(4)
+KEPT = 5  # spans of which an output says where they are: what other models answer is mostly among them
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,8 @@ class Asked:
 class QuestionAnswering(TextTask):
     """An example is a question with all windows of its text.
 
-    Outputs are float32 `[4]`: where the best span starts and ends, as fractions of the text, its score, and that of no
-    answer, the lowest of all windows.
+    Outputs are float32 `[16]`: where the best span starts and ends, as fractions of the text, its score, and that of no
+    answer, the lowest of all windows; then start, end and score of each of the four next best.
     """
 
     name = "question-answering"
@@ -213,15 +215,15 @@ class QuestionAnswering(TextTask):
         return {name: rows[there] for name, rows in super().model_inputs(batch).items()}
 
     def outputs(self, model: "nn.Module", batch: Batch) -> list[Tensor]:
-        """Float32 `[4]` for each example."""
+        """Float32 `[16]` for each example."""
         there = _there(batch)
         answer = model(**self.model_inputs(batch))
-        found = _best_spans(answer.start_logits.float(), answer.end_logits.float(), batch["labels"][there])
+        spans, none = _best_spans(answer.start_logits.float(), answer.end_logits.float(), batch["labels"][there])
+        windows = there.sum(1).tolist()
         outputs = []
-        for windows in found.split(there.sum(1).tolist()):
-            best = windows[windows[:, _SPAN].argmax()].clone()
-            best[_NONE] = windows[:, _NONE].min()
-            outputs.append(best)
+        for rows, no_answers in zip(spans.split(windows), none.split(windows), strict=True):
+            best = _best_of(rows.flatten(0, 1))
+            outputs.append(torch.cat([best[0], no_answers.amin()[None], best[1:].flatten()]))
         return outputs
 
     @cached_property
@@ -248,6 +250,22 @@ class QuestionAnswering(TextTask):
             none, other = (rows[:, _NONE] - rows[:, _SPAN] > (self.threshold or 0.0) for rows in (a, b))
             same = (same & ~none & ~other) | (none & other)
         return same.double().mean().item()
+
+    def margins(self, outputs: Outputs, others: Outputs) -> Tensor:
+        """Of scores of spans, or of no answer."""
+        (answers, own), (known, scores) = map(self._ranked, (outputs, others))
+        answer = answers[torch.arange(len(answers)), own.argmax(1)]
+        return leads_among(answer, known, scores)
+
+    def _ranked(self, outputs: Outputs) -> tuple[Tensor, Tensor]:
+        """The known answers, `[examples, answers, 2]`, and their scores."""
+        rows = torch.stack(list(outputs))
+        none = rows[:, _NONE] - (self.threshold or 0.0)
+        spans = torch.cat([rows[:, :_NONE], rows[:, _NONE + 1 :]], 1).unflatten(1, (-1, 3))
+        places, scores = spans[..., :_SPAN], spans[..., _SPAN]
+        if not self.may_lack:
+            return places, scores
+        return torch.cat([places, torch.full_like(places[:, :1], _NO_ANSWER)], 1), torch.cat([scores, none[:, None]], 1)
 
     def remarks(self, metric: Metric, outputs: Outputs, others: Outputs, references: References) -> list[str]:
         """The other metrics: of questions with and without an answer apart, too."""
@@ -306,7 +324,7 @@ class Squad(SumMetric):
 
 def given(output: Tensor, asked: Asked, threshold: float | None) -> str:
     """The text of an answer; nothing where the model gives none."""
-    start, end, span, none = output.tolist()
+    start, end, span, none = output[: _NONE + 1].tolist()
     if threshold is not None and none - span > threshold:
         return ""
     size = len(asked.context)
@@ -342,23 +360,38 @@ def best_threshold(outputs: Outputs, references: References) -> float:
     return float(best[best.abs().argmin()])
 
 
-def _best_spans(starts: Tensor, ends: Tensor, places: Tensor) -> Tensor:
-    """The best span of each window: `[windows, 4]`. Logits: `[windows, length]`; `places`: `[windows, length, 2]`."""
+def _best_spans(starts: Tensor, ends: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """The best spans of each window, `[windows, KEPT, 3]`, and the score of no answer, `[windows]`.
+
+    Logits: `[windows, length]`; `places`: `[windows, length, 2]`. Where there are too few, they are at 0, as bad as can be.
+    """
     inside = places[..., 0] >= 0
     count = min(CANDIDATES, starts.shape[1])
     (start, first), (end, last) = ((x.where(inside, -torch.inf)).topk(count) for x in (starts, ends))
     scores = start[:, :, None] + end[:, None, :]
     span = last[:, None, :] - first[:, :, None]
     scores = scores.where((span >= 0) & (span < LONGEST_ANSWER), -torch.inf).flatten(1)
-    best, at = scores.max(1)
-    worst = starts.amin(1) + ends.amin(1)  # of a window in which nothing can be an answer
-    begin = places[..., 0].gather(1, first.gather(1, at[:, None] // count)).squeeze(1)
-    finish = places[..., 1].gather(1, last.gather(1, at[:, None] % count)).squeeze(1)
-    found = best.isfinite()
+    scores = functional.pad(scores, (0, KEPT), value=-torch.inf)  # a short window has few
+    best, at = scores.topk(KEPT)
+    at = at.clamp(max=count * count - 1)
+    worst = (starts.amin(1) + ends.amin(1))[:, None]  # of a window in which nothing can be an answer
+    begin = places[..., 0].gather(1, first.gather(1, at // count))
+    finish = places[..., 1].gather(1, last.gather(1, at % count))
+    found, zero = best.isfinite(), torch.zeros_like(begin)
+    spans = torch.stack([begin.where(found, zero), finish.where(found, zero), best.where(found, worst)], 2)
     none = (places[..., 0] == _NO_ANSWER).int().argmax(1, keepdim=True)
-    no_answer = (starts.gather(1, none) + ends.gather(1, none)).squeeze(1)
-    zero = torch.zeros_like(begin)
-    return torch.stack([begin.where(found, zero), finish.where(found, zero), best.where(found, worst), no_answer], 1)
+    return spans, (starts.gather(1, none) + ends.gather(1, none)).squeeze(1)
+
+
+def _best_of(spans: Tensor) -> Tensor:
+    """The best `KEPT` of spans `[n, 3]`, where windows overlap each once; what is missing, as a window has it."""
+    spans = spans[spans[:, _SPAN].argsort(descending=True)]
+    first: dict[tuple[float, ...], int] = {}
+    for i, (start, end, _) in enumerate(spans.tolist()):
+        first.setdefault((start, end), i)
+    best = spans[list(first.values())[:KEPT]]
+    missing = torch.tensor([0.0, 0.0, spans[-1, _SPAN]]).expand(KEPT - len(best), 3)
+    return torch.cat([best, missing])
 
 
 def _there(batch: Batch) -> Tensor:

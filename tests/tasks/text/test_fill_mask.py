@@ -85,6 +85,13 @@ def test_scores_are_those_of_the_models_logits(
     other[0][0, 2] += 0.5
     assert task.fidelity(outputs, outputs) == 1
     assert task.fidelity(outputs, other) == pytest.approx(1 - 1 / len(right))
+    best = logits[asked].topk(2).values
+    leads = (best[:, 0] - best[:, 1]).split(list(map(len, outputs)))
+    assert task.margins(outputs, outputs).tolist() == pytest.approx([lead.min().item() for lead in leads], rel=1e-3)
+    outputs[0] = outputs[0][:1]
+    swapped = outputs[0].clone()
+    swapped[:, 2:4] = outputs[0][:, [3, 2]]
+    assert task.margins(outputs[:1], [swapped]).item() == pytest.approx(-leads[0][0].item(), rel=1e-3)
 
 
 @pytest.mark.parametrize(

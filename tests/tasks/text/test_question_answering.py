@@ -18,7 +18,7 @@ from hfq.common.errors import DataError
 from hfq.data.dataset import load_splits
 from hfq.source.checkpoint import pull
 from hfq.tasks.base import Processor
-from hfq.tasks.text.question_answering import Answers, Asked, QuestionAnswering, best_threshold, given
+from hfq.tasks.text.question_answering import KEPT, Answers, Asked, QuestionAnswering, best_threshold, given
 
 CONFIG = {"architectures": ["BertForQuestionAnswering"]}
 QUESTION = "Which number?"
@@ -217,6 +217,44 @@ def test_metrics_are_those_of_squad() -> None:
     assert list(QuestionAnswering(CONFIG).metrics) == ["f1", "exact_match"]
     other = [outputs[0], outputs[1], outputs[3], outputs[3]]
     assert (task.fidelity(outputs, outputs), task.fidelity(outputs, other)) == (1, 0.75)
+
+
+def ranked(*spans: tuple[float, float, float], none: float) -> torch.Tensor:
+    """What a model puts out that scores these spans so, and all others 0."""
+    (start, end, score), *others = [*spans, *[(0.9 + i / 100, 1.0, 0.0) for i in range(KEPT - len(spans))]]
+    return torch.tensor([start, end, score, none, *(number for span in others for number in span)])
+
+
+def test_an_answer_is_ahead_of_the_best_other_one() -> None:
+    first, second, third = (0.1, 0.2), (0.3, 0.4), (0.5, 0.6)
+    task = QuestionAnswering(CONFIG)
+    outputs = [ranked((*first, 5.0), (*second, 4.5), none=4.75)] * 4
+    others = [
+        outputs[0],
+        ranked((*second, 5.0), (*first, 4.75), none=0.0),
+        ranked((*second, 5.0), (*third, 4.0), none=0.0),
+        ranked((*first, 5.0), (*second, 4.5), none=6.0),
+    ]
+    assert task.margins(outputs, others).tolist() == [0.5, -0.25, -5.0, 0.5]
+    lacking = task.informed(Answers("", True))
+    assert lacking.margins(outputs, others).tolist() == [0.25, -0.25, -5.0, -1.0]
+    assert lacking.margins(others[3:], others[:1]).tolist() == [-0.25]
+
+
+def test_the_spans_of_all_windows_are_ranked_each_once(checkpoint: Path, processor: Processor) -> None:
+    task = QuestionAnswering(CONFIG)
+    context = " ".join(f"It was in {1800 + i} that it happened." for i in range(40))
+    rows = Dataset.from_dict({"question": ["When?"], "context": [context]})
+    columns = {name: [name] for name in ("question", "context")}
+    batch = task.collate(task.encode(rows, columns, processor), processor)
+    assert batch["labels"].shape[1] > 1
+    model = AutoModelForQuestionAnswering.from_pretrained(checkpoint).eval()
+    with torch.inference_mode():
+        (output,) = task.outputs(model, batch)
+    spans = torch.cat([output[:3], output[4:]]).view(KEPT, 3)
+    assert len({(start, end) for start, end, _ in spans.tolist()}) == KEPT
+    assert spans[:, 2].diff().le(0).all()
+    assert task.margins([output], [output]).item() == pytest.approx((spans[0, 2] - spans[1, 2]).item())
 
 
 def test_the_threshold_is_the_best_of_all() -> None:
