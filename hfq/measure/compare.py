@@ -23,6 +23,7 @@ from .kept_outputs import keeping_outputs
 from .statistics import mcnemar_p, middle, on_others
 from .timing import Subject, Timing, examples_in, measure, outputs_of, some_batches, some_places, timed_batches
 
+APART = 1.5  # the root of two, and some more
 TIE = 4.5  # times the middle one: three standard deviations of what moves by chance
 COMPARED = (256, 512)  # examples, of the tuning split and of the holdout, with stock: that takes twice as long as FP32
 STOCK_TOKENS = 512  # at a time: what stock transformers computes of them takes twice the memory that it takes in float
@@ -183,8 +184,8 @@ def near_ties(task: Task, floats: Outputs, ours: Outputs, stock: Outputs) -> flo
     """How much of `task.fidelity` stock transformers lacks for no more than rounding, beside `ours`.
 
     On such examples neither answer is ahead of the other by more than three times what rounding usually moves. That is what
-    the middle example moves, so a fault in a few is none; and where it is more than INT8 moves the answers of the float
-    model, nothing is.
+    the middle example moves, so a fault in a few is none; and where it is more than two int8 models are apart by chance, as
+    far as either is from the float model, nothing is.
     """
     lead, floats_lead = task.margins(ours, stock), task.margins(floats, ours)
     own, floats_own = task.margins(ours, ours), task.margins(floats, floats)
@@ -192,7 +193,7 @@ def near_ties(task: Task, floats: Outputs, ours: Outputs, stock: Outputs) -> flo
         return 0.0
     moved, by_int8 = ((a - b).abs().nanmedian() for a, b in ((own, lead), (floats_own, floats_lead)))
     flips = lead < 0
-    if not flips.any() or moved > by_int8:
+    if not flips.any() or moved > APART * by_int8:
         return 0.0
     near = torch.maximum(own, -lead)[flips] <= TIE * moved
     return near.float().mean().item() * (1 - task.fidelity(stock, ours))
