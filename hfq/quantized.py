@@ -16,7 +16,7 @@ from .common.errors import ExportError
 from .common.files import write_text
 from .common.names import REPORT_FILE
 from .export.checkpoint import write_weights_and_config
-from .export.stock import check_written
+from .export.stock import check_openable, check_written
 from .ptq.inputs import Batch
 from .ptq.scheme import Plan
 from .report.card import render_fit_card
@@ -51,6 +51,7 @@ class Quantized:
         Raises:
             ExportError: the folder holds something else, or cannot be written, or stock transformers would open another
                 model than this one. Nothing is left half-written.
+            UnsupportedError: it opens no int8 checkpoint of this architecture.
         """
         folder = Path(save_dir)
         if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / REPORT_FILE).exists())):
@@ -108,6 +109,7 @@ class Quantized:
         inside = sentence_transformer(self)
         name = transformers_part(self)
         part = inside or (self if name is None else self.get_submodule(name))
+        check_openable(part)
         plan = _within(self._hfq_plan, name)
         write = partial(write_weights_and_config, part, plan, _config(part), widened=inside is not None)
         if inside is None:

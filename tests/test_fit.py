@@ -5,6 +5,7 @@ import json
 import pickle
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import hfq
-from hfq.common.errors import ExportError, GoalNotMetError, SourceError, UsageError
+from hfq.common.errors import ExportError, GoalNotMetError, SourceError, UnsupportedError, UsageError
 from hfq.common.memory import checkpoint_files
 from hfq.config import AccuracyCriterion, PostTrainingQuantConfig, TuningCriterion
 from hfq.hub.local import LocalHub
@@ -656,5 +657,14 @@ def test_what_stock_transformers_would_open_otherwise_is_not_saved(tmp_path: Pat
     int8 = fit(tiny(), PostTrainingQuantConfig(), token_batches(1))
     int8.bert.pooler.dense.forward = lambda x: x * 3  # which no folder holds
     with pytest.raises(ExportError, match="another model where hfq is not installed: its answer differs by"):
+        int8.save(tmp_path / "saved")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_architecture_that_stock_transformers_cannot_open_is_not_saved(tmp_path: Path) -> None:
+    family = FAMILIES["dinov2"]
+    model = replace(family, config={**family.config, "use_swiglu_ffn": False}).make()
+    int8 = fit(model, PostTrainingQuantConfig(), [family.inputs()])
+    with pytest.raises(UnsupportedError, match="opens no compressed-tensors checkpoint of Dinov2ForImageClassification"):
         int8.save(tmp_path / "saved")
     assert list(tmp_path.iterdir()) == []

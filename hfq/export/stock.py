@@ -28,7 +28,7 @@ FAR = 0.5  # relative to the answer: more than a code here and there that rounds
 
 
 def check_openable(model: nn.Module) -> None:
-    """Before any work is done: whether stock transformers opens int8 checkpoints of this architecture at all.
+    """Before work is done, or written: whether stock transformers opens int8 checkpoints of this architecture at all.
 
     Some it loads by splitting a weight in two, which transformers 5.23 cannot do with a weight that has a scale, even
     where a checkpoint has none to split (DINOv2, whose largest model alone has one).
@@ -45,7 +45,7 @@ def check_openable(model: nn.Module) -> None:
     except ValueError as error:
         raise UnsupportedError(
             f"transformers {__version__} opens no compressed-tensors checkpoint of {type(model).__name__}: its loader "
-            f"cannot split a quantized weight ({str(error)[:100]}…). Nothing was quantized. Upgrade transformers, if it can."
+            f"cannot split a quantized weight ({str(error)[:100]}…). Nothing was written. Upgrade transformers, if it can."
         ) from error
 
 
