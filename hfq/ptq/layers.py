@@ -172,6 +172,10 @@ def _called(
     try:
         with unchanged(model), weights_left_in_file(model), torch.inference_mode(), bypassed:
             answer = tree_leaves(model(**batch))
+            if bypassed.asked:
+                answered = dict(outputs)
+                bypassed.look_for_casts(model, batch)
+                outputs = answered
     finally:
         for handle in handles:
             handle.remove()
@@ -190,16 +194,41 @@ class Bypassed(TorchFunctionMode):
         self.inside = 0
         self._weights = {id(parameter) for parameter in model.parameters()}
         self._read: set[int] = set()
+        self.asked: set[int] = set()  # weights whose dtype is looked at
+        self._last_asked: int | None = None
+        self._as_int8 = False
 
     def __contains__(self, weight: Tensor | None) -> bool:
         return id(weight) in self._read
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.inside and getattr(func, "__self__", None) is Tensor.dtype and id(args[0]) in self._weights:
+            self.asked.add(id(args[0]))
+            self._last_asked = id(args[0])
+            if self._as_int8 and args[0].dim() > 1:
+                return torch.int8
+        if self._as_int8 and func is Tensor.to and torch.int8 in tree_leaves((args[1:], kwargs)):
+            self._read.add(self._last_asked or 0)
+            return args[0]
         output = func(*args, **(kwargs or {}))
         if not self.inside and any(isinstance(leaf, Tensor) for leaf in tree_leaves(output)):  # not its dtype or shape
             given = tree_leaves((args, kwargs))
             self._read |= {id(leaf) for leaf in given if isinstance(leaf, nn.Parameter)} & self._weights
         return output
+
+    def look_for_casts(self, model: nn.Module, batch: Batch) -> None:
+        """Note weights to whose dtype activations are cast, as before Mamba's head: cast to int8 they would be lost.
+
+        In a forward that is told that weights are int8. T5's casts to any dtype but that.
+        """
+        self._as_int8 = True
+        try:
+            model(**batch)
+        except Exception:  # the model's own code, which has no use for that dtype
+            self._read |= self.asked
+        finally:
+            self._as_int8 = False
+            self.inside = 0
 
 
 def _why_convolutions_stay(model: nn.Module) -> str | None:

@@ -109,6 +109,11 @@ FAMILIES = {
     "jina v3": Family("JinaEmbeddingsV3Model", _BERT),
     "llama": Family("LlamaForCausalLM", _DECODER, heads=("AutoModel", "LlamaForSequenceClassification")),
     "longformer": Family("LongformerModel", {**_BERT, "attention_window": [8, 8]}),
+    "mamba": Family(
+        "MambaForCausalLM",
+        {"vocab_size": _WORDS, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+        heads=(),
+    ),
     "mobilebert with words": Family(
         "MobileBertForMaskedLM", {**_SMALL, "true_hidden_size": 16, "intra_bottleneck_size": 16}, heads=()
     ),
