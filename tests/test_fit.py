@@ -665,6 +665,8 @@ def test_an_architecture_that_stock_transformers_cannot_open_is_not_saved(tmp_pa
     family = FAMILIES["dinov2"]
     model = replace(family, config={**family.config, "use_swiglu_ffn": False}).make()
     int8 = fit(model, PostTrainingQuantConfig(), [family.inputs()])
-    with pytest.raises(UnsupportedError, match="opens no compressed-tensors checkpoint of Dinov2ForImageClassification"):
+    with pytest.raises(
+        UnsupportedError, match="opens no compressed-tensors checkpoint of Dinov2ForImageClassification"
+    ):
         int8.save(tmp_path / "saved")
     assert list(tmp_path.iterdir()) == []

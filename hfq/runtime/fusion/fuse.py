@@ -162,7 +162,7 @@ class _AtFirstForward:
             forward = model.__dict__.get("forward")
             if not isinstance(forward, FusedForward) or forward.at_first is not self or self._has_begun:
                 return False
-            if not forward.is_as_it_was():
+            if not forward.is_as_it_was() or any(m._backward_hooks for m in model.modules()):
                 return False  # what a user put there meanwhile is not to see examples
             self._has_begun = True
             try:

@@ -235,3 +235,13 @@ def test_hooks_see_no_examples() -> None:
     handle.remove()
     logits(model, BATCHES)
     assert any(layer.returns_codes for layer in int8_linears(model).values()), "it is fused once nobody looks"
+
+
+def test_backward_hooks_see_no_examples() -> None:
+    """Some of what is looked for is found by gradients."""
+    _, twin = pair(fused=at_first_forward)
+    seen: list[Any] = []
+    twin.classifier.register_full_backward_hook(lambda *call: seen.append(call))
+    x = torch.randn(2, 7, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    twin(inputs_embeds=x).logits.sum().backward()
+    assert len(seen) == 1
