@@ -670,3 +670,16 @@ def test_an_architecture_that_stock_transformers_cannot_open_is_not_saved(tmp_pa
     ):
         int8.save(tmp_path / "saved")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_changes_its_weights_is_refused_and_answers_as_before() -> None:
+    """RWKV's first forward scales them down, so that 16 bits hold what they make."""
+    sizes = {"vocab_size": 50, "hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 2}
+    model = transformers.RwkvModel(transformers.RwkvConfig(**sizes, rescale_every=1)).eval()
+    tokens = {"input_ids": torch.arange(2, 42).view(4, 10)}
+    with torch.no_grad():
+        before = copy.deepcopy(model)(**tokens).last_hidden_state
+    with pytest.raises(UnsupportedError, match="RwkvModel changes its own weights"):
+        fit(model, PostTrainingQuantConfig(), calib_dataloader=[tokens])
+    with torch.no_grad():
+        assert torch.equal(model(**tokens).last_hidden_state, before)

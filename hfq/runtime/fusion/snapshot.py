@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...common.errors import UnsupportedError
+
 _MOST = 100_000  # things that are looked into, those that are nearest to the modules first
 _OTHERS = ("torch", "hfq", "lightning", "pytorch_lightning")  # whose objects are no model's memory
 _CONTAINERS = (dict, list, set, deque)
@@ -25,15 +27,26 @@ _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.Para
 class Snapshot:
     """What `model` is, to be put back. `changed`: whether it may have been one of other steps in between.
 
-    That is all its modules hold but parameters: numbers, tensors, containers and objects, and what is in those.
+    That is all its modules hold but parameters: numbers, tensors, containers and objects, and what is in those. Where
+    parameters were written to, nothing is put back, as what else the model holds may say so: RWKV's forward scales them
+    down, once.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.changed = False
         self._had = list(_reachable(model))
+        self._versions = [(x, x._version) for x in model.parameters() if not x.is_inference()]
+
+    @property
+    def has_other_parameters(self) -> bool:
+        """Whether some were written to."""
+        return any(x._version != version for x, version in self._versions)
 
     def put_back(self) -> None:
         """Make the model again what it was."""
+        if self.has_other_parameters:
+            self.changed = True
+            return
         for value, content in self._had:
             if isinstance(value, Tensor | np.ndarray):
                 self.changed |= _restore(value, content)
@@ -66,7 +79,11 @@ _thread = _Thread()
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[Snapshot]:
-    """For the length of the block, `model` may be given examples: what it changes in itself, and random numbers, are put back."""
+    """For the length of the block, `model` may be given examples: what it changes in itself, and random numbers, are put back.
+
+    Raises:
+        UnsupportedError: it changed its parameters.
+    """
     taken = _thread.taken
     found = taken[1] if taken is not None and taken[0] is model else Snapshot(model)
     found.changed = False
@@ -75,6 +92,11 @@ def unchanged(model: nn.Module) -> Iterator[Snapshot]:
             yield found
     finally:
         found.put_back()
+    if found.has_other_parameters:
+        raise UnsupportedError(
+            f"{type(model).__name__} changes its own weights when it computes, which int8 ones cannot be. It answers as "
+            "before, and nothing was quantized."
+        )
 
 
 @contextmanager

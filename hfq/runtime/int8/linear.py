@@ -216,9 +216,7 @@ class PackedLinear:
         self.in_features = first.in_features
         rows = [module.weight_rows() for module in modules]
         self.scale = torch.cat([scale for _, scale in rows])
-        self.bias = None
-        if any(module.bias is not None for module in modules):
-            self.bias = torch.cat([_bias(module) for module in modules])
+        self.bias = _biases(modules)
         from_file = all(module._in_file_at is not None for module in modules)
         self.parameter: nn.Parameter | None = None
         plain, codes = first._parameters.get("weight"), rows[0][0]
@@ -281,6 +279,23 @@ def packed_linears(model: nn.Module) -> list["PackedLinear"]:
     """What the packed layers of `model` multiply with, each once."""
     found = (module.packed_linear for module in model.modules() if isinstance(module, Int8Linear))
     return list({id(packed): packed for packed in found if packed is not None}.values())
+
+
+def _biases(modules: "Sequence[Int8Linear | Int8Conv]") -> Tensor | None:
+    """float32 `[sum of out]`, in the memory of the modules' own, which move side by side: who changes one in place, by
+    bias correction say, changes what is computed. Those of another dtype, and made in inference mode, are copied.
+    """
+    if all(module.bias is None for module in modules):
+        return None
+    with torch.inference_mode(False), torch.no_grad():
+        parts = [_bias(module) for module in modules]
+        if len(parts) == 1:
+            return parts[0]
+        together = torch.cat(parts)
+        for module, part in zip(modules, together.split(list(map(len, parts))), strict=True):
+            if module.bias is not None and module.bias.dtype == part.dtype and not module.bias.is_inference():
+                module.bias.data = part
+    return together
 
 
 def _bias(module: "Int8Linear | Int8Conv") -> Tensor:

@@ -1,5 +1,6 @@
 """Whoever watches, changes, differentiates or records a fused model meets the modules that it was made of."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -245,3 +246,20 @@ def test_backward_hooks_see_no_examples() -> None:
     x = torch.randn(2, 7, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     twin(inputs_embeds=x).logits.sum().backward()
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("fused", [fuse, at_first_forward])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_bias_changed_in_place_is_computed_with(family: str, fused: Callable[[nn.Module], None]) -> None:
+    _, model = pair(family, fused=fused)
+    with torch.inference_mode():
+        before = logits(model, BATCHES)
+    for i, layer in enumerate(int8_linears(model).values()):
+        with torch.no_grad():
+            (layer.bias if i % 2 else layer.bias.data).add_(0.1 * (-1) ** (i // 2))
+    changed = logits(model, BATCHES)
+    assert relative_error(changed, before) > 0.01
+    assert torch.equal(changed, logits(copy.deepcopy(model), BATCHES))  # which packs anew
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(state)
+    assert torch.equal(changed, logits(model, BATCHES))
