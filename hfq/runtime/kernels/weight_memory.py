@@ -47,4 +47,7 @@ class WeightMemory:
                 self._block = weakref.ref(block)
                 self._next = -torch.frombuffer(block, dtype=torch.int8).data_ptr() % HUGE
             start, self._next = self._next, self._next + -(-count // _ALIGNMENT) * _ALIGNMENT
+            # By one thread: where several meet a page that is not there yet, laying out a weight takes ten times as long.
+            pages = slice(start, start + count, mmap.PAGESIZE)
+            block[pages] = bytes(len(range(*pages.indices(len(block)))))
             return torch.frombuffer(block, dtype=torch.int8, count=count, offset=start)
