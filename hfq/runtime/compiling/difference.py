@@ -32,23 +32,21 @@ def differs(compiled: Forward, model: Forward, inputs: Tensor, *, rounded: Forwa
     models multiply what is rounded: of all-MiniLM-L6-v2, two roundings are as far from each other as from its floats.
     `rounded`: as a `Reference` has it.
     """
-    expected = _tensors(model(inputs.clone()))
-    pairs = [(_tensors(compiled(inputs.clone())), expected)]
+    pairs = [(_outputs(compiled, inputs), _outputs(model, inputs))]
     if _difference(pairs) <= BOUND:
         return None
     all_inputs = [inputs.roll(by, -1).contiguous() for by in range(OTHERS)]
-    pairs += [(_tensors(compiled(x.clone())), _tensors(model(x.clone()))) for x in all_inputs[1:]]
+    pairs += [(_outputs(compiled, x), _outputs(model, x)) for x in all_inputs[1:]]
     found = _difference(pairs)
-    if found <= BOUND or rounded is None:
-        return None if found <= BOUND else found
-    moved = [_tensors(rounded(x.clone())) for x in all_inputs]
-    bound = TIMES * _difference(list(zip(moved, (y for _, y in pairs), strict=True)))
+    bound = BOUND
+    if found > bound and rounded is not None:
+        bound = TIMES * _difference([(_outputs(rounded, x), y) for x, (_, y) in zip(all_inputs, pairs, strict=True)])
     return None if found <= bound else found
 
 
-def _tensors(output: Any) -> list[Tensor]:
-    """Of outputs to a copy of an input, as a model may write into it."""
-    return [leaf.detach().clone() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+def _outputs(forward: Forward, inputs: Tensor) -> list[Tensor]:
+    """To a copy of `inputs`, as a model may write into them."""
+    return [leaf.detach().clone() for leaf in tree_leaves(forward(inputs.clone())) if isinstance(leaf, Tensor)]
 
 
 def _difference(outputs: Sequence[tuple[list[Tensor], list[Tensor]]]) -> float:
