@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 BOUND = 0.15  # of an output's size. Codes that round another way, and bfloat16, mostly make less than 0.05 of it
 OTHERS = 8  # inputs made of the first one, of which the mean difference counts if that of the first is too large
 TIMES = 2  # as far as the model's own outputs move where bfloat16 is rounded to
+MOST = 0.75  # of their size, however far that is
 
 Forward = Callable[[Tensor], Any]
 
@@ -40,7 +41,8 @@ def differs(compiled: Forward, model: Forward, inputs: Tensor, *, rounded: Forwa
     found = _difference(pairs)
     bound = BOUND
     if found > bound and rounded is not None:
-        bound = TIMES * _difference([(_outputs(rounded, x), y) for x, (_, y) in zip(all_inputs, pairs, strict=True)])
+        moved = _difference([(_outputs(rounded, x), y) for x, (_, y) in zip(all_inputs, pairs, strict=True)])
+        bound = min(TIMES * moved, MOST)
     return None if found <= bound else found
 
 

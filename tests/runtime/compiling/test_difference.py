@@ -27,6 +27,8 @@ def off_by(share: float, seed: int) -> Tensor:
         (0.25, 0.2, False),  # all that is rounded moves so far
         (0.25, 0.05, True),
         (1.0, 0.2, True),
+        (1.0, 0.8, True),
+        (1.0, float("inf"), True),
     ],
 )
 def test_a_difference_is_measured_by_what_rounding_makes_of_the_model(
