@@ -66,6 +66,7 @@ class Int8Linear(PackedModule):
         self.narrowing: Narrowing | None = None
         self.fused_in: KnownForward | None = None
         self._reader: tuple[Int8Linear] | None = None  # in a tuple: it is another module's child, not ours
+        self._writers: list[Int8Linear] = []  # whose reader this is
         self._group: SharedMatmul | None = None
         self._packed: Any = None  # PackedLinear or _Slice
 
@@ -120,7 +121,11 @@ class Int8Linear(PackedModule):
 
     def emit_codes_for(self, consumer: "Int8Linear | None") -> None:
         """Return uint8 codes of `consumer`'s input scale from now on, instead of floats; None: floats again."""
+        for reader in self._reader or ():
+            reader._writers.remove(self)
         self._reader = None if consumer is None else (consumer,)
+        for reader in self._reader or ():
+            reader._writers.append(self)
         self.unpack()  # the consumer's scale is read when this layer is packed
 
     def narrow(self, narrowing: Narrowing | None) -> None:
@@ -151,7 +156,7 @@ class Int8Linear(PackedModule):
 
     def pack(self) -> Any:
         with PACKING:
-            if self._group is not None and not all(module.has_plain_weight for module in self._group.modules):
+            if self._group is not None and not self._group.is_possible:
                 self._group.dissolve()
             if self._group is None:
                 return super().pack()
@@ -164,6 +169,8 @@ class Int8Linear(PackedModule):
 
     def unpack(self) -> None:
         super().unpack()
+        for writer in self._writers:  # its codes are of the input scale that this layer had
+            writer.unpack()
         if self._group is not None:
             self._group.release()
 
@@ -205,7 +212,8 @@ class Int8Linear(PackedModule):
 class PackedLinear:
     """Weights in their kernel's layout, with the scales as the kernel wants them.
 
-    Of one layer, or of several that read the same input with the same scale: their rows, one after the other.
+    Of one layer, or of several that read the same input with the same scale: their rows, one after the other. Who
+    changes a layer's `bias` or `weight_scale` in place, by bias correction say, changes what is computed.
     """
 
     def __init__(self, modules: "Sequence[Int8Linear | Int8Conv]", kernel: Kernel) -> None:
@@ -214,16 +222,18 @@ class PackedLinear:
         self.activation = first.activation
         self.kernel: Kernel = PortableKernel() if self.activation == "weight-only" else kernel
         self.in_features = first.in_features
-        rows = [module.weight_rows() for module in modules]
-        self.scale = torch.cat([scale for _, scale in rows])
-        self.bias = _biases(modules)
+        rows = [module.weight_rows()[0] for module in modules]
+        small = [(module.weight_scale, module.bias) for module in modules]
+        with torch.inference_mode(False), torch.no_grad():
+            self.scale, self.bias = _joined(small)
+        self._unshared = [] if _share(small, self.scale, self.bias) else small
         from_file = all(module._in_file_at is not None for module in modules)
         self.parameter: nn.Parameter | None = None
-        plain, codes = first._parameters.get("weight"), rows[0][0]
+        plain, codes = first._parameters.get("weight"), rows[0]
         if self.activation == "weight-only" and plain is not None and codes.data_ptr() == plain.data_ptr():
             self.parameter, self.weight = plain, codes  # the embeddings', which are there anyhow
         else:
-            self.weight = sharing.pack(self.kernel, [codes for codes, _ in rows], self.scale, from_file=from_file)
+            self.weight = sharing.pack(self.kernel, rows, self.scale, from_file=from_file)
         if isinstance(self.kernel, CheckedKernel) and not self.weight.is_mkldnn:
             self.kernel = PortableKernel()
         self.as_stored = first.as_stored  # a function, not a method: what a module owns is not to own the module
@@ -245,13 +255,14 @@ class PackedLinear:
     def _products(
         self, x: Tensor, post_op: PostOp | None, residual: Tensor | None, in_place: bool, *, alone: bool = False
     ) -> Tensor:
+        scale, bias = _joined(self._unshared) if self._unshared else (self.scale, self.bias)
         if self.activation == "weight-only":
-            weight = self.weight.to(x.dtype) * self.scale[:, None].to(x.dtype)
-            bias = None if self.bias is None else self.bias.to(x.dtype)
+            weight = self.weight.to(x.dtype) * scale[:, None].to(x.dtype)
+            bias = None if bias is None else bias.to(x.dtype)
             y = apply_post_op(nn.functional.linear(x, weight, bias), post_op)
             return y if residual is None else added(y, residual)
         if self.activation == "dynamic":
-            y = self.kernel.dynamic(x, self.weight, self.scale, self.bias, post_op=post_op)
+            y = self.kernel.dynamic(x, self.weight, scale, bias, post_op=post_op)
             y = y if y.dtype == x.dtype else y.to(x.dtype)
             return y if residual is None else added(y, residual)
         codes = x if x.dtype == torch.uint8 else quantize_uint8(x.float(), self.input_scale, self.zero_point)
@@ -261,8 +272,8 @@ class PackedLinear:
         y = self.kernel.static(
             codes,
             self.weight,
-            self.scale,
-            self.bias,
+            scale,
+            bias,
             (self.input_scale, self.zero_point),
             Epilogue(post_op, output, residual, in_place, dtype),
         )
@@ -281,22 +292,32 @@ def packed_linears(model: nn.Module) -> list["PackedLinear"]:
     return list({id(packed): packed for packed in found if packed is not None}.values())
 
 
-def _biases(modules: "Sequence[Int8Linear | Int8Conv]") -> Tensor | None:
-    """float32 `[sum of out]`, in the memory of the modules' own, which move side by side: who changes one in place, by
-    bias correction say, changes what is computed. Those of another dtype, and made in inference mode, are copied.
+def _joined(small: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    """Scales and biases of layers, one after the other: float32 `[sum of out]`. Of one layer, its own where they are that."""
+    scales = [scale.detach().float().reshape(-1) for scale, _ in small]
+    if all(bias is None for _, bias in small):
+        return _one(scales), None
+    pairs = zip(scales, (bias for _, bias in small), strict=True)
+    return _one(scales), _one([torch.zeros_like(x) if bias is None else bias.detach().float() for x, bias in pairs])
+
+
+def _one(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _share(small: Sequence[tuple[Tensor, Tensor | None]], scale: Tensor, bias: Tensor | None) -> bool:
+    """Move the layers' `small` tensors into the memory of `scale` and `bias`, their numbers one after the other.
+
+    Returns: whether they are there. Those of another dtype, and made in inference mode, stay where they are.
     """
-    if all(module.bias is None for module in modules):
-        return None
-    with torch.inference_mode(False), torch.no_grad():
-        parts = [_bias(module) for module in modules]
-        if len(parts) == 1:
-            return parts[0]
-        together = torch.cat(parts)
-        for module, part in zip(modules, together.split(list(map(len, parts))), strict=True):
-            if module.bias is not None and module.bias.dtype == part.dtype and not module.bias.is_inference():
-                module.bias.data = part
-    return together
-
-
-def _bias(module: "Int8Linear | Int8Conv") -> Tensor:
-    return torch.zeros(len(module.weight_scale.flatten())) if module.bias is None else module.bias.detach().float()
+    tensors = [tensor for pair in small for tensor in pair if tensor is not None]
+    if any(tensor.dtype != torch.float32 or tensor.is_inference() for tensor in tensors):
+        return False
+    if len(small) > 1:
+        sizes = [tensor.numel() for tensor, _ in small]
+        biases = [None] * len(small) if bias is None else bias.split(sizes)
+        for (own_scale, own_bias), part, bias_part in zip(small, scale.split(sizes), biases, strict=True):
+            own_scale.data = part.view_as(own_scale)
+            if own_bias is not None and bias_part is not None:
+                own_bias.data = bias_part
+    return True

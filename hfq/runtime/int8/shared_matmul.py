@@ -4,12 +4,13 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..kernels.kernel import PostOp
 from ..kernels.selection import select_kernel
 from .linear import Int8Linear, PackedLinear
-from .packed import PACKING
+from .packed import PACKING, input_codes
 
 
 class _Slice:
@@ -68,6 +69,9 @@ class SharedMatmul:
         packed = self._packed
         if packed is None or any(module._packed is None for module in self.modules):  # one has a new weight
             with PACKING:
+                if not self.is_possible:
+                    self.dissolve()
+                    return torch.cat([module.forward(x) for module in self.modules], -1)
                 if any(module._packed is None for module in self.modules):
                     self.pack()
                 packed = self._packed
@@ -90,6 +94,13 @@ class SharedMatmul:
             module.unpack()
         for module in self.modules:
             module._group = None
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether weights are parameters, and inputs have one scale: somebody may have given a layer another since."""
+        if not all(module.has_plain_weight for module in self.modules):
+            return False
+        return self.modules[0].activation != "static" or len(set(map(input_codes, self.modules))) == 1
 
     @property
     def is_used(self) -> bool:

@@ -248,18 +248,36 @@ def test_backward_hooks_see_no_examples() -> None:
     assert len(seen) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("fused", [fuse, at_first_forward])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_bias_changed_in_place_is_computed_with(family: str, fused: Callable[[nn.Module], None]) -> None:
+def test_what_is_changed_in_place_is_computed_with(
+    family: str, fused: Callable[[nn.Module], None], dtype: torch.dtype
+) -> None:
     _, model = pair(family, fused=fused)
-    with torch.inference_mode():
-        before = logits(model, BATCHES)
+    model.to(dtype)
+    before = logits(model, BATCHES)
     for i, layer in enumerate(int8_linears(model).values()):
         with torch.no_grad():
             (layer.bias if i % 2 else layer.bias.data).add_(0.1 * (-1) ** (i // 2))
+            (layer.weight_scale.data if i % 2 else layer.weight_scale).mul_(1 + 0.1 * (-1) ** (i // 2))
     changed = logits(model, BATCHES)
     assert relative_error(changed, before) > 0.01
     assert torch.equal(changed, logits(copy.deepcopy(model), BATCHES))  # which packs anew
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.load_state_dict(state)
     assert torch.equal(changed, logits(model, BATCHES))
+
+
+@pytest.mark.parametrize("runs_before", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_layer_that_is_given_another_input_scale_is_computed_with_it(family: str, runs_before: bool) -> None:
+    models = pair(family)
+    for name in int8_linears(models[0]):
+        model, twin = copy.deepcopy(models)
+        if runs_before:
+            logits(twin, BATCHES)
+        for changed in (model, twin):
+            layer = int8_linears(changed)[name]
+            layer.input_scale = nn.Parameter(layer.input_scale * 1.5, requires_grad=False)
+        assert relative_error(logits(twin, BATCHES), logits(model, BATCHES)) < ROUNDING, name
