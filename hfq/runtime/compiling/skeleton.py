@@ -34,7 +34,7 @@ _UNREAD = (
 )  # fmt: skip
 _HOOKS = "_forward_hooks"
 _PARAMETRIZED = "parametrizations"  # asked for as an attribute, an int8 module lets go of what is packed
-_LOAD_HOOKS = "_load_state_dict_pre_hooks"  # weight norm's is a function of its own, and nothing is loaded
+_LOADING = "state_dict"  # in the names of hooks for it, and nothing is loaded
 _NEW = vars(nn.Module())
 
 
@@ -111,6 +111,7 @@ class _Pickler(pickle.Pickler):
             if _HOOKS in state:
                 kept = [key for key, hook in state[_HOOKS].items() if getattr(hook, "__module__", "") != CAPTURING]
                 state[_HOOKS] = OrderedDict((key, state[_HOOKS][key]) for key in kept)
+                state = _renumbered({name: item for name, item in state.items() if _LOADING not in name})
             if "training" in state:
                 state["training"] = False
             if value is self.model or isinstance(state.get("forward"), FusedForward):
@@ -141,8 +142,17 @@ def _with_weights(module: nn.Module, state: dict[str, Any]) -> tuple[type, dict[
     names = list(module.parametrizations)  # type: ignore[arg-type]
     weights = {name: getattr(module, name).detach() for name in names}
     modules = {name: child for name, child in state["_modules"].items() if name != _PARAMETRIZED}
-    plain = {"_modules": modules, "_parameters": {**module._parameters, **weights}, _LOAD_HOOKS: OrderedDict()}
+    plain = {"_modules": modules, "_parameters": {**module._parameters, **weights}}
     return type(module).__bases__[0], {**state, **plain}
+
+
+def _renumbered(state: dict[str, Any]) -> dict[str, Any]:
+    """A module's state with its hooks numbered from 0: torch counts all that a process ever made."""
+    hooks = {name: item for name, item in state.items() if "hooks" in name and isinstance(item, dict)}
+    numbers = {number: rank for rank, number in enumerate(sorted({key for item in hooks.values() for key in item}))}
+    return state | {
+        name: OrderedDict((numbers[key], hook) for key, hook in item.items()) for name, item in hooks.items()
+    }
 
 
 def _new(kind: type) -> Any:

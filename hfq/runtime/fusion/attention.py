@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ..int8.narrowing import Narrowing
 from ..kernels.cpu import multiplies_in_tiles
 
 NAME = "hfq"
@@ -46,6 +47,13 @@ class Registration:
 def can_replace(model: PreTrainedModel) -> bool:
     """Whether `model` runs torch's attention because nobody asked for another."""
     return model.config._attn_implementation == "sdpa" and multiplies_in_tiles()
+
+
+def use(model: PreTrainedModel) -> Narrowing:
+    """Have `model` look up the attention of this module. Returns: what says to layers whether it does."""
+    model.hfq_attention = Registration()  # type: ignore[assignment]
+    model.set_attn_implementation(NAME)
+    return Narrowing(model.config, attention=NAME)
 
 
 def bfloat16_attention(  # noqa: PLR0913 - transformers calls it so

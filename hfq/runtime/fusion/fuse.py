@@ -21,7 +21,6 @@ from ..inputs import example_of, takes_numbers
 from ..int8.conv import Int8Conv
 from ..int8.known_forward import FUSED, FusedForward, KnownForward, Structure, enter, runs_known_code
 from ..int8.linear import Int8Linear
-from ..int8.narrowing import Narrowing
 from ..int8.packed import PACKING, input_codes, pack_all
 from ..int8.shared_matmul import SharedMatmul
 from ..kernels import cpu
@@ -30,6 +29,7 @@ from .activation import fuse_activations
 from .encoder_layer import run_directly
 from .flow import Flow, ignores_padding, last_readers, read_for_first_token, trace
 from .planning import Plans
+from .record import Record, Records
 from .residual import fuse_residual
 from .slicing import SlicedForward, slice_batches
 from .snapshot import many_unchanged
@@ -37,7 +37,9 @@ from .snapshot import many_unchanged
 Then = Callable[[nn.Module], None]
 
 
-def fuse(model: nn.Module, *, at_first_forward: bool = False, then: Then | None = None) -> None:
+def fuse(
+    model: nn.Module, *, at_first_forward: bool = False, then: Then | None = None, records: Records | None = None
+) -> None:
     """Fuse in place wherever it is proved equal and `HFQ_FUSIONS` allows it.
 
     What needs a forward is tried on the `dummy_inputs` of the model, or of the models it is built around.
@@ -45,6 +47,7 @@ def fuse(model: nn.Module, *, at_first_forward: bool = False, then: Then | None 
     Args:
         at_first_forward: leave to the first forward, or to `finish_fusing`, what may be left to it.
         then: what that forward is to do after it.
+        records: of what was found in such models before, and where to keep what is found.
 
     Raises:
         UsageError: `HFQ_FUSIONS` names a fusion that does not exist.
@@ -59,9 +62,9 @@ def fuse(model: nn.Module, *, at_first_forward: bool = False, then: Then | None 
         slice_batches(model, known)
     if at_first_forward or Structure(model).is_watched():  # no hook is to see examples
         _enter(model, known)
-        enter(model, known).at_first = _AtFirstForward(wanted, then)
+        enter(model, known).at_first = _AtFirstForward(wanted, then, records)
     else:
-        _fuse_calls(model, wanted)
+        _fuse_calls(model, wanted, records)
 
 
 def _note_group_norms(model: nn.Module) -> None:
@@ -142,9 +145,10 @@ class _AtFirstForward:
     calls of theirs, and a layer that they call meanwhile waits, as for packing.
     """
 
-    def __init__(self, wanted: tuple[str, ...], then: Then | None) -> None:
+    def __init__(self, wanted: tuple[str, ...], then: Then | None, records: Records | None) -> None:
         self.wanted = wanted
         self.then = then
+        self.records = records
         self._has_begun = False  # the search calls the model itself
 
     def __call__(self, model: nn.Module) -> None:
@@ -166,32 +170,43 @@ class _AtFirstForward:
                 return False  # what a user put there meanwhile is not to see examples
             self._has_begun = True
             try:
-                _fuse_calls(model, self.wanted)
+                _fuse_calls(model, self.wanted, self.records)
             finally:
                 forward.at_first = None  # not before: other threads would run what is half fused
             return True
 
 
-def _fuse_calls(model: nn.Module, wanted: tuple[str, ...]) -> None:
+def _fuse_calls(model: nn.Module, wanted: tuple[str, ...], records: Records | None) -> None:
     """The fusions that change what layers do when they are called, and nothing that a block holds on to."""
     known = known_of(model)
     with known.running(FUSED):
-        if "residual" in wanted:
-            for parent in list(model.modules()):
-                fuse_residual(parent)
-        for part, example in _examples(model):
-            with many_unchanged(part):
-                flow = _fuse_flow(part, example, wanted)
-            if "attention" in wanted and part is model:
-                _fuse_attention(model, example, flow)
-        directly = {"encoder-layer", "residual"}.issubset(wanted)  # it adds in matmuls
-        if directly and isinstance(model.__dict__.get("forward"), SlicedForward) and _is_told(model):
-            run_directly(model, known, narrow="attention" in wanted and cpu.multiplies_in_tiles())
+        record = records.find(model, wanted) if records else None
+        if record is not None:
+            record.repeat(model, known)
+        else:
+            _look_for_fusions(model, wanted, known)
+            if records is not None:
+                records.keep(Record.of(model))
         if "plan" in wanted:
             _plan(model)
     _enter(model, known)
     if "convolutions" in wanted:
         run_convolutions(model)
+
+
+def _look_for_fusions(model: nn.Module, wanted: tuple[str, ...], known: KnownForward) -> None:
+    """Fuse what forwards on examples show."""
+    if "residual" in wanted:
+        for parent in list(model.modules()):
+            fuse_residual(parent)
+    for part, example in _examples(model):
+        with many_unchanged(part):
+            flow = _fuse_flow(part, example, wanted)
+        if "attention" in wanted and part is model:
+            _fuse_attention(model, example, flow)
+    directly = {"encoder-layer", "residual"}.issubset(wanted)  # it adds in matmuls
+    if directly and isinstance(model.__dict__.get("forward"), SlicedForward) and _is_told(model):
+        run_directly(model, known, narrow="attention" in wanted and cpu.multiplies_in_tiles())
 
 
 def _plan(model: nn.Module) -> None:
@@ -304,11 +319,9 @@ def _fuse_attention(model: nn.Module, example: Mapping[str, Tensor], flow: Flow 
     """Let a transformers model use `hfq.runtime.fusion.attention` where it would use torch's, on bfloat16 where that is all it reads."""
     if not isinstance(model, PreTrainedModel) or not attention.can_replace(model):
         return
-    model.hfq_attention = attention.Registration()  # type: ignore[assignment]
-    model.set_attn_implementation(attention.NAME)
+    narrowing = attention.use(model)
     layers = flow.read_by_attention() if flow is not None else []
     layers = [layer for layer in layers if layer.activation == "static" and type(layer) is Int8Linear]
-    narrowing = Narrowing(model.config, attention=attention.NAME)
     for layer in layers:
         layer.narrow(narrowing)
     if layers and not _same_forms(flow, trace(model, example)):

@@ -20,6 +20,7 @@ from ..fusion.fuse import fuse
 from ..int8.embedding import Int8Embedding
 from ..int8.packed import PackedModule, note_files
 from .filling import fill_modules
+from .fusion_records import KeptRecords
 from .input_ranges import take_ranges
 from .stock import is_stock
 from .swap import begin_without_bias, is_int8, swap_modules, swap_tied, tied_scales
@@ -83,7 +84,7 @@ class Int8HfQuantizer(CompressedTensorsHfQuantizer):
                 settings = {"dequantize": True, INPUT_RANGES: ranges}
                 model.config.quantization_config = {**settings, **self.quantization_config.to_dict()}
             keep_vocabulary(model)
-            fuse(model, at_first_forward=True, then=use_kept)
+            fuse(model, at_first_forward=True, then=use_kept, records=KeptRecords())
         return super()._process_model_after_weight_loading(model, **kwargs)
 
     def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
