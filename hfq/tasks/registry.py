@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from ..common.errors import HfqError, UnsupportedError, UsageError
@@ -18,10 +19,14 @@ from .base import Task
 
 @cache
 def tasks() -> dict[str, type[Task]]:
-    """Every task by name, those that are made of another one before it."""
+    """Every task by name, those that are made of another one before it.
+
+    Raises:
+        HfqError: a file of this folder cannot be imported.
+    """
     package = importlib.import_module(__package__)
     found = pkgutil.walk_packages(package.__path__, f"{__package__}.")
-    modules = [importlib.import_module(module.name) for module in found if not module.ispkg]
+    modules = [_imported(module.name) for module in found if not module.ispkg]
     classes = [value for module in modules for value in vars(module).values() if _is_task(value, module.__name__)]
     return {task.name: task for task in sorted(classes, key=lambda task: (-len(task.__mro__), task.name))}
 
@@ -120,6 +125,21 @@ def find_architecture(config: Mapping[str, Any]) -> type | None:
     names = config.get("architectures") or [""]
     found = getattr(transformers, names[0], None) if isinstance(names[0], str) else None
     return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
+
+
+def _imported(name: str) -> ModuleType:
+    """A module of this folder.
+
+    Raises:
+        HfqError: it fails, with whatever its author's code raises.
+    """
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        raise HfqError(
+            f"The task file {name.replace('.', '/')}.py cannot be imported: {type(error).__name__}: {error}. Mend it, or "
+            "take it out of the folder; HFQ_DEBUG=1 shows the line."
+        ) from error
 
 
 def _is_task(value: Any, module: str) -> bool:

@@ -14,7 +14,8 @@ from support.command import library_python
 from support.trained.training import messages, train
 
 import hfq
-from hfq.common.errors import DataError
+import hfq.tasks
+from hfq.common.errors import DataError, HfqError
 from hfq.hub.local.card import problems
 from hfq.tasks.base import find_column
 from hfq.tasks.registry import tasks
@@ -39,6 +40,20 @@ def halves(texts: list[str]) -> list[dict[str, Any]]:
         {"text": first, "text_pair": cut[(i + 1) % len(cut)][1] if i % 2 else second, "label": i % 2}
         for i, (first, second) in enumerate(cut)
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("import torchmetric", "ModuleNotFoundError"), ("class Mine(:", "SyntaxError")]
+)
+def test_a_task_file_that_fails_is_named(text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(text)
+    monkeypatch.setattr(hfq.tasks, "__path__", [*hfq.tasks.__path__, str(tmp_path)])
+    tasks.cache_clear()
+    try:
+        with pytest.raises(HfqError, match=f"hfq/tasks/mine.py cannot be imported: {said}"):
+            tasks()
+    finally:
+        tasks.cache_clear()
 
 
 def test_a_new_task_is_one_file(tmp_path: Path) -> None:
