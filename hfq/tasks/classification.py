@@ -1,4 +1,4 @@
-"""What tasks share that answer one of several labels, whatever their model reads."""
+"""What tasks share that give one answer of several, such as a label, whatever their model reads."""
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -19,7 +19,23 @@ if TYPE_CHECKING:
 FEW = 12  # labels, whose confusions are a table that can be read
 
 
-class Classification(Task):
+class Choice(Task):
+    """One answer of several: the one with the largest logit. Outputs are float32 `[answers]`."""
+
+    def per_example(self, outputs: Outputs, references: References) -> Tensor:
+        """bool `[examples]`: whether the answer is right."""
+        return right(outputs, references)
+
+    def fidelity(self, outputs: Outputs, others: Outputs) -> float:
+        """Share of examples with the same answer."""
+        return (stacked(outputs).argmax(1) == stacked(others).argmax(1)).double().mean().item()
+
+    def margins(self, outputs: Outputs, others: Outputs) -> Tensor:
+        """Of logits."""
+        return leads(stacked(outputs), stacked(others))
+
+
+class Classification(Choice):
     """One label for each example. Outputs are logits: float32 `[labels]`."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -55,18 +71,6 @@ class Classification(Task):
             "recall": Torchmetric("Recall", "recall", _answered, **by_label),
             "matthews_correlation": Torchmetric("Matthews correlation", "matthews_corrcoef", _answered, **several),
         }
-
-    def per_example(self, outputs: Outputs, references: References) -> Tensor:
-        """bool `[examples]`: whether the label of the largest logit is right."""
-        return right(outputs, references)
-
-    def fidelity(self, outputs: Outputs, others: Outputs) -> float:
-        """Share of examples with the same label."""
-        return (stacked(outputs).argmax(1) == stacked(others).argmax(1)).double().mean().item()
-
-    def margins(self, outputs: Outputs, others: Outputs) -> Tensor:
-        """Of logits."""
-        return leads(stacked(outputs), stacked(others))
 
     def remarks(self, metric: Metric, outputs: Outputs, others: Outputs, references: References) -> list[str]:
         if metric.of_labels:

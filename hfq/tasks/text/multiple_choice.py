@@ -12,13 +12,12 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from ...common.errors import DataError, WrongDataError
-from ..base import Batch, Columns, Encoding, Metric, Outputs, Processor, References, Trivial, require_columns
-from ..classification import right
+from ..base import Batch, Columns, Encoding, Metric, Processor, References, Trivial, require_columns
+from ..classification import Choice, right
 from ..labels import find_label_column
-from ..metrics import MeanOf, leads, stacked
+from ..metrics import MeanOf
 from .tokens import TextTask, find_texts, is_mixed, is_text, texts
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ class Places:
     names: Sequence[str]
 
 
-class MultipleChoice(TextTask):
+class MultipleChoice(Choice, TextTask):
     """One of several choices. Outputs are float32 `[choices]`."""
 
     name = "multiple-choice"
@@ -137,18 +136,6 @@ class MultipleChoice(TextTask):
     @cached_property
     def metrics(self) -> Mapping[str, Metric]:
         return {"accuracy": MeanOf("Accuracy", right)}
-
-    def per_example(self, outputs: Outputs, references: References) -> Tensor:
-        """bool `[examples]`: whether the right choice has the largest logit."""
-        return right(outputs, references)
-
-    def fidelity(self, outputs: Outputs, others: Outputs) -> float:
-        """Share of examples with the same choice."""
-        return (stacked(outputs).argmax(1) == stacked(others).argmax(1)).double().mean().item()
-
-    def margins(self, outputs: Outputs, others: Outputs) -> Tensor:
-        """Of logits."""
-        return leads(stacked(outputs), stacked(others))
 
     def trivial(self, metric: str, references: References) -> Trivial:
         """Always the choice in the place where it is most often right."""
