@@ -683,3 +683,16 @@ def test_a_model_that_changes_its_weights_is_refused_and_answers_as_before() -> 
         fit(model, PostTrainingQuantConfig(), calib_dataloader=[tokens])
     with torch.no_grad():
         assert torch.equal(model(**tokens).last_hidden_state, before)
+
+
+def test_a_model_that_has_changed_its_weights_is_not_saved(tmp_path: Path) -> None:
+    """One that is loaded would do so again, and its weights are int8."""
+    sizes = {"vocab_size": 50, "hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 2}
+    model = transformers.RwkvForCausalLM(transformers.RwkvConfig(**sizes, rescale_every=1)).eval()
+    tokens = {"input_ids": torch.arange(2, 42).view(4, 10)}
+    with torch.no_grad():
+        model(**tokens)
+    int8 = fit(model, PostTrainingQuantConfig(), calib_dataloader=[tokens])
+    with pytest.raises(UnsupportedError, match="RwkvForCausalLM changes its own weights"):
+        int8.save(tmp_path / "saved")
+    assert list(tmp_path.iterdir()) == []

@@ -94,8 +94,8 @@ def unchanged(model: nn.Module) -> Iterator[Snapshot]:
         found.put_back()
     if found.has_other_parameters:
         raise UnsupportedError(
-            f"{type(model).__name__} changes its own weights when it computes, which int8 ones cannot be. It answers as "
-            "before, and nothing was quantized."
+            f"{type(model).__name__} changes its own weights when it computes, which int8 ones cannot be: there is no int8 "
+            "version of it. It answers as before."
         )
 
 
