@@ -44,6 +44,8 @@ def replacer(model: nn.Module) -> Callable[[nn.Module, nn.Module], None]:
         vars(new).update({name: value for name, value in _noted_on(old).items() if not hasattr(new, name)})
         for parent, name in places[old]:
             parent._modules[name] = new
+            if isinstance(new, Int8Embedding):  # peft takes ".weight" out of the name of what has a row for each token
+                vars(parent)[f"{name}_scale"] = new
             if isinstance(parent, nn.TransformerEncoderLayer):  # its fast path reads weights past their modules
                 parent.activation_relu_or_gelu = 0
                 for encoder in encoders:  # and only that takes nested tensors

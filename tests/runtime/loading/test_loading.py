@@ -465,6 +465,17 @@ def test_the_vocabulary_of_a_loaded_model_keeps_its_size(exports: Exports) -> No
             same.resize_token_embeddings(embedding.num_embeddings + 8)
 
 
+@pytest.mark.parametrize("plan", ["static", "float embeddings"])
+def test_embeddings_are_found_by_a_parameter_with_a_row_for_each_token(exports: Exports, plan: str) -> None:
+    """As peft does for prompts, which come before the embedded tokens and are trained."""
+    model = exports.load(plan)
+    rows = model.config.vocab_size
+    name = next(name for name, parameter in model.bert.named_parameters() if len(parameter) == rows)
+    embeddings = copy.deepcopy(model).bert.get_submodule(name.replace(".weight", ""))
+    ids = BATCHES[0]["input_ids"]
+    assert torch.equal(embeddings(ids), model.get_input_embeddings()(ids))
+
+
 def test_trainer_evaluates_and_predicts_but_refuses_to_train(exports: Exports, tmp_path: Path) -> None:
     model = exports.load("static")
     rows = [dict(zip(BATCHES[0], row, strict=True), labels=0) for row in zip(*BATCHES[0].values(), strict=True)]
