@@ -136,6 +136,21 @@ def test_what_is_put_around_a_layer_does_what_it_does_without_fusions(way: Any) 
         assert not torch.equal(answers[0], plain), name
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_forward_that_was_put_back_is_fused_again(family: str) -> None:
+    """Patches, and hooks of accelerate, put it back where it was the class's."""
+    _, model = pair(family)
+    expected = logits(model, BATCHES)
+    for layer in model.modules():
+        if layer is not model:
+            forward = layer.forward
+            layer.forward = lambda *args, forward=forward, **named: forward(*args, **named)
+            assert not model.forward.is_as_it_was()
+            layer.forward = forward
+            assert model.forward.is_as_it_was()
+    assert torch.equal(logits(model, BATCHES), expected)
+
+
 class Adapted(nn.Module):
     """A layer with a low-rank one beside it."""
 
