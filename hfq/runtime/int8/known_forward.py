@@ -211,6 +211,13 @@ class Structure:
         self.forwards = {i: vars(module)[_FORWARD] for i, module in enumerate(self.inner) if _FORWARD in vars(module)}
         hooks = [hook for module in self.inner for found in _HOOKS(module.__dict__) for hook in found.values()]
         self.own_hooks = [hook for hook in hooks if getattr(hook, "__module__", "").startswith("torch.nn.utils.")]
+        self.numbers = [
+            (i, name, value)
+            for i, module in enumerate(self.modules)
+            if not isinstance(module, nn.Dropout)  # whose number says nothing but in training
+            for name, value in vars(module).items()
+            if type(value) is float
+        ]
         self.returned = self._what_is_returned()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -224,11 +231,15 @@ class Structure:
         self._hooks = list(chain.from_iterable(map(_HOOKS, self._own)))
         self._states = [(*_HOOKS(own), False) for own in self._own]  # none is being trained
         self._have_forwards = [i in self.forwards for i in range(len(self._own))]
+        self._have_numbers = [self.modules[i].__dict__ for i, _, _ in self.numbers]
+        self._names, self._values = [name for _, name, _ in self.numbers], [value for _, _, value in self.numbers]
         self._classes = list(dict(zip(self.kinds, self.functions, strict=True)).items())
         return self.__dict__[name]
 
     def is_as_it_was(self) -> bool:
-        """Whether modules have the same children, classes, forwards and mode, nobody sees what they return, and no more is returned."""
+        """Whether modules have the same children, classes, forwards, numbers (an epsilon, a scaling) and mode, nobody sees
+        what they return, and no more is returned.
+        """
         return (
             list(map(_STATE, self._own)) == self._states
             and not self.is_watched()
@@ -237,6 +248,7 @@ class Structure:
             and self._have_no_others()
             and all(self._own[i].get(_FORWARD) is forward for i, forward in self.forwards.items())
             and all(kind.forward is function for kind, function in self._classes)
+            and list(map(dict.get, self._have_numbers, self._names)) == self._values
             and self.returned == self._what_is_returned()
         )
 

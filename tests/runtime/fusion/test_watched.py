@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from hfq.ptq.convert import int8_conv, int8_linear
 from hfq.ptq.scheme import LayerScheme
 from hfq.runtime.fusion.fuse import finish_fusing, fuse
+from hfq.runtime.fusion.planning import SEEN
 from hfq.runtime.int8.packed import pack_all
 from hfq.tuning.candidates import Candidate
 
@@ -282,6 +283,20 @@ def test_what_is_changed_in_place_is_computed_with(
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.load_state_dict(state)
     assert torch.equal(changed, logits(model, BATCHES))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_number_that_was_changed_is_computed_with(family: str) -> None:
+    model, twin = pair(family)
+    answers = []
+    for net in (model, twin):
+        before = [logits(net, BATCHES) for _ in range(SEEN + 2)][-1]
+        for module in net.modules():
+            for name in {"eps", "scaling"} & vars(module).keys():
+                setattr(module, name, 0.5)
+        answers.append(logits(net, BATCHES))
+        assert relative_error(answers[-1], before) > 0.1
+    assert relative_error(answers[1], answers[0]) < ROUNDING
 
 
 @pytest.mark.parametrize("runs_before", [False, True])
