@@ -107,12 +107,16 @@ class QuestionAnswering(TextTask):
             return rows
         import datasets
 
-        asked = [
-            {"question": each["question"], "context": paragraph["context"], "answers": each.get("answers")}
-            for paragraphs in rows["paragraphs"]
-            for paragraph in paragraphs
-            for each in paragraph["qas"]
-        ]
+        asked: list[Mapping[str, Any]] = []
+        for row, paragraphs in enumerate(rows["paragraphs"]):
+            try:
+                asked += _questions(paragraphs)
+            except (KeyError, TypeError) as error:
+                raise DataError(
+                    f"Row {row} (from 0) of split {str(rows.split or 'given')!r} has {str(paragraphs)[:100]!r} in column "
+                    '\'paragraphs\'; expected a list of {"context": …, "qas": [{"question": …, "answers": …}]}, as SQuAD\'s files '
+                    "have it. Mend or remove such rows."
+                ) from error
         return datasets.Dataset.from_list(asked, split=rows.split)
 
     def columns(self, features: Mapping[str, Any], requested: Columns) -> Columns:
@@ -406,6 +410,15 @@ def _by_example(rows: Tensor, there: Tensor) -> Tensor:
     return found
 
 
+def _questions(paragraphs: Any) -> list[Mapping[str, Any]]:
+    """Those of an article in SQuAD's own files. Raises `KeyError` or `TypeError` where it is none."""
+    return [
+        {"question": each["question"], "context": paragraph["context"], "answers": each.get("answers")}
+        for paragraph in paragraphs
+        for each in paragraph["qas"]
+    ]
+
+
 def _least_room(questions: Sequence[str], processor: Processor) -> int:
     """Tokens that the longest question leaves of a window for its text.
 
@@ -459,7 +472,13 @@ def _asked(row: int, context: str, value: Any, column: str) -> Asked | None:
     if found is None:
         return None
     starts = _parts(value, "answer_start", column)
-    for text, start in zip(found, [*starts, *[None] * len(found)], strict=False):
+    starts = [None] * len(found) if set(starts) <= {None} else starts  # they may be left out, of all answers
+    if len(starts) != len(found):
+        raise DataError(
+            f"Row {row} (from 0) has {len(found)} answers and {len(starts)} places where they start in column {column!r}; expected "
+            "one for each, or none at all. Mend or remove such rows."
+        )
+    for text, start in zip(found, starts, strict=True):
         if text == "":
             raise DataError(
                 f"Row {row} (from 0) has an answer without text in column {column!r}. Expected an empty list where a question has "
@@ -470,9 +489,23 @@ def _asked(row: int, context: str, value: Any, column: str) -> Asked | None:
                 f"Row {row} (from 0) has the answer {str(text)[:100]!r} in column {column!r}, which is not in its text. Mend or "
                 "remove such rows."
             )
-        if isinstance(start, int) and context[start : start + len(text)] != text:
+        place = _place(start, row, column)
+        if place is not None and not context.startswith(text, place):
             raise DataError(
-                f"Row {row} (from 0) has the answer {text[:100]!r} at {start} in column {column!r}, where its text has "
-                f"{context[max(start, 0) : start + len(text)][:100]!r}. Mend or remove such rows."
+                f"Row {row} (from 0) has the answer {text[:100]!r} at {place} in column {column!r}, where its text has "
+                f"{context[place : place + len(text)][:100]!r}. Mend or remove such rows."
             )
     return Asked(context, tuple(found))
+
+
+def _place(start: Any, row: int, column: str) -> int | None:
+    """Where an answer starts; None where nothing is said. Raises `DataError` where that is no place in a text."""
+    if start is None:
+        return None
+    written = str(start).strip().removesuffix(".0")  # of a column in which some are missing, whole numbers are floats
+    if not written.isdecimal():
+        raise DataError(
+            f"Row {row} (from 0) has an answer that starts at {start!r} in column {column!r}; expected the number of characters "
+            "before it, 0 or more. Mend or remove such rows."
+        )
+    return int(written)

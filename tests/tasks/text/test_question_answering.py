@@ -94,6 +94,9 @@ def test_answers_have_the_forms_of_squad() -> None:
     columns = task.columns(rows.features, {})
     assert task.align([rows], columns) == Answers("50.0% of the questions have no answer, as in SQuAD 2.0", True)
     assert references(rows)[1] == Asked(CONTEXT, ())
+    for starts in (["31"], [31.0], [None]):
+        answers = [{"text": ["1843"], "answer_start": starts}]
+        assert references(Dataset.from_dict({**SQUAD, "answers": answers})) == [Asked(CONTEXT, ("1843",))]
 
 
 @pytest.mark.parametrize(
@@ -106,6 +109,18 @@ def test_answers_have_the_forms_of_squad() -> None:
         (
             {"answers": [{"text": ["1843"], "answer_start": [3]}]},
             "has the answer '1843' at 3 .* where its text has ' wro'",
+        ),
+        (
+            {"answers": [{"text": ["1843"], "answer_start": [31 - len(CONTEXT)]}]},
+            "starts at -41 in column 'answers'; expected",
+        ),
+        (
+            {"answers": [{"text": ["1843"], "answer_start": ["there"]}]},
+            "starts at 'there' in column 'answers'; expected",
+        ),
+        (
+            {"answers": [{"text": ["1843", "Ada"], "answer_start": [31]}]},
+            r"Row 0 \(from 0\) has 2 answers and 1 places",
         ),
         ({"answers": [{"text": [], "answer_start": []}]}, "No question has an answer in column 'answers'"),
         ({"answers": ["1843"]}, "Column 'answers' holds '1843'; expected answers as SQuAD has them"),
@@ -130,6 +145,17 @@ def test_squads_own_files_are_read(tmp_path: Path) -> None:
     rows = QuestionAnswering(CONFIG).unfolded(rows)
     assert rows["question"] == ["When?", "Where?"]
     assert references(rows) == [Asked(CONTEXT, ("1843",)), Asked(CONTEXT, ())]
+
+
+@pytest.mark.parametrize(
+    "paragraphs", [None, "text", [{"context": CONTEXT}], [{"context": CONTEXT, "qas": [{"answers": []}]}]]
+)
+def test_what_is_no_file_of_squads_is_refused(paragraphs: Any) -> None:
+    rows = Dataset.from_list([{"title": "Ada", "paragraphs": paragraphs}])
+    with pytest.raises(
+        DataError, match=r"Row 0 \(from 0\) of split 'given' has .* expected a list of \{\"context\": …"
+    ):
+        QuestionAnswering(CONFIG).unfolded(rows)
 
 
 def test_columns_that_are_missing_are_named(processor: Processor) -> None:
