@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 CLASSES = ("SentenceTransformer", "CrossEncoder", "SparseEncoder")
 SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 TRANSFORMERS = ("Transformer", "MLMTransformer")
-HEADS = ("Pooling", "SpladePooling", "Dense", "Normalize", "LayerNorm", "Dropout")
+POOLING = ("Pooling", "SpladePooling")
+HEADS = (*POOLING, "Dense", "Normalize", "LayerNorm", "Dropout")
+WITHOUT_FILES = "Normalize"  # git keeps no empty folder
 _OF_TRANSFORMER = tuple(
     f"sentence_{name}_config.json"
     for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
@@ -91,7 +93,7 @@ def read_sentence_model(folder: Path) -> SentenceModel | None:
     config = _read(folder / SENTENCE_CONFIG, dict)
     prompts = config.get("prompts") or {}
     default, similarity = config.get("default_prompt_name"), config.get("similarity_fn_name")
-    if not isinstance(prompts, dict):
+    if not isinstance(prompts, dict) or not all(isinstance(text, str | None) for text in prompts.values()):
         raise _damaged(folder / SENTENCE_CONFIG, "prompts are no names and texts")
     if default is not None and default not in prompts:
         raise SourceError(
@@ -101,13 +103,13 @@ def read_sentence_model(folder: Path) -> SentenceModel | None:
     if similarity is not None and similarity not in SIMILARITIES:
         raise _damaged(folder / SENTENCE_CONFIG, f"similarity {similarity!r} is none of {', '.join(SIMILARITIES)}")
     cut = config.get("truncate_dim")
-    if cut is not None and not (isinstance(cut, int) and cut > 0):
+    if cut is not None and (type(cut) is not int or cut < 1):
         raise _damaged(folder / SENTENCE_CONFIG, f"truncate_dim {cut!r} is no number of dimensions")
     own = (folder / modules[0].path / name for name in _OF_TRANSFORMER)
     return SentenceModel(
         modules,
         kind=str(config.get("model_type") or "SentenceTransformer"),
-        prompts={name: text for name, text in prompts.items() if isinstance(text, str)},
+        prompts={name: text or "" for name, text in prompts.items()},  # as sentence-transformers takes null
         default_prompt=default,
         similarity=similarity,
         truncate_dim=cut,
@@ -132,11 +134,26 @@ def load_head(folder: Path, model: SentenceModel) -> "list[nn.Module]":
         raise UnsupportedError(
             f"{folder} begins with {first.name}, and hfq quantizes sentence-transformers whose first module is a Transformer."
         )
+    if first.path:
+        raise UnsupportedError(
+            f"{folder / MODULES_FILE} has the transformer in the folder {first.path!r}, and hfq reads it beside that file. Save the "
+            "model again with sentence-transformers, which writes it there."
+        )
+    if not model.has(*POOLING):
+        raise UnsupportedError(
+            f"{folder / MODULES_FILE} names no {' or '.join(POOLING)}: how tokens become one vector is not said. Add the module "
+            "with which the model was trained."
+        )
     for module in others:
         if not module.type.startswith(_OWN) or module.name not in HEADS:
             raise UnsupportedError(
                 f"{folder / MODULES_FILE} names a module {module.type[:100]}, which hfq cannot run. Expected some of "
                 f"{', '.join(HEADS)} behind the transformer."
+            )
+        if module.name != WITHOUT_FILES and not (folder / module.path).is_dir():
+            raise SourceError(
+                f"{folder / MODULES_FILE} names the folder {module.path!r} for {module.name}, which is not there. Download the "
+                "checkpoint again, with all of its folders."
             )
         _check_weights(folder / module.path if module.path else None)
     return [_load(folder, module) for module in others]

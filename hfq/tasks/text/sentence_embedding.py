@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, pad
 
-from ...common.errors import DataError, UsageError, WrongDataError
+from ...common.errors import DataError, SourceError, UsageError, WrongDataError
+from ...source.contents import MODULES_FILE, SENTENCE_CONFIG
 from ...source.sentence_model import SentenceModel, import_sentence_transformers, load_head, read_sentence_model
 from ..base import Batch, Columns, Encoding, Metric, Outputs, Processor, References, Trivial, require_columns
 from ..labels import check_varied
@@ -263,10 +264,22 @@ class SentenceEmbedding(TextTask):
     def vectors(self, model: "nn.Module", inputs: Mapping[str, Tensor], mask: Tensor) -> Tensor:
         """float32 `[texts, dim]`. `mask`: int64 `[texts, length]`, the tokens that count in pooling."""
         features: dict[str, Any] = {"token_embeddings": model(**inputs)[0].float(), "attention_mask": mask}
-        for module in self.head:
-            features = module(features)
-        found: Tensor = features["sentence_embedding"]
-        return found[:, : self.source.truncate_dim] if self.source else found
+        try:
+            for module in self.head:
+                features = module(features)
+            found: Tensor = features["sentence_embedding"]
+        except (KeyError, RuntimeError) as error:
+            raise SourceError(
+                f"The modules behind the transformer make no vector of what it puts out ({error}). Take {MODULES_FILE} and all of "
+                "its folders from the same checkpoint."
+            ) from error
+        longest = self.source.truncate_dim if self.source else None
+        if longest and longest > found.shape[1]:
+            raise SourceError(
+                f"{SENTENCE_CONFIG} has the truncate_dim {longest}, and the model's vectors have {found.shape[1]} dimensions. Take "
+                "it away, or name fewer."
+            )
+        return found[:, :longest]
 
     @cached_property
     def metrics(self) -> Mapping[str, Metric]:

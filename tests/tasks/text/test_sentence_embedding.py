@@ -145,8 +145,19 @@ def test_folders_that_cannot_be_run_are_refused(model: Path, tmp_path: Path) -> 
         task_of(damaged("config_sentence_transformers.json", {"default_prompt_name": "ask"}))
     with pytest.raises(SourceError, match="similarity 'jaccard' is none of cosine, dot"):
         task_of(damaged("config_sentence_transformers.json", {"similarity_fn_name": "jaccard"}))
-    with pytest.raises(SourceError, match="truncate_dim 'many' is no number of dimensions"):
-        task_of(damaged("config_sentence_transformers.json", {"truncate_dim": "many"}))
+    for dim in ("many", True):
+        with pytest.raises(SourceError, match=f"truncate_dim {dim!r} is no number of dimensions"):
+            task_of(damaged("config_sentence_transformers.json", {"truncate_dim": dim}))
+    with pytest.raises(SourceError, match="prompts are no names and texts"):
+        task_of(damaged("config_sentence_transformers.json", {"prompts": {"query": 3}}))
+    with pytest.raises(UnsupportedError, match=r"modules\.json names no Pooling or SpladePooling"):
+        task_of(damaged("modules.json", modules[:1]))
+    with pytest.raises(
+        UnsupportedError, match="the transformer in the folder '0_Transformer', and hfq reads it beside"
+    ):
+        task_of(damaged("modules.json", [{**modules[0], "path": "0_Transformer"}, *modules[1:]]))
+    with pytest.raises(SourceError, match="names the folder '7_Pooling' for Pooling, which is not there"):
+        task_of(damaged("modules.json", [modules[0], {**modules[1], "path": "7_Pooling"}]))
     with pytest.raises(UnsupportedError, match="opened by sentence-transformers' MultiVectorEncoder"):
         task_of(damaged("config_sentence_transformers.json", {"model_type": "MultiVectorEncoder"}))
     with pytest.raises(SourceError, match=r"sentence-transformers cannot load .*2_Dense as Dense"):
@@ -155,6 +166,23 @@ def test_folders_that_cannot_be_run_are_refused(model: Path, tmp_path: Path) -> 
     (pickled / "2_Dense/model.safetensors").rename(pickled / "2_Dense/pytorch_model.bin")
     with pytest.raises(SourceError, match="2_Dense has only pickle weights"):
         task_of(pickled)
+
+
+def test_modules_that_make_no_vector_of_that_length_are_refused(model: Path, tmp_path: Path) -> None:
+    rows, columns = Dataset.from_dict({"text": TEXTS}), {"text": ["text"]}
+    folder = shutil.copytree(model, tmp_path / "model")
+    (folder / "config_sentence_transformers.json").write_text(json.dumps({"truncate_dim": DIM + 1}))
+    with pytest.raises(SourceError, match="has the truncate_dim 129, and the model's vectors have 128 dimensions"):
+        vectors_of(folder, rows, columns)
+    folder = write_sentence_model(tmp_path / "narrow", dense=8)
+    weight = load_file(folder / "2_Dense" / "model.safetensors")
+    save_file(
+        {**weight, "linear.weight": weight["linear.weight"][:, 1:].clone()}, folder / "2_Dense" / "model.safetensors"
+    )
+    settings = json.loads((folder / "2_Dense" / "config.json").read_text())
+    (folder / "2_Dense" / "config.json").write_text(json.dumps({**settings, "in_features": DIM - 1}))
+    with pytest.raises(SourceError, match=r"make no vector of what it puts out .*mat1 and mat2"):
+        vectors_of(folder, rows, columns)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Sparse embedding: a SPLADE folder, its vectors, and its int8 version."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from sentence_transformers import SparseEncoder
 from support.command import forkserver
 from support.trained.sentences import pairs, write_lines, write_sentence_model
 
-from hfq.common.errors import UsageError
+from hfq.common.errors import SourceError, UsageError
 from hfq.source.checkpoint import pull
 from hfq.source.model import load_model
 from hfq.tasks.registry import make_task
@@ -50,6 +51,12 @@ def test_it_is_never_guessed(tmp_path: Path) -> None:
     config = {"architectures": ["BertForMaskedLM"], "vocab_size": 8}
     with pytest.raises(UsageError, match=r"has no modules\.json"):
         make_task(config, name="sparse-embedding", folder=tmp_path)
+
+
+def test_how_logits_are_pooled_is_never_guessed(model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model, tmp_path / "model", ignore=shutil.ignore_patterns("1_Pooling"))
+    with pytest.raises(SourceError, match="names the folder '1_Pooling' for SpladePooling, which is not there"):
+        make_task(pull(str(folder)).config, folder=folder)
 
 
 def test_a_folder_is_quantized(model: Path, tmp_path: Path) -> None:
