@@ -193,7 +193,7 @@ def _build(
     from datasets.packaged_modules.json.json import Json
     from datasets.packaged_modules.text.text import Text
 
-    from .records import as_records
+    from .records import as_records, check_lines
     from .rows import as_rows, is_table
 
     table = is_table(builder)
@@ -210,7 +210,12 @@ def _build(
         from .recordings import as_recordings
 
         builder = as_recordings(builder, token=token)
-    builder.download_and_prepare(download_mode=mode)
+    try:
+        builder.download_and_prepare(download_mode=mode)
+    except Exception:
+        if isinstance(builder, Json):  # what it raises does not say which line, nor of which file
+            check_lines(builder.config.data_files or {})
+        raise
     splits = builder.as_dataset()
     if isinstance(builder, Text):
         return type(splits)({split: _lines(rows) for split, rows in splits.items()})

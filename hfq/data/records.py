@@ -7,10 +7,11 @@ more: "0123" becomes a number.
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -19,10 +20,13 @@ from datasets.builder import Key
 from datasets.packaged_modules.json import json as reading
 from datasets.packaged_modules.json.json import Json, JsonConfig
 
+from ..common.errors import DataError
+from ..common.reading import parse_json
 from .rows import same_source
 
 _NAMED = ("name", "version")
 _LONG = re.compile(rb"[:\[,]\s*-?[0-9]{19,}\s*[,}\]]")  # may be a whole number of more than 64 bits; or inside a text
+_OF_LINES = (".jsonl", ".ndjson")
 _DIGITS = 100  # of a number that Python is asked to read
 
 
@@ -39,6 +43,31 @@ def as_records(builder: Json, *, token: str | None = None) -> Records:
     options = (option.name for option in fields(JsonConfig) if option.name not in _NAMED)
     asked = {name: getattr(builder.config, name) for name in options}
     return Records(**same_source(builder, token, __file__), info=builder.info.copy(), **asked)
+
+
+def check_lines(files: Mapping[str, Sequence[str]]) -> None:
+    """Look in those files of JSON lines that lie here for a line that is no row.
+
+    Raises:
+        DataError: naming the first.
+    """
+    for path in (Path(path) for paths in files.values() for path in paths):
+        if path.suffix.lower() in _OF_LINES and path.is_file():
+            with path.open(encoding="utf-8-sig") as file:
+                _check_lines(file, path)
+
+
+def _check_lines(lines: Iterable[str], path: Path) -> None:
+    for number, line in enumerate(lines, 1):
+        try:
+            is_row = not line.strip() or isinstance(parse_json(line), dict)
+        except ValueError:  # it is no JSON, which has a message of its own
+            return
+        if not is_row:
+            raise DataError(
+                f'Line {number} of {path} is {line.strip()[:100]}; expected an object in each line, such as {{"text": …}}. Mend or '
+                "remove it."
+            )
 
 
 class _Reader:

@@ -118,6 +118,8 @@ BAD: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "latin.jsonl": ('{"text": "é", "label": 0}'.encode("latin-1"), ("line 1", "not UTF-8", "Latin-1", "iconv")),
     "wide.json": (LINES.encode("utf-16"), ("UTF-16", "iconv -f UTF-16 -t UTF-8")),
     "cut.jsonl": (LINES.encode()[:-3], ("JSON parse error", "Expected a")),
+    "texts.jsonl": (b'"a"\n"b"\n', ("Line 1 of", 'is "a"; expected an object in each line')),
+    "lists.jsonl": (b'{"text": "a"}\n\n["b"]\n', ("Line 3 of", 'is ["b"]; expected an object in each line')),
     # They would be floats, and different labels the same.
     "long.jsonl": (b'{"text": "a", "label": 5}\n{"text": "b", "label": 12345678901234567890}', LONG),
     "long list.json": (b'[\n{"text": "a", "label": [1, -98765432109876543210]}\n]', LONG),
