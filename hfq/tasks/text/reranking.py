@@ -21,7 +21,7 @@ from ..base import Columns, Metric, Outputs, References, Trivial, require_column
 from ..labels import count_labels
 from ..metrics import Torchmetric
 from .ranking import Ranking, gains_in_order, ranking_metrics
-from .regression import Regression, as_number, values_of
+from .regression import UNLABELLED, Regression, as_number, values_of
 from .sentence_embedding import PAIRS, POSITIVES, RELEVANT, SCORES, check_scores, score_column
 from .tokens import is_text, known_texts, texts
 
@@ -155,6 +155,9 @@ class Reranking(Regression):
     def references(self, rows: "Dataset", columns: Columns, alignment: Any) -> list[Any]:
         queries, (column,) = texts(rows, columns["text"][0]), columns["label"]
         values = [as_number(value, row, column) for row, value in enumerate(rows[column])]
+        ranked = alignment is not None and alignment.kind == "ranking"
+        if set(values) == {UNLABELLED} or (ranked and all(value is None or value <= 0 for value in values)):
+            return [None] * len(values)  # a split of which nobody says what is relevant
         return [None if value is None else Judged(query, value) for query, value in zip(queries, values, strict=True)]
 
     @cached_property

@@ -155,6 +155,16 @@ def test_rows_that_do_not_fit_are_refused(rows: dict[str, Any], message: str) ->
         read(Dataset.from_dict(rows))
 
 
+@pytest.mark.parametrize("labels", [[-1, -1, -1], [0, -1, 0]])
+def test_a_split_in_which_nothing_is_relevant_has_no_labels(labels: list[int]) -> None:
+    task = make_task(CONFIG)
+    rows = Dataset.from_dict({"query": ["q"] * 3, "passage": ["a", "b", "c"], "label": [1, 0, 0]})
+    columns = task.columns(told_apart(rows), {})
+    alignment = task.align([rows], columns)
+    other = Dataset.from_dict({**rows.to_dict(), "label": labels})
+    assert task.references(other, columns, alignment) == [None] * 3
+
+
 def test_a_ranking_is_judged_by_logits_and_ties_are_no_merit() -> None:
     task, references = read(
         Dataset.from_dict({"query": ["q"] * 4 + ["r"] * 2, "passage": list("abcdef"), "label": [3, 0, 1, 0, 0, 0]})
