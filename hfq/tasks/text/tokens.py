@@ -114,11 +114,23 @@ def find_texts(
     found = [name for name, feature in rest.items() if is_text(feature)]
     found = found or [name for name, feature in rest.items() if is_mixed(feature)]
     if len(found) == 1:
+        _check_alone(found[0], rest, known)
         return found
     raise WrongDataError(
         f"Which columns hold {what} is not clear. Columns: {', '.join(features)}; with text: "
         f"{', '.join(found) or 'none'}. Name them with --text-column, in order."
     )
+
+
+def _check_alone(name: str, features: Mapping[str, Any], known: Sequence[Sequence[str]]) -> None:
+    """Refuse one half of a known pair whose other half holds something else; one that holds nothing is none."""
+    others = {other for group in known if name in group for other in group if other in features and other != name}
+    for other in sorted(others):
+        if getattr(features[other], "dtype", None) != "null":
+            raise WrongDataError(
+                f"Column {other!r} holds {features[other]}, and not texts, which belong to those in {name!r}. Mend it, or name what "
+                "is to be read with --text-column."
+            )
 
 
 def known_texts(

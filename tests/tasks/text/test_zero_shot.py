@@ -11,7 +11,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from safetensors.torch import load_file, save_file
 from support.command import DEMO, copy_checkpoint, forkserver
 
-from hfq.common.errors import DataError
+from hfq.common.errors import DataError, WrongDataError
 from hfq.tasks.registry import make_task
 
 NAMES = ("contradiction", "neutral", "entailment")
@@ -70,6 +70,19 @@ def test_labels_that_are_not_of_inference_are_refused() -> None:
         references(rows, ["entailment", "not_entailment"])
     with pytest.raises(DataError, match="do not fit the model's"):
         references(Dataset.from_dict({**PAIR, "label": ["not_entailment", "entailment", "entailment"]}), NAMES)
+
+
+@pytest.mark.parametrize("premise", [[["a"]] * 3, [1, 2, 3]])
+def test_half_a_pair_is_never_read_alone(premise: list[Any]) -> None:
+    task = make_task(config(NAMES))
+    rows = Dataset.from_dict({**PAIR, "premise": premise, "label": list(NAMES)})
+    with pytest.raises(
+        WrongDataError, match=r"Column 'premise' holds .*, and not texts, which belong to those in 'hypothesis'"
+    ):
+        task.columns(rows.features, {})
+    assert task.columns(rows.features, {"text": ["hypothesis"]})["text"] == ["hypothesis"]
+    rows = Dataset.from_dict({**PAIR, "premise": [None] * 3, "label": list(NAMES)})
+    assert task.columns(rows.features, {})["text"] == ["hypothesis"]
 
 
 def test_the_card_keeps_the_sources_name_of_the_task(checkpoint: Path, tmp_path: Path) -> None:
