@@ -30,7 +30,7 @@ class LabelMap:
 
     def __call__(self, value: Any) -> int | None:
         """None: the dataset has no label for this example."""
-        return self.ids.get(value)
+        return self.ids.get(value) if isinstance(value, Hashable) else None
 
 
 def count_labels(config: Mapping[str, Any], *, default: int = 2) -> int:
@@ -179,6 +179,20 @@ def distinct(splits: "Sequence[Dataset]", column: str) -> list[Any]:
                 "of labels, pass --task multi-label-classification; else name another column with --label-column."
             )
     return sorted(values, key=str)
+
+
+def check_plain(labels: Iterable[Any], column: str, *, expected: str) -> None:
+    """Refuse lists and objects where a label stands.
+
+    Raises:
+        DataError: naming the first.
+    """
+    odd = next((label for label in labels if not isinstance(label, Hashable)), None)
+    if odd is not None:
+        raise DataError(
+            f"Column {column!r} holds {str(odd)[:100]} where a label is expected. Expected {expected}. Mend it, or name another "
+            "column with --label-column."
+        )
 
 
 def check_varied(rows: "Dataset", column: str, labels: Iterable[Any]) -> None:

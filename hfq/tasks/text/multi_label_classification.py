@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...common.errors import DataError
 from ..base import Columns, Metric, Outputs, References, Trivial
-from ..labels import UNLABELLED, LabelMap, LabelNames, check_varied, plain
+from ..labels import UNLABELLED, LabelMap, LabelNames, check_plain, check_varied, plain
 from ..metrics import Torchmetric, stacked
 from .sequence import SequenceTask
 
@@ -84,6 +84,7 @@ class MultiLabelClassification(SequenceTask):
             )
         if rows and all(self._is_multi_hot(row) for row in rows):
             return MultiLabels(f"by position: 0 or 1 for each label ({self.labels})", None)
+        check_plain((value for row in rows for value in row), column, expected=FORMS)
         twice = next((row for row in rows if len(set(row)) < len(row)), None)
         if twice is not None:
             raise DataError(

@@ -78,10 +78,8 @@ class MultipleChoice(Choice, TextTask):
         (column,) = columns["label"]
         choices = len(_choices(splits[0], columns["choices"])[0]) if len(splits[0]) else 0
         names = getattr(splits[0].features[column], "names", None)
-        values = {
-            names[value] if names and value not in _UNLABELLED else value for rows in splits for value in rows[column]
-        }
-        found = [str(value).strip() for value in values if value not in _UNLABELLED]
+        values = [value for rows in splits for value in rows[column] if value not in _UNLABELLED]
+        found = {str(names[value] if names else value).strip() for value in values}
         places = {
             "places from 0": [str(place) for place in range(choices)],
             "places from 1": [str(place + 1) for place in range(choices)],

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...common.errors import DataError, WrongDataError
 from ..base import Batch, Columns, Encoding, Metric, Outputs, Processor, References, SumMetric, Trivial, require_columns
-from ..labels import WITHOUT_LABELS, LabelMap, LabelNames, check_varied
+from ..labels import WITHOUT_LABELS, LabelMap, LabelNames, check_plain, check_varied
 from ..metrics import leads
 from .tokens import TextTask, is_text, texts
 
@@ -93,7 +93,7 @@ class TokenClassification(TextTask):
     def references(self, rows: "Dataset", columns: Columns, alignment: LabelMap) -> list[Any]:
         (words,), (column,) = columns["tokens"], columns["tags"]
         return [
-            _ids(row, sentence, tags, alignment)
+            _ids(row, _words(row, sentence, words), tags, alignment)
             for row, (sentence, tags) in enumerate(zip(rows[words], rows[column], strict=True))
         ]
 
@@ -295,6 +295,7 @@ def _words(row: int, words: Any, column: str) -> list[str]:
 def _listed(tags: Any, column: str) -> list[Any]:
     if tags is not None and not isinstance(tags, list):
         raise DataError(f"Column {column!r} holds {tags!r}; expected a list of tags for each example.")
+    check_plain(tags or (), column, expected="a list of tags for each example, names or ids")
     return [tag for tag in tags or [] if tag is not None]
 
 

@@ -72,6 +72,10 @@ def test_labels_may_be_written_in_many_ways() -> None:
     ("rows", "message"),
     [
         ({"labels": ["number", "long"]}, "gives any number of labels. Expected lists of labels"),
+        (
+            {"labels": [[["number"]], [["long"]]]},
+            r"holds \['number'\] where a label is expected. Expected lists of labels",
+        ),
         ({"labels": [["number"], ["loud"]]}, "do not fit the model's"),
         ({"labels": [[0, 3], [1]]}, "do not fit the model's"),
         ({"labels": [["long"], ["long"]]}, r"Every label of split 'given' is \('long',\)"),

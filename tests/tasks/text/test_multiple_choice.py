@@ -87,6 +87,7 @@ def test_rows_may_have_the_forms_of_the_fields_datasets() -> None:
         ({**TEXTS, "choices": [["x"], ["z"]], "label": [0, 0]}, "expected a list of two or more texts"),
         ({**TEXTS, "label": [0, 7]}, "there are 2 choices. Expected the place"),
         ({**TEXTS, "label": ["y", "z"]}, "there are 2 choices. Expected the place"),
+        ({**TEXTS, "label": [[1], [0]]}, r"holds \['\[0\]', '\[1\]'\], and there are 2 choices. Expected the place"),
         ({"question": ["a"], "label": [0]}, "Which columns hold the choices is not clear"),
         ({"choices": [["x", "y"]], "label": [0]}, "Which columns hold the text before the choices is not clear"),
         ({**TEXTS, "right": RIGHT}, "Which column holds the label is not clear"),

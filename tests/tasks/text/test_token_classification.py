@@ -89,6 +89,15 @@ def test_tags_may_be_names_ids_or_classes() -> None:
         ({"tokens": [[], []], "ner_tags": [[], []]}, "No example has a label, and the model's are 0=O, 1=B-NUM"),
         ({"tokens": [["a", "b"]], "ner_tags": [["O", "B-X"]]}, "do not fit the model's"),
         ({"tokens": ["a b"], "ner_tags": [["O", "O"]]}, "holds words is not clear"),
+        (
+            {"tokens": [["a"]], "ner_tags": [[["O"]]]},
+            r"holds \['O'\] where a label is expected. Expected a list of tags",
+        ),
+        ({"tokens": [["a"]], "ner_tags": [[{"tag": "O"}]]}, "holds {'tag': 'O'} where a label is expected"),
+        (
+            {"tokens": [["a", "b"], None], "ner_tags": [["O", "B-NUM"], ["O"]]},
+            r"Row 1 \(from 0\) has 'None' in column 'tokens'",
+        ),
         ({"tokens": [["a"]], "label": ["O"]}, "holds tags is not clear"),
     ],
 )
