@@ -157,7 +157,7 @@ def _recovered(
     space, options = found.space, search_options(session.recipe, session.model)
     start = min(plain_candidates(options), key=lambda candidate: log.ranking[candidate.name])
     if log.ranking[start.name] > TRAINABLE:
-        start = replace(found.outcome.candidate, alpha=None, gptq=False)
+        start = replace(found.outcome.candidate, alpha=None, gptq=False, rotated=False)
     recovered = recover(session, space.plan(start), context.goal, before=best.accuracy, work=work, ui=ui)
     again = find(
         recovered.model,

@@ -73,7 +73,9 @@ def explain_checkpoint(
         name, plan = PLAIN.name, space.plan(PLAIN)
     else:
         loaded = load_model(exported, session.task.auto_class, trust_remote_code=recipe.trust_remote_code)
-        name, plan = exported.info.id, plan_of(loaded, session.model, space.folds)
+        if space.rotation is not None and space.rotation.was_applied(loaded, session.model):
+            space = space.rotated
+        name, plan = exported.info.id, plan_of(loaded, space.model, space.folds)
     ui.stage(f"INT8: {name}")
     int8 = _evaluated(session, space, plan)
     ui.note(f"{session.metric} {int8.score:.4f}")

@@ -22,7 +22,7 @@ CLOSE = 1e-3  # relative difference that float16's rounding makes, and what it c
 
 def quantize_model(model: nn.Module, plan: Plan, folds: Sequence[Fold]) -> nn.Module:
     """A new module with the layers of `plan` in int8; `model` is left as it was."""
-    quantized = twin(model)
+    quantized = twin(model) if plan.rotation is None else plan.rotation.applied(model)
     fold_into(quantized, folds, plan.smoothing)
     put = replacer(quantized)
     for name, scheme in plan.layers.items():

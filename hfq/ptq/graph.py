@@ -37,6 +37,17 @@ _TRANSPARENT = {
     aten.relu_.default,
     aten.mul.Tensor,  # by a number, or by another tensor, as a gate does; what multiplies itself is found out by `_exact`
 }
+TOKENWISE = _TRANSPARENT - {aten.relu.default, aten.relu_.default, aten.mul.Tensor} | {
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten.flatten.using_ints,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.index.Tensor,
+    aten.mean.dim,
+}  # leave the features of a token as they are, or mix those of several tokens alike
 _WEIGHTS: dict[Any, int] = {
     aten.linear.default: 1,
     aten.layer_norm.default: 2,
@@ -54,10 +65,8 @@ class Fold:
 
 def find_folds(model: nn.Module, batch: Batch, linears: tuple[str, ...]) -> list[Fold]:
     """Folds whose consumers are all among `linears`. A model that cannot be exported has none."""
-    try:
-        with unchanged(model), exporting():
-            graph = torch.export.export(model, (), {**batch, **_without_cache(model)}, strict=False)
-    except Exception:  # torch.export raises whatever the model's own code or its tracer raises
+    graph = exported(model, batch)
+    if graph is None:
         return []
     parameters = graph.graph_signature.inputs_to_parameters
     folds = []
@@ -79,6 +88,15 @@ def find_folds(model: nn.Module, batch: Batch, linears: tuple[str, ...]) -> list
     return once if _exact(model, once, batch) else [fold for fold in once if _exact(model, [fold], batch)]
 
 
+def exported(model: nn.Module, batch: Batch) -> torch.export.ExportedProgram | None:
+    """The graph of a forward on `batch`; None where the model cannot be exported."""
+    try:
+        with unchanged(model), exporting():
+            return torch.export.export(model, (), {**batch, **_without_cache(model)}, strict=False)
+    except Exception:  # torch.export raises whatever the model's own code or its tracer raises
+        return None
+
+
 def _without_cache(model: nn.Module) -> dict[str, bool]:
     """What keeps a decoder from answering with its cache, too: tracing takes no such object for an answer."""
     return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
@@ -92,12 +110,17 @@ def _exact(model: nn.Module, folds: Sequence[Fold], batch: Batch) -> bool:
     }
     rescaled = twin(model)
     fold_into(rescaled, folds, factors)
-    with unchanged(model), weights_left_in_file(model, rescaled, from_rows=1), torch.inference_mode():
+    return are_alike(model, rescaled, batch, within=EXACT)
+
+
+def are_alike(model: nn.Module, other: nn.Module, batch: Batch, *, within: float) -> bool:
+    """Whether `other` answers as `model` does, up to a relative difference of `within`."""
+    with unchanged(model), weights_left_in_file(model, other, from_rows=1), torch.inference_mode():
         with drawing_alike():
             before = _first_tensor(model(**batch))
         with drawing_alike():
-            after = _first_tensor(rescaled(**batch))
-    return bool((after - before).norm() <= EXACT * before.norm())
+            after = _first_tensor(other(**batch))
+    return bool((after - before).norm() <= within * before.norm())
 
 
 def _first_tensor(output: Tensor | Sequence[Tensor]) -> Tensor:
@@ -112,14 +135,15 @@ def fold_into(model: nn.Module, folds: Sequence[Fold], factors: Mapping[str, Ten
         factor = factors[fold.producer]
         producer = linear(model, fold.producer)  # or a norm, which has a weight too
         by_row = factor if producer.weight.dim() == 1 else factor[:, None]
-        _replace(producer, "weight", producer.weight / by_row)
+        replace_parameter(producer, "weight", producer.weight / by_row)
         if getattr(producer, "bias", None) is not None:
-            _replace(producer, "bias", producer.bias / factor)
+            replace_parameter(producer, "bias", producer.bias / factor)
         for name in fold.consumers:
-            _replace(linear(model, name), "weight", linear(model, name).weight * factor)
+            replace_parameter(linear(model, name), "weight", linear(model, name).weight * factor)
 
 
-def _replace(module: nn.Module, name: str, value: Tensor) -> None:
+def replace_parameter(module: nn.Module, name: str, value: Tensor) -> None:
+    """Give `module` another parameter of that name; what it had is as it was."""
     drop_file_pages(getattr(module, name))  # read for the last time
     setattr(module, name, nn.Parameter(value.detach(), requires_grad=False))
 

@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..common.memory import drop_file_pages
 from .observers import CODES, Range, affine
+
+if TYPE_CHECKING:
+    from .rotation import Rotation
 
 Approach = Literal["static", "dynamic", "weight-only"]
 
@@ -58,6 +61,7 @@ class Plan:
 
     `smoothing`: for each fold, by the name of the layer it is folded into, float32 `[channels]`. `weights`: of the
     layers whose weights are not simply rounded. `bias_shifts`: what to add to a layer's bias, float32 `[out]`.
+    `rotation`: of the model's residual stream, before all that.
     """
 
     layers: Mapping[str, LayerScheme]
@@ -65,6 +69,7 @@ class Plan:
     smoothing: Mapping[str, Tensor] = field(default_factory=dict)
     weights: Mapping[str, Rows] = field(default_factory=dict)
     bias_shifts: Mapping[str, Tensor] = field(default_factory=dict)
+    rotation: "Rotation | None" = None
 
 
 def quantize_rows(weight: Tensor, *, per_tensor: bool = False) -> Rows:

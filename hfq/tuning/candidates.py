@@ -2,23 +2,25 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from torch import Tensor, nn
 
-from ..ptq.calibration import Statistics
+from ..ptq.calibration import Statistics, calibrate
 from ..ptq.convert import int8_layer
 from ..ptq.corrections import bias_corrections, correct_weights, input_means
 from ..ptq.equalization import best_factors
 from ..ptq.graph import Fold, fold_into
-from ..ptq.inputs import Batch
+from ..ptq.inputs import Batch, head
 from ..ptq.layers import CONVOLUTIONS, Quantizable, linear, twin, weight_rows
 from ..ptq.observers import CODES, OBSERVERS, InputStatistics, min_max
+from ..ptq.rotation import Rotation, find_rotation
 from ..ptq.rounding import gptq_rows, second_moments
 from ..ptq.scheme import Approach, LayerScheme, Plan, Rows, quantize_rows
 from ..ptq.smoothquant import smoothed, smoothing_factors
 from .options import ALPHAS, Alpha, Options, Rule
 
+TRACED = 2  # examples of the batch that a graph is traced with
 CHUNK = 8  # layers whose second moments are held at a time: 36 MiB each at 3072 inputs
 RECOVERED = "recovered"  # in place of an observer: scales that were learned, with weights that were trained
 FEW_CODES = CODES // 2  # with `reduce_range`
@@ -29,7 +31,8 @@ class Candidate:
     """One way to quantize the whole model.
 
     `dynamic_layers` run with a scale per token in an otherwise static model; `float_layers` are kept in float.
-    `gptq`: weights are rounded to the least error of the layer's output instead of to the nearest code.
+    `gptq`: weights are rounded to the least error of the layer's output instead of to the nearest code. `rotated`: the
+    residual stream is (`hfq.ptq.rotation`).
     """
 
     approach: Approach
@@ -38,6 +41,7 @@ class Candidate:
     dynamic_layers: tuple[str, ...] = ()
     float_layers: tuple[str, ...] = ()
     gptq: bool = False
+    rotated: bool = False
 
     @property
     def name(self) -> str:
@@ -46,6 +50,8 @@ class Candidate:
             parts.append(self.observer)
         if self.alpha is not None:
             parts.append(f"smoothquant-{self.alpha if isinstance(self.alpha, str) else f'{self.alpha:g}'}")
+        if self.rotated:
+            parts.append("rotated")
         if self.gptq:
             parts.append("gptq")
         if self.dynamic_layers:
@@ -86,8 +92,29 @@ class Space:
         self._factors = lru_cache(maxsize=None)(self._smoothing)
         self._rounded = lru_cache(maxsize=None)(self._round)
 
+    @cached_property
+    def rotation(self) -> Rotation | None:
+        """Of the model's residual stream; None where it cannot be rotated exactly, or was trained as it is."""
+        is_known = bool(self.batches) and self.learned is None
+        return find_rotation(self.model, head(self.batches[0], TRACED)) if is_known else None
+
+    @cached_property
+    def rotated(self) -> "Space":
+        """The same of the model so rotated, calibrated anew."""
+        assert self.rotation is not None  # else nobody asks for it
+        model = self.rotation.applied(self.model)
+        statistics = calibrate(model, self.layers.layers, self.batches)
+        return Space(model, self.layers, statistics, (), batches=self.batches, options=self.options)
+
+    def of(self, candidate: Candidate) -> "tuple[Space, Candidate]":
+        """Where `candidate` is one like others: in the rotated space, or in this one."""
+        return (self.rotated, replace(candidate, rotated=False)) if candidate.rotated else (self, candidate)
+
     def plan(self, candidate: Candidate) -> Plan:
         """The plan of `candidate`."""
+        if candidate.rotated:
+            space, plain = self.of(candidate)
+            return replace(space.plan(plain), rotation=self.rotation)
         smoothing: Mapping[str, Tensor] = {} if candidate.alpha is None else self._factors(candidate.alpha)
         statistics = {
             name: smoothed(self.statistics[name], smoothing[fold.producer])

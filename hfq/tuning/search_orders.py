@@ -29,7 +29,8 @@ class Searchable:
 
     `errors`: output error of every candidate without kept layers, smallest first. `sensitive(candidate)`: layer names,
     the one with the largest int8 error first. `output_error(candidate)`: of any candidate. `peek(candidate)`: the same,
-    by one who looks ahead: it leaves no trace in the log.
+    by one who looks ahead: it leaves no trace in the log. `rotated(candidate)`: the same with the residual stream rotated;
+    None where it cannot be.
     """
 
     errors: Mapping[Candidate, float]
@@ -37,6 +38,7 @@ class Searchable:
     output_error: Callable[[Candidate], float]
     options: Options
     peek: Callable[[Candidate], float]
+    rotated: Callable[[Candidate], Candidate | None] = lambda _: None
 
     @property
     def static(self) -> list[Candidate]:
@@ -69,16 +71,25 @@ def basic(space: Searchable) -> Search:
         for candidate in static if space.options.explores else hopeful:
             if not space.goes_on((yield candidate)):
                 return
+        if rotated := _rotated(space, best):
+            best = rotated
+            if not space.goes_on((yield rotated)):
+                return
         order = space.sensitive(best)
         standing_out = _standing_out(space, best, order)
         if standing_out and not space.goes_on((yield standing_out)):
             return
-        if dynamic and errors[dynamic] < errors[best]:
-            for candidate in _mixed(space, best, order, start=errors[best], end=errors[dynamic]):
+        error = space.output_error(best)
+        if dynamic and errors[dynamic] < error:
+            for candidate in _mixed(space, best, order, start=error, end=errors[dynamic]):
                 if not space.goes_on((yield candidate)):
                     return
     if dynamic and not space.goes_on((yield dynamic)):
         return
+    if dynamic and (rotated := _rotated(space, dynamic)):
+        dynamic = rotated
+        if not space.goes_on((yield rotated)):
+            return
     if not space.options.keep_float:
         return
     met = static and (yield from _bisect(order, lambda kept: replace(best, float_layers=kept)))
@@ -179,12 +190,18 @@ def _optuna(space: Searchable, sampler: str) -> Search:
         study.tell(asked, seen[candidate])
 
 
+def _rotated(space: Searchable, candidate: Candidate) -> Candidate | None:
+    """The same with the residual stream rotated; None where that cannot be, or is no better."""
+    found = space.rotated(candidate)
+    return found if found and space.output_error(found) < space.output_error(candidate) else None
+
+
 def _standing_out(space: Searchable, best: Candidate, order: Sequence[str]) -> Candidate | None:
     """The static model without the few layers that nearly all of its output error comes from; None where there are none.
 
     They run with a scale per token where that is as good as float, else in float: the fewest, bisected on the output error.
     """
-    enough = LEFT * space.errors[best]
+    enough = LEFT * space.output_error(best)
     most = len(order) // 6
 
     def suffices(count: int) -> bool:

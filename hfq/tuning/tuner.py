@@ -9,7 +9,7 @@ from torch import nn
 
 from ..common.memory import free_unused, only_new_garbage, return_freed_memory
 from ..common.ui import Reporter
-from ..ptq.calibration import calibrate, encoder_output, sensitivity
+from ..ptq.calibration import EncoderOutput, calibrate, encoder_output, sensitivity
 from ..ptq.convert import int8_layer, quantize_model
 from ..ptq.graph import Fold, find_folds
 from ..ptq.inputs import Batch, head, spread
@@ -17,7 +17,7 @@ from ..ptq.layers import find_quantizable, linear
 from ..ptq.scheme import Plan
 from ..runtime.fusion.fuse import fuse
 from ..runtime.int8.packed import memory_mib, state_mib
-from .candidates import Candidate, Space
+from .candidates import TRACED, Candidate, Space
 from .goal import Goal
 from .log import TrialLog
 from .lookahead import Helpers, LookAhead
@@ -27,7 +27,6 @@ from .search_orders import ORDERS, Searchable
 from .trial import Trial
 
 RANKED = 32  # calibration examples on which errors are compared: thousands of tokens. A dozen candidates run on them
-TRACED = 2  # examples of the batch that the graph is traced with
 
 
 @dataclass(frozen=True)
@@ -170,7 +169,10 @@ def ranked(space: Space, *, log: TrialLog, ui: Reporter) -> Searchable:
         found = layer_errors(space, replace(candidate, alpha=None, gptq=False))
         return [name for name in found if space.may_stay_float(name)]
 
-    return Searchable(errors, sensitive, output_error, space.options, peek)
+    def rotated(candidate: Candidate) -> Candidate | None:
+        return None if space.rotation is None else replace(candidate, alpha=None, rotated=True)
+
+    return Searchable(errors, sensitive, output_error, space.options, peek, rotated)
 
 
 def layer_errors(space: Space, candidate: Candidate) -> dict[str, float]:
@@ -179,6 +181,7 @@ def layer_errors(space: Space, candidate: Candidate) -> dict[str, float]:
     Of a layer that `candidate` keeps in float it is the error that was avoided. Costs one pass of the float model.
     """
     free_unused()
+    space, candidate = space.of(candidate)
     plan = space.plan(replace(candidate, float_layers=()))
     folded = space.folded(candidate.alpha)
     twins = {
@@ -198,11 +201,15 @@ def _output_error(space: Space) -> Callable[[Candidate], float]:
     """
     return_freed_memory()
     few = spread(space.batches, RANKED)
-    reference = encoder_output(space.model, few)
+
+    @cache
+    def reference(*, rotated: bool) -> EncoderOutput:
+        return encoder_output(space.rotated.model if rotated else space.model, few)
 
     def output_error(candidate: Candidate) -> float:
         return_freed_memory()
-        quantized = quantize_model(space.model, space.plan(candidate), space.folds)
-        return encoder_output(quantized, few).error(reference)
+        where, plain = space.of(candidate)
+        quantized = quantize_model(where.model, where.plan(plain), where.folds)
+        return encoder_output(quantized, few).error(reference(rotated=candidate.rotated))
 
     return output_error
