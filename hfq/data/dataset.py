@@ -1,5 +1,6 @@
 """A dataset's rows, by split, from the Hub, a folder or a file: read by `datasets`, and tables of text by `hfq.data.rows`."""
 
+import glob
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -152,7 +153,7 @@ def _load_path(path: Path, subset: str | None) -> "DatasetDict":
     if reader is None:
         raise WrongDataError(f"Dataset {path} is not a CSV, JSON, Parquet or text file. Convert it to one.")
     _refuse_subset(path, subset, kind="a file")
-    return _build(datasets.load_dataset_builder(reader, data_files=str(path)), None)
+    return _build(datasets.load_dataset_builder(reader, data_files=_only(path)), None)
 
 
 def _refuse_subset(path: Path, subset: str | None, *, kind: str) -> None:
@@ -166,8 +167,12 @@ def _folder_builder(path: Path, subset: str | None) -> "DatasetBuilder":
     from datasets.data_files import SPLIT_KEYWORDS
 
     try:
+        if _only(path) != str(path):
+            raise WrongDataError(
+                f"Dataset {path} has one of *, ? and [ in its path, by which datasets names others. Rename it."
+            )
         return datasets.load_dataset_builder(str(path), subset)
-    except (OSError, ValueError):
+    except (OSError, ValueError, WrongDataError):
         files = [file for file in sorted(path.iterdir()) if file.is_file() and _reader(file)]
         readers = {_reader(file) for file in files}
         if subset or len(readers) != 1 or (path / CARD).is_file():
@@ -176,8 +181,13 @@ def _folder_builder(path: Path, subset: str | None) -> "DatasetBuilder":
     for file in files:
         word = re.split("[^a-z]", file.name.lower())[0]
         split = next((str(split) for split, words in SPLIT_KEYWORDS.items() if word in words), "train")
-        found.setdefault(split, []).append(str(file))
+        found.setdefault(split, []).append(_only(file))
     return datasets.load_dataset_builder(readers.pop(), data_files=found)
+
+
+def _only(file: Path) -> str:
+    """The pattern that no other file has: `data[1].csv` would be `data1.csv`."""
+    return glob.escape(str(file))
 
 
 def _reader(path: Path) -> str | None:

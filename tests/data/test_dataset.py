@@ -10,7 +10,7 @@ import datasets
 import pytest
 from datasets import Dataset, DatasetDict
 
-from hfq.common.errors import DataError, UsageError
+from hfq.common.errors import DataError, UsageError, WrongDataError
 from hfq.data.dataset import load_splits
 
 ROWS = [{"text": "NA", "label": 0}, {"text": "0123", "label": 1}]
@@ -167,3 +167,25 @@ def test_a_file_and_a_saved_folder_have_no_subsets(saved: Path, tmp_path: Path) 
     for path in (file, saved):
         with pytest.raises(UsageError, match=r"--subset other was given, but .* has no subsets"):
             load_splits(str(path), "other", token=None)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "txt"])
+@pytest.mark.parametrize("name", ["data[1]", "[dD]ata 1", "d?ta1", "*", "data{1}"])
+def test_a_file_is_the_one_of_that_name(name: str, kind: str, tmp_path: Path) -> None:
+    """To datasets such a name is a pattern, which others have."""
+    for stem, word in (("data1", "other"), ("data 1", "other"), (name, "this")):
+        rows = {"csv": f"text,label\n{word},0\n", "jsonl": f'{{"text": "{word}"}}\n', "txt": f"{word}\n"}
+        (tmp_path / f"{stem}.{kind}").write_text(rows[kind])
+    splits, _ = load_splits(str(tmp_path / f"{name}.{kind}"), None, token=None)
+    assert splits["train"]["text"][:] == ["this"]
+
+
+def test_the_files_of_a_folder_with_brackets_in_its_name_are_read(tmp_path: Path) -> None:
+    for name in ("data [1]", "data 1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test.csv").write_text(f"text,label\n{name},0\n")
+    splits, _ = load_splits(str(tmp_path / "data [1]"), None, token=None)
+    assert splits["test"]["text"][:] == ["data [1]"]
+    (tmp_path / "data [1]" / "README.md").write_text("---\nconfigs:\n- config_name: a\n  data_files: test.csv\n---\n")
+    with pytest.raises(WrongDataError, match="Rename it"):
+        load_splits(str(tmp_path / "data [1]"), None, token=None)
