@@ -167,7 +167,7 @@ def _folder_builder(path: Path, subset: str | None) -> "DatasetBuilder":
     from datasets.data_files import SPLIT_KEYWORDS
 
     try:
-        if _only(path) != str(path):
+        if _only(path) != str(path.absolute()):
             raise WrongDataError(
                 f"Dataset {path} has one of *, ? and [ in its path, by which datasets names others. Rename it."
             )
@@ -187,7 +187,7 @@ def _folder_builder(path: Path, subset: str | None) -> "DatasetBuilder":
 
 def _only(file: Path) -> str:
     """The pattern that no other file has: `data[1].csv` would be `data1.csv`."""
-    return glob.escape(str(file))
+    return glob.escape(str(file.absolute()))
 
 
 def _reader(path: Path) -> str | None:

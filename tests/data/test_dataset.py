@@ -180,12 +180,18 @@ def test_a_file_is_the_one_of_that_name(name: str, kind: str, tmp_path: Path) ->
     assert splits["train"]["text"][:] == ["this"]
 
 
-def test_the_files_of_a_folder_with_brackets_in_its_name_are_read(tmp_path: Path) -> None:
+def test_the_files_of_a_folder_with_brackets_in_its_name_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("data [1]", "data 1"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "test.csv").write_text(f"text,label\n{name},0\n")
     splits, _ = load_splits(str(tmp_path / "data [1]"), None, token=None)
     assert splits["test"]["text"][:] == ["data [1]"]
+    monkeypatch.chdir(tmp_path / "data [1]")
+    for here in (".", "test.csv"):
+        splits, _ = load_splits(here, None, token=None)
+        assert splits.popitem()[1]["text"][:] == ["data [1]"]
     (tmp_path / "data [1]" / "README.md").write_text("---\nconfigs:\n- config_name: a\n  data_files: test.csv\n---\n")
     with pytest.raises(WrongDataError, match="Rename it"):
         load_splits(str(tmp_path / "data [1]"), None, token=None)
