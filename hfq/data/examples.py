@@ -181,9 +181,9 @@ def load_task_data(checkpoint: Checkpoint, recipe: Recipe, *, task: Task, recipe
     )
     training = None
     if recipe.recover:
-        if calibration == split:
+        if calibration in names:
             raise UsageError(
-                f"--recover trains on another split than {split!r}, by which it is judged. Name one with --calibration-split."
+                f"--recover trains on another split than {calibration!r}, by which it is judged. Name one with --calibration-split."
             )
         rows = read[calibration].shuffle(seed=recipe.seed)
         training = reader.unjudged(rows.select(range(min(TRAINING, len(rows)))))
