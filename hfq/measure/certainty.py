@@ -48,8 +48,10 @@ def claim(
     if not judge.averages_shares:
         seen = resampled_differences(judge, pair, references, seed=seed)
         differences = resampled_differences(judge, pair, references, seed=seed, unseen=True)
-        met = _share_met(pair, differences, goal)
-        found = Claim(max(1 - met, 1 / RESAMPLES), max(met, 1 / RESAMPLES))
+        if not len(differences) or not len(seen):
+            return Claim(1.0, 1.0)
+        met, for_ = _share_met(pair, differences, goal), _share_met(pair, seen, goal)
+        found = Claim(max(1 - met, 1 / RESAMPLES), max(for_, 1 / RESAMPLES))
         if min(found.against, found.for_) <= level:
             return found
         losses = _losses(pair, differences, goal), _losses(pair, seen, goal)

@@ -6,11 +6,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..tasks.base import Metric, References, SumMetric
+from ..tasks.base import Metric, Outputs, References, SumMetric
 from .evaluate import Evaluation
 
 RESAMPLES = 2000
 RESAMPLES_OF_SETS = 500  # where the metric is computed anew for each
+TRIED = 100  # examples of which the opposite is tried
 _AT_ONCE = 1 << 22  # drawn indices held in memory
 
 
@@ -49,17 +50,17 @@ def resampled_sets(
     examples: int,
     *,
     seed: int,
-    unseen: bool = False,
+    unseen: int | None = None,
 ) -> Tensor:
     """The same for a metric of a whole set, of examples by their numbers, as `Metric.of_some` has them."""
     generator = torch.Generator().manual_seed(seed)
     found = []
     for count in _unseen(RESAMPLES_OF_SETS, examples, generator).int().tolist():
         drawn = torch.randint(examples, (examples,), generator=generator)
-        opposite = drawn.clone()
-        if unseen:
-            opposite[:count] += examples  # they were drawn in random order
-        found.append(after(opposite.tolist()) - before(drawn.tolist()))
+        others = drawn.clone()
+        if unseen is not None:
+            others[:count] = unseen  # they were drawn in random order
+        found.append(after(others.tolist()) - before(drawn.tolist()))
     differences = torch.tensor(found, dtype=torch.float64)
     return differences[differences.isfinite()]
 
@@ -84,21 +85,43 @@ def resampled_differences(
 ) -> Tensor:
     """The score of the second of two models less that of the first, on resamples of the examples.
 
-    `unseen`: as if among them were some, too few to be seen, that the second answers as badly as it answers any.
+    `unseen`: as if among them were some, too few to be seen, that the second answers as badly as can be. None are left
+    where nothing that it might answer is worse: then these examples say nothing of others.
     """
     first, second = (found.outputs for found in pair)
     if isinstance(judge, SumMetric):
         numbers = [judge.numbers(outputs, references) for outputs in (first, second)]
-        worst = _worst(judge, numbers[1]) if unseen else None
+        worst = _worst(judge, numbers[1], _opposites(judge, second, references)) if unseen else None
         return resampled(judge.of_sums, *numbers, seed=seed, unseen=worst)
     before, after = judge.of_some(first, references), judge.of_some(second, references)
-    return resampled_sets(before, after, len(references), seed=seed, unseen=unseen)
+    harmful = _most_harmful(judge, after, len(references), seed=seed) if unseen else None
+    if unseen and harmful is None:
+        return torch.empty(0, dtype=torch.float64)
+    return resampled_sets(before, after, len(references), seed=seed, unseen=harmful)
 
 
-def _worst(judge: SumMetric, numbers: Tensor) -> Tensor:
+def _worst(judge: SumMetric, numbers: Tensor, opposites: Tensor) -> Tensor:
     """`[k]`, of the example that, were there one more of it, would harm the metric most."""
-    scores = judge.of_sums(numbers.sum(0) + numbers)
-    return numbers[int(scores.argmin() if judge.higher_is_better else scores.argmax())]
+    every = torch.cat([numbers, opposites])
+    scores = judge.of_sums(numbers.sum(0) + every)
+    return every[int(scores.argmin() if judge.higher_is_better else scores.argmax())]
+
+
+def _opposites(judge: SumMetric, outputs: Outputs, references: References) -> Tensor:
+    """float64 `[examples, k]`, of outputs that are the opposite; none where they are no scores."""
+    if not all(output.is_floating_point() for output in outputs):
+        return judge.numbers(outputs, references)[:0]
+    return judge.numbers([-output for output in outputs], references)
+
+
+def _most_harmful(judge: Metric, score: Callable[[list[int]], float], examples: int, *, seed: int) -> int | None:
+    """The number of the example whose opposite, were it there too, would harm the metric most; None where none would."""
+    every = list(range(examples))
+    tried = torch.randperm(examples, generator=torch.Generator().manual_seed(seed))[:TRIED].tolist()
+    sign = 1 if judge.higher_is_better else -1
+    scores = {examples + row: sign * score([*every, examples + row]) for row in tried}
+    worst = min(scores, key=scores.__getitem__)
+    return worst if scores[worst] < sign * score(every) else None
 
 
 def on_others(differences: Tensor) -> Tensor:

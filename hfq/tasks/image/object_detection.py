@@ -53,10 +53,11 @@ class AveragePrecision(Metric):
         return self.of_some(outputs, references)(list(range(len(outputs))))
 
     def of_some(self, outputs: Outputs, references: References) -> Callable[[list[int]], float]:
-        found = _matched(outputs, references, self.labels)
+        none = [output[:0] for output in outputs]  # the opposite of what is found
+        found = _matched([*outputs, *none], [*references, *references], self.labels)
         thresholds = found.params.iouThrs
         kept = slice(None) if self.at is None else abs(thresholds - self.at) < 1e-6
-        by_label = _by_label(found, len(outputs))
+        by_label = _by_label(found, 2 * len(outputs))
 
         def value(rows: list[int]) -> float:
             with _quiet():

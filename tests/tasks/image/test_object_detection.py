@@ -97,6 +97,7 @@ def test_precision_is_averaged_over_labels_and_thresholds() -> None:
     assert task.score("map", [exact[1], exact[0]], right) == 0
     judge = task.metrics["map"]
     assert judge.of_some(near, right)([0, 0]) == pytest.approx(1)
+    assert judge.of_some(near, right)([0, 2]) < 1  # nothing is found there, the opposite of the first
     assert task.fidelity(exact, near) == 1
     assert task.fidelity(exact, exact[::-1]) == 0
 
