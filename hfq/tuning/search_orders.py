@@ -64,24 +64,29 @@ def passed(trial: Trial) -> bool:
 
 def basic(space: Searchable) -> Search:
     """From the fastest expected to the slowest. Ends after the tier in which one met the goal."""
-    errors, static, dynamic = space.errors, space.static, space.dynamic
+    static, dynamic = space.static, space.dynamic
+
+    def error(candidate: Candidate) -> float:
+        return space.errors[candidate] if candidate in space.errors else space.output_error(candidate)
+
     if static:
         best = static[0]
-        hopeful = [c for c in static if errors[c] <= HOPELESS * errors[best]][:FINALISTS]
-        for candidate in static if space.options.explores else hopeful:
+        for candidate in static if space.options.explores else _hopeful(static, error):
             if not space.goes_on((yield candidate)):
                 return
         if rotated := _rotated(space, best):
             best = rotated
             if not space.goes_on((yield rotated)):
                 return
-        order = space.sensitive(best)
-        standing_out = _standing_out(space, best, order)
-        if standing_out and not space.goes_on((yield standing_out)):
-            return
-        error = space.output_error(best)
-        if dynamic and errors[dynamic] < error:
-            for candidate in _mixed(space, best, order, start=error, end=errors[dynamic]):
+        if spared := _standing_out(space, best, space.sensitive(best)):
+            mended = _ranked_like(spared, space)
+            for candidate in _hopeful(mended, error):
+                if not space.goes_on((yield candidate)):
+                    return
+            best = mended[0]
+        order = [name for name in space.sensitive(best) if name not in best.float_layers]
+        if dynamic and (end := error(replace(dynamic, float_layers=best.float_layers))) < error(best):
+            for candidate in _mixed(space, best, order, start=error(best), end=end):
                 if not space.goes_on((yield candidate)):
                     return
     if dynamic and not space.goes_on((yield dynamic)):
@@ -92,7 +97,7 @@ def basic(space: Searchable) -> Search:
             return
     if not space.options.keep_float:
         return
-    met = static and (yield from _bisect(order, lambda kept: replace(best, float_layers=kept)))
+    met = static and (yield from _bisect(order, lambda kept: _with_float(best, kept)))
     if dynamic and (not met or space.options.explores):
         yield from _bisect(space.sensitive(dynamic), lambda kept: replace(dynamic, float_layers=kept))
 
@@ -190,6 +195,11 @@ def _optuna(space: Searchable, sampler: str) -> Search:
         study.tell(asked, seen[candidate])
 
 
+def _hopeful(candidates: Sequence[Candidate], error: Callable[[Candidate], float]) -> list[Candidate]:
+    """The first few, as long as they are not much worse than the first, which has the least error."""
+    return [candidate for candidate in candidates if error(candidate) <= HOPELESS * error(candidates[0])][:FINALISTS]
+
+
 def _rotated(space: Searchable, candidate: Candidate) -> Candidate | None:
     """The same with the residual stream rotated; None where that cannot be, or is no better."""
     found = space.rotated(candidate)
@@ -215,15 +225,37 @@ def _standing_out(space: Searchable, best: Candidate, order: Sequence[str]) -> C
     return tokens if is_as_good else replace(best, float_layers=layers)
 
 
+def _ranked_like(spared: Candidate, space: Searchable) -> list[Candidate]:
+    """The static candidates without the layers that `spared` is without, the least output error first.
+
+    With those layers, whose error hides all else, their order says nothing.
+    """
+    like = [replace(spared, observer=c.observer, alpha=c.alpha, gptq=c.gptq, rotated=False) for c in space.static]
+    if plain := [candidate for candidate in like if candidate.alpha is None and not candidate.gptq]:
+        best = min(plain, key=space.output_error)
+        like = [*plain, *(replace(best, alpha=c.alpha, gptq=c.gptq) for c in like if c not in plain)]
+        like += [replace(best, rotated=True)] if spared.rotated else []
+    return sorted(dict.fromkeys(like), key=space.output_error)
+
+
+def _with_float(candidate: Candidate, layers: Sequence[str]) -> Candidate:
+    """`candidate` with more layers in float."""
+    dynamic = tuple(name for name in candidate.dynamic_layers if name not in layers)
+    return replace(candidate, float_layers=(*candidate.float_layers, *layers), dynamic_layers=dynamic)
+
+
 def _mixed(
     space: Searchable, best: Candidate, order: Sequence[str], *, start: float, end: float
 ) -> Iterator[Candidate]:
     """Static models whose most sensitive layers run with a scale per token: as small a file, and little slower.
 
+    Layers that `best` has so already stay so.
+
     How many layers is bisected on the output error, not on evaluations: the fewest that close a given share of
     the gap between all static (`start`) and all dynamic (`end`).
     """
-    tried = set()
+    order = [*dict.fromkeys([*best.dynamic_layers, *order])]
+    tried = {len(best.dynamic_layers)}
     for share in GAP_CLOSED:
         target = start - share * (start - end)
 
