@@ -17,7 +17,7 @@ from torch import nn
 from .common.errors import GoalNotMetError, SourceError
 from .common.files import write_text
 from .common.memory import return_freed_memory
-from .common.names import EXPORT, REPORT_FILE, TRIALS_FILE
+from .common.names import EXPORT, RECOVERY_FILE, REPORT_FILE, TRIALS_FILE
 from .common.ui import Reporter
 from .common.version import __version__
 from .data.session import Session, calibration_inputs, open_session
@@ -130,7 +130,9 @@ def quantize(
         goal = goal_of(session, baseline)
         depends_on = _dependencies(session)
         log = TrialLog(work / TRIALS_FILE, depends_on=depends_on, resume=execution.resume, copy=execution.copy_log)
-        context = TrialContext(goal, (), depends_on, baseline, number=lambda: len(log.trials) + 1)
+        if not log.goes_on:
+            (work / RECOVERY_FILE).unlink(missing_ok=True)
+        context = TrialContext(goal, (), depends_on, baseline, number=lambda: log.judged + 1)
         while True:
             found, record = _tune(session, context, log, work=work, ui=ui, helped_by=execution.helped_by), None
             if recipe.recover and not found.outcome.met:
@@ -158,7 +160,7 @@ def _recovered(
     start = min(plain_candidates(options), key=lambda candidate: log.ranking[candidate.name])
     if log.ranking[start.name] > TRAINABLE:
         start = replace(found.outcome.candidate, alpha=None, gptq=False, rotated=False)
-    recovered = recover(session, space.plan(start), context.goal, before=best.accuracy, work=work, ui=ui)
+    recovered = recover(session, space.plan(start), context.goal, baseline=context.baseline, log=log, ui=ui)
     again = find(
         recovered.model,
         Calibration(space.batches, learned=recovered.plan),
@@ -169,7 +171,9 @@ def _recovered(
     )
     loss = again.outcome.trial.loss if again.outcome.trial else None
     is_better = again.outcome.met or (loss is not None and best.loss is not None and loss < best.loss)
-    return (again if is_better else found), recovered.record
+    info = session.data.info
+    record = Recovery(info.calibration_split, len(session.data.training or ()), best.accuracy, log.looks)
+    return (again if is_better else found), record
 
 
 def run_trial(session: Session, plan: Plan, context: TrialContext) -> Score:
@@ -375,7 +379,7 @@ def _write_checkpoint(session: Session, tuning: Tuning, *, folder: Path, ui: Rep
     ui.left_behind(session.checkpoint.left, where="exported")
 
     ui.stage("Measure the exported folder, freshly loaded")
-    measured = measure_export(session, exported, baseline, trials=len(log.trials), ui=ui)
+    measured = measure_export(session, exported, baseline, trials=log.judged, ui=ui)
     met = measured.quantized.accuracy is not None and goal.met(measured.quantized.accuracy)
     for comparison in measured.comparisons:
         if comparison.within is not None:

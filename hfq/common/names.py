@@ -5,6 +5,7 @@ from pathlib import Path
 REPORT_FILE = "hfq.json"
 CARD_FILE = "README.md"
 TRIALS_FILE = "trials.jsonl"
+RECOVERY_FILE = "recovery.safetensors"  # in a run's work folder: what an interrupted training goes on from
 EXPORT = "export"  # the finished export in a run's work folder
 PLOTS = "plots"  # the folder of a card's plots
 PLOT_FILES = (f"{PLOTS}/accuracy_speed.png", f"{PLOTS}/layer_sensitivity.png")

@@ -5,13 +5,15 @@ the answers: for logits that is as good a distillation as any (Kim et al. 2021, 
 """
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -26,6 +28,13 @@ from .fake_quantization import trained
 
 WARM_UP = 0.1  # of the steps
 Look = Callable[[int, float], bool]
+
+
+class Progress(NamedTuple):
+    """Steps that were done, and the mean loss of the last of them."""
+
+    done: int = 0
+    loss: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -79,8 +88,8 @@ class Looks(Callback):
         self.after = after
         self.losses: list[float] = []
 
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if self.state.is_file():
+    def on_train_start(self, trainer: Trainer, module: Any) -> None:
+        if module.first:
             _restore_moments(trainer.optimizers[0], self.state)
 
     def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -88,8 +97,9 @@ class Looks(Callback):
         done = module.first + trainer.global_step
         if done % self.after and trainer.global_step < trainer.max_steps:
             return
-        _keep(trainer.optimizers[0], done, self.state)
-        trainer.should_stop = self.look(done, sum(self.losses) / len(self.losses))
+        loss = sum(self.losses) / len(self.losses)
+        _keep(module.student, trainer.optimizers[0], self.state, progress=Progress(done, loss))
+        trainer.should_stop = self.look(done, loss)
         self.losses.clear()
 
 
@@ -105,10 +115,10 @@ def distill(
     """Train `student`, without dropout, on `batches` in a random order, again and again.
 
     `look` is given the number of steps done and the mean loss since it looked last, and says whether that is enough.
-    `state`: a file to go on from, if it is there; written before each look.
+    `state`: a file to go on from, if it is there and of a training of the same layers; written before each look.
     """
-    first = _restore(student, state) if state.is_file() else 0
-    if first >= schedule.steps or (first and look(first, float("nan"))):
+    first, loss = _restore(student, state)
+    if first and (look(first, loss) or first >= schedule.steps):
         return
     with silent(*LIGHTNING):
         trainer = Trainer(
@@ -169,23 +179,35 @@ def _relative(found: Tensor, expected: Tensor) -> Tensor:
     return (found - expected).square().sum() / expected.square().sum().clamp(min=1e-12)
 
 
-def _keep(optimizer: torch.optim.Optimizer, done: int, path: Path) -> None:
+def _keep(student: nn.Module, optimizer: torch.optim.Optimizer, path: Path, *, progress: Progress) -> None:
     """Write what training goes on from: numbers alone, so that nothing is run when it is read."""
-    tensors = {"done": torch.tensor(done)}
+    tensors = {"progress": torch.tensor(progress, dtype=torch.float64)}
     for number, parameter in enumerate(_parameters(optimizer)):
         tensors[f"{number}"] = parameter.detach()
         tensors |= {f"{number}.{key}": value for key, value in optimizer.state[parameter].items()}
     written = path.with_suffix(".new")
-    save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, written)
+    copies = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    save_file(copies, written, metadata=_what_is_trained(student))
     written.replace(path)
 
 
-def _restore(student: nn.Module, path: Path) -> int:
-    """Give `student` what was kept. Returns the number of steps that were done."""
+def _restore(student: nn.Module, path: Path) -> Progress:
+    """Give `student` what was kept of a training of the same layers, if it was."""
+    if not path.is_file():
+        return Progress()
+    with safe_open(path, framework="pt") as file:
+        if file.metadata() != _what_is_trained(student):
+            return Progress()
     tensors = load_file(path)
     for number, parameter in enumerate(itertools.chain(*trained(student))):
         parameter.data.copy_(tensors[f"{number}"])
-    return int(tensors["done"])
+    done, loss = tensors["progress"].tolist()
+    return Progress(int(done), loss)
+
+
+def _what_is_trained(student: nn.Module) -> dict[str, str]:
+    """The names of its parameters, and how large they are."""
+    return {name: str([*each.shape]) for name, each in student.named_parameters() if each.requires_grad}
 
 
 def _restore_moments(optimizer: torch.optim.Optimizer, path: Path) -> None:

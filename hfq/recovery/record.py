@@ -2,14 +2,7 @@
 
 from dataclasses import dataclass, field
 
-
-@dataclass(frozen=True)
-class Look:
-    """The model after some steps: mean loss since the look before, and the score of its int8 on the tuning split."""
-
-    steps: int
-    loss: float
-    score: float
+from ..tuning.trial import Look
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from ..common.redact import redact
 from ..data.examples import DatasetInfo
 from ..explain.explanation import Explanation
 from ..measure.figures import Comparison, Measurement, StockComparison
-from ..recovery.record import Look, Recovery
+from ..recovery.record import Recovery
 from ..source.checkpoint import CheckpointInfo
 from ..tasks.base import FIDELITY, Confusion, Trivial
 from ..tuning.goal import Goal
-from ..tuning.trial import Trial
+from ..tuning.trial import Look, Trial
 from .upgrade import SCHEMA_VERSION, upgraded
 
 if TYPE_CHECKING:

@@ -8,14 +8,15 @@ from pathlib import Path
 
 from ..common.errors import ExportError
 from ..common.redact import redact
-from .trial import Trial
+from .trial import Look, Trial
 
 
 class TrialLog:
     """What one run has found so far.
 
-    `trials`: evaluations in order. `ranking`: output error on the calibration slice, by candidate name. The first
-    line of the file holds what they depend on; with `resume`, a log of the same run goes on, any other is dropped.
+    `trials`: evaluations in order. `looks`: at a model in training. `ranking`: output error on the calibration slice, by
+    candidate name. The first line of the file holds what they depend on; with `resume`, a log of the same run goes on
+    (`goes_on`), any other is dropped.
     `copy` is given the whole text of the file each time that it has changed.
     """
 
@@ -30,9 +31,11 @@ class TrialLog:
         self.path = path
         self._copy = copy or (lambda _: None)
         self.trials: list[Trial] = []
+        self.looks: list[Look] = []
         self.ranking: dict[str, float] = {}
         header = {"depends_on": json.loads(json.dumps(depends_on))}
         rows = _read(path, header) if resume else []
+        self.goes_on = bool(rows)
         try:
             path.write_text("".join(_line(row) for row in [header, *rows]))
         except OSError as error:
@@ -41,6 +44,11 @@ class TrialLog:
         for row in rows:
             self._remember(row)
 
+    @property
+    def judged(self) -> int:
+        """How many models the tuning split has judged."""
+        return len(self.trials) + len(self.looks)
+
     def rank(self, name: str, output_error: float) -> None:
         """Keep a candidate's output error."""
         self._append({"ranked": name, "output_error": output_error})
@@ -48,6 +56,10 @@ class TrialLog:
     def add(self, trial: Trial) -> None:
         """Keep a finished evaluation, in place of an earlier one of that candidate."""
         self._append({"trial": asdict(trial)})
+
+    def look(self, look: Look) -> None:
+        """Keep a look, in place of those at as many steps or more: training has gone on from before them."""
+        self._append({"look": asdict(look)})
 
     def refute(self, trial: Trial, *, accuracy: float, loss: float) -> None:
         """Keep that an accepted trial misses the goal, by what was measured of its export."""
@@ -72,6 +84,9 @@ class TrialLog:
         if "trial" in row:
             trial = Trial(**row["trial"])
             self.trials = [*(earlier for earlier in self.trials if earlier.name != trial.name), trial]
+        elif "look" in row:
+            look = Look(**row["look"])
+            self.looks = [*(earlier for earlier in self.looks if earlier.steps < look.steps), look]
         else:
             self.ranking[row["ranked"]] = row["output_error"]
 

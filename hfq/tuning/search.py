@@ -107,7 +107,7 @@ def tune(  # noqa: PLR0913 - of a trial: who names it, who judges it, by what, a
                 candidate.name,
                 score.accuracy,
                 score.duration_s,
-                goal.met(score.accuracy) and goal.proved(score.against, trial=len(log.trials) + 1),
+                goal.met(score.accuracy) and goal.proved(score.against, trial=log.judged + 1),
                 output_error(candidate),
                 goal.loss(score.accuracy),
                 score.stock_agreement,

@@ -1,4 +1,4 @@
-"""What one evaluated candidate gave."""
+"""What one evaluated candidate gave, and what one look at a model in training."""
 
 from dataclasses import dataclass
 
@@ -35,3 +35,12 @@ class Trial:
     needed: int | None = None
     examples: int | None = None
     near_ties: float = 0.0
+
+
+@dataclass(frozen=True)
+class Look:
+    """A model in training after some steps: mean loss since the look before, and the score of its int8 on the tuning split."""
+
+    steps: int
+    loss: float
+    score: float

@@ -75,6 +75,26 @@ def test_an_interrupted_training_ends_as_one_that_was_not(teacher: nn.Module, tm
     assert relative_error(logits(again, BATCHES), logits(whole, BATCHES)) < 1e-5
 
 
+def test_what_is_kept_is_looked_at_again_and_only_trained_on_by_the_same_layers(
+    teacher: nn.Module, tmp_path: Path
+) -> None:
+    plan, state, looks = coarse(teacher), tmp_path / "kept", []
+
+    def look(steps: int, loss: float) -> bool:
+        looks.append((steps, loss))
+        return True
+
+    for _ in range(2):
+        distill(student_of(teacher, plan), teacher, BATCHES, schedule=SCHEDULE, look=look, state=state)
+    assert looks == [looks[0]] * 2
+    assert looks[0][1] > 0
+    *_, last = plan.layers
+    fewer = replace(plan, layers={name: scheme for name, scheme in plan.layers.items() if name != last})
+    distill(student_of(teacher, fewer), teacher, BATCHES, schedule=SCHEDULE, look=look, state=state)
+    assert looks[2][0] == SCHEDULE.look_after
+    assert looks[2][1] != looks[0][1]
+
+
 def test_clipped_values_pull_the_scale_and_get_no_gradient() -> None:
     x = torch.tensor([0.4, 300.0], requires_grad=True)
     scale = torch.tensor(1.0, requires_grad=True)

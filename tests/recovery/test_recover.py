@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from support.command import copy_checkpoint, forkserver, write_slice
 
-from hfq.common.names import TRIALS_FILE
+from hfq.common.names import RECOVERY_FILE, TRIALS_FILE
 
 LARGE = 60.0  # times the largest weight of a row
 LAYERS = 3
@@ -56,6 +57,10 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_what_misses_the_goal_meets_it_after_training_and_the_card_says_so(workspace: Path) -> None:
+    """What an earlier run left, of another model, is nothing to go on from."""
+    left = workspace / "blind-int8.hfq-work"
+    left.mkdir()
+    save_file({"progress": torch.tensor([400.0, 0.0])}, left / RECOVERY_FILE)
     done = forkserver().hfq("quantize", "./blind", *FLAGS, "--recover", cwd=workspace)
     assert done.code == 0, done.err
     report = json.loads((workspace / "blind-int8" / "hfq.json").read_text())
@@ -67,9 +72,10 @@ def test_what_misses_the_goal_meets_it_after_training_and_the_card_says_so(works
     assert f"post-training quantization alone reached {recovery['before']:.4g}" in card
 
 
-def test_it_does_not_train_on_what_judges_it(workspace: Path) -> None:
-    flags = ("--recover", "--calibration-split", "validation", "--output", "other")
+@pytest.mark.parametrize("split", ["validation", "train,validation"])
+def test_it_does_not_train_on_what_judges_it(workspace: Path, split: str) -> None:
+    flags = ("--recover", "--split", split, "--calibration-split", "validation", "--output", "other")
     done = forkserver().hfq("quantize", "./blind", "--dataset", "./data", *flags, cwd=workspace)
-    assert done.code != 0
+    assert done.code == 2
     assert "--recover trains on another split than 'validation'" in done.err
     assert not (workspace / "other.hfq-work" / TRIALS_FILE).exists()

@@ -17,7 +17,7 @@ from hfq.tuning.log import TrialLog
 from hfq.tuning.options import ALPHAS, Limits, Options
 from hfq.tuning.search import Outcome, Score, rank, tune
 from hfq.tuning.search_orders import FINALISTS, GAP_CLOSED, Searchable, basic
-from hfq.tuning.trial import STABLE, Trial
+from hfq.tuning.trial import STABLE, Look, Trial
 
 LAYERS = tuple(f"layer.{i}" for i in range(20))  # the most sensitive first
 MIN_MAX, MSE, ENTROPY = (Candidate("static", observer) for observer in ("min-max", "mse", "entropy"))
@@ -199,6 +199,28 @@ def test_layers_that_stand_out_are_tried_without_static_before_anything_else_is(
     assert (outcome.candidate.dynamic_layers if tokens_help else outcome.candidate.float_layers) == LAYERS[:3]
 
 
+@pytest.mark.parametrize("tokens_help", [True, False])
+def test_what_spoiled_layers_hid_is_ranked_again_without_them(search: Search, tokens_help: bool) -> None:
+    """Their error is luck, in which entropy comes first; without them it is min-max, with a fourth layer dynamic."""
+    spoiled, lucky = set(LAYERS[:3]), {ENTROPY: 1.0, MSE: 1.1, MIN_MAX: 1.2}
+    own = {"entropy": 0.06, "mse": 0.05, "min-max": 0.04}
+
+    def error(candidate: Candidate) -> float:
+        mended = {*candidate.float_layers, *(candidate.dynamic_layers if tokens_help else ())}
+        if candidate.approach == "dynamic":
+            return 0.01 + (0 if tokens_help else len(spoiled - mended))
+        left = own[candidate.observer] if LAYERS[3] not in candidate.dynamic_layers else 0.011
+        return left + (len(spoiled - mended) / 3) * lucky[Candidate("static", candidate.observer)]
+
+    errors = {candidate: error(candidate) for candidate in (ENTROPY, MSE, MIN_MAX, DYNAMIC)}
+    outcome = search.run(lambda c: GOOD if error(c) < 0.02 else BAD, errors=errors, output_error=error, approach="auto")
+    first, *rest = [c.observer for c in search.evaluated if c.dynamic_layers or c.float_layers][: len(own)]
+    assert (first, rest) == ("min-max", ["mse", "entropy"])
+    assert outcome.candidate.observer == "min-max"
+    assert {*outcome.candidate.float_layers, *outcome.candidate.dynamic_layers} == set(LAYERS[:4])
+    assert outcome.candidate.float_layers == (() if tokens_help else LAYERS[:3])
+
+
 def test_near_ties_do_not_send_the_search_on(search: Search) -> None:
     outcome = search.run(lambda _: GOOD, agreement=lambda _: 0.98, near_ties=0.01)
     assert search.evaluated == [MSE]
@@ -316,6 +338,18 @@ def test_resumed_trials_count_for_max_trials(tmp_path: Path) -> None:
 def test_ranking_is_remembered(tmp_path: Path) -> None:
     make_log(tmp_path).rank("static, mse", 0.125)
     assert make_log(tmp_path, resume=True).ranking == {"static, mse": 0.125}
+
+
+def test_looks_at_a_training_are_remembered_and_count_as_judged(tmp_path: Path) -> None:
+    log = make_log(tmp_path)
+    assert not log.goes_on
+    Search(log).run(lambda _: BAD, max_trials=2)
+    for steps in (50, 100, 50):  # the last after it began anew
+        log.look(Look(steps, loss=0.5, score=BAD))
+    again = make_log(tmp_path, resume=True)
+    assert again.goes_on
+    assert again.looks == [Look(50, loss=0.5, score=BAD)]
+    assert again.judged == 3
 
 
 @pytest.mark.parametrize(
