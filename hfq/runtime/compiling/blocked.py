@@ -76,6 +76,8 @@ class BlockedMatmul:
     point.
     """
 
+    parameter = None  # as of any packed weight (`hfq.runtime.int8.packed.PackedWeight`)
+
     def __init__(self, packed: PackedLinear, weight: Tensor) -> None:
         self.dtype = packed.dtype
         self.weight = weight

@@ -2,15 +2,19 @@
 
 import subprocess
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from support import pieces
 from support.command import forkserver
+from support.families import FAMILIES, READERS_OF_TOKENS
 from support.models import quantized, relative_error, tiny, token_batches
 from torch import Tensor, fx
 
+from hfq.ptq.inputs import Batch
 from hfq.ptq.scheme import Approach
 from hfq.runtime.compiling import compile as compiling
 from hfq.runtime.compiling.blocked import gelu, lay_out
@@ -118,13 +122,15 @@ def test_numbers_that_16_bits_cannot_hold_are_the_largest(compiled: Graph) -> No
     assert y[0].isfinite().all() and (y[0] > 6e4).all() and y[1].abs().max() < 10
 
 
-def rewritten(model: Any, approach: Approach, monkeypatch: pytest.MonkeyPatch) -> fx.GraphModule:
-    """What is compiled of `model` in int8."""
+def rewritten(
+    model: Any, approach: Approach, monkeypatch: pytest.MonkeyPatch, batches: Sequence[Batch] = BATCHES
+) -> fx.GraphModule:
+    """What is compiled of `model` in int8, calibrated on `batches`."""
     from hfq.runtime.compiling.inductor.compiler import Rebuilt, trace
     from hfq.runtime.compiling.inductor.rewriting import rewrite
 
     monkeypatch.setenv("HFQ_FUSIONS", "exact")  # torch's attention, which is looked for, whatever the CPU
-    model = quantized(model, Candidate(approach), BATCHES)
+    model = quantized(model, Candidate(approach), batches)
     fuse(model)
     pack_all(model)
     lay_out(model, panels=True)
@@ -186,3 +192,18 @@ def test_attention_by_distance_is_found(shared: bool, monkeypatch: pytest.Monkey
 def test_gelu_of_codes_is_far_below_a_step() -> None:
     x = torch.cat([torch.linspace(-9, 9, 200_001), torch.tensor([-1e30, 1e30])])
     assert (gelu(x) - torch.nn.functional.gelu(x)).abs().max() < 1e-4
+
+
+OTHERS = ("distilbert", "electra", "roberta", "longformer")  # three are above, and the last looks at numbers
+_WIDTHS = ("hidden_size", "intermediate_size", "d_model", "d_ff", "dim", "hidden_dim", "embedding_size")
+
+
+@pytest.mark.skipif(not can_compile() or not multiplies_itself(), reason="oneDNN multiplies int8 on this CPU")
+@pytest.mark.parametrize("name", [name for name in READERS_OF_TOKENS if name not in OTHERS])
+def test_each_family_is_one_graph_in_which_matmuls_are_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = FAMILIES[name]
+    wide = {key: max(64, family.config[key]) for key in _WIDTHS if key in family.config}
+    model = replace(family, config={**family.config, **wide}).make().base_model
+    module = rewritten(model, "static", monkeypatch, [family.inputs()])
+    matmuls = [node for node in module.graph.nodes if "hfq.int8_linear" in str(node.target)]
+    assert len(matmuls) >= 4
