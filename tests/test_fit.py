@@ -83,11 +83,27 @@ class Normed(nn.Module):
         return self.head(torch.relu(self.hidden(torch.relu(self.conv(x)).mean(-1))))
 
 
+class Listed(nn.Module):
+    """It calls its layers from a plain list, as Mask2Former's heads do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = [nn.Linear(12, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 4)]
+        for i, layer in enumerate(self.layers):
+            self.add_module(str(i), layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
 MODELS: dict[str, tuple[type[nn.Module], Callable[[], Tensor], set[str]]] = {
     "mlp": (MLP, lambda: torch.randn(96, 12), {"first", "second"}),
     "cnn": (CNN, lambda: torch.randn(48, 3, 8, 8), {"conv1", "conv2", "fc"}),
     "conv1d": (Sequence1d, lambda: torch.randn(48, 6, 10), {"conv"}),
     "weight_norm": (Normed, lambda: torch.randn(48, 6, 10), {"hidden"}),
+    "listed": (Listed, lambda: torch.randn(96, 12), {"0", "2"}),
     "lstm": (LSTMHead, lambda: torch.randint(0, 30, (48, 7)), {"embedding", "head"}),
 }
 
@@ -659,6 +675,34 @@ def test_what_stock_transformers_would_open_otherwise_is_not_saved(tmp_path: Pat
     with pytest.raises(ExportError, match="another model where hfq is not installed: its answer differs by"):
         int8.save(tmp_path / "saved")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_rounding_of_inputs_alone_makes_no_other_model(tmp_path: Path) -> None:
+    """Stock transformers opens it widened, and rounds no inputs: what rounding does to an answer is no difference."""
+    torch.manual_seed(0)
+    sizes = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "num_labels": 5}
+    model = transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes)).eval()
+    inputs = {"pixel_values": torch.randn(2, 3, 32, 32)}
+    int8 = fit(model, PostTrainingQuantConfig(recipes={"smooth_quant": False}), [inputs])
+    for module in int8.modules():
+        if isinstance(module, Int8Conv):
+            module.input_scale.data.mul_(0.02)  # nearly everything is out of range
+    with torch.inference_mode():
+        answer = int8(**inputs).logits
+        assert relative_error(answer, model(**inputs).logits) > 0.5
+        int8.save(tmp_path / "saved")
+        assert relative_error(hfq.load(tmp_path / "saved")(**inputs).logits, answer) < 0.02
+
+
+def test_convolutions_beside_buffers_that_are_called_weights_stay_float() -> None:
+    """As those of classes in Mask2Former's loss: stock transformers could not open what it had to widen."""
+    sizes = {"hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 16, 16, 16, 16, 32], "num_attention_heads": 2}
+    model = transformers.MobileViTForImageClassification(transformers.MobileViTConfig(**sizes, image_size=32)).eval()
+    model.register_buffer("empty_weight", torch.ones(3))
+    conf = PostTrainingQuantConfig(approach="dynamic")
+    report = fit(model, conf, [{"pixel_values": torch.randn(2, 3, 32, 32)}]).report()
+    assert "buffers that are called weights" in report.layers.float_layers["mobilevit.conv_stem.convolution"]
+    assert report.layers.dynamic
 
 
 def test_an_architecture_that_stock_transformers_cannot_open_is_not_saved(tmp_path: Path) -> None:

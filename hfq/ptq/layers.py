@@ -236,8 +236,9 @@ def _why_convolutions_stay(model: nn.Module) -> str | None:
     convolutions = [module for module in model.modules() if isinstance(module, CONVOLUTIONS)]
     if _are_few(convolutions, model):
         return "a small part of the model"
-    if any(name.endswith(".weight") for name, _ in model.named_buffers()):  # DETR's norms: what widens takes parameters
-        return "beside norms whose weights are buffers, where stock transformers cannot widen it"
+    # What widens takes all of such names for parameters: DETR's norms, Mask2Former's weights of classes.
+    if any(name.endswith("weight") for name, _ in model.named_buffers()):
+        return "beside buffers that are called weights, where stock transformers cannot widen it"
     return None
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ...common.memory import return_freed_memory
 from ..compiling.difference import differs
 from ..int8.conv import Int8Conv
 from ..int8.known_forward import FUSED, FusedForward, runs_known_code
@@ -91,6 +92,7 @@ class DirectForward:
                 if differs(steps, own, torch.rand(3, *size)) is not None:
                     raise OtherStepsError
                 steps.look()
+                return_freed_memory()
                 return steps
         except OtherStepsError:
             _log.info("%s runs module by module: its steps depend on its input", type(self._entry.model).__name__)

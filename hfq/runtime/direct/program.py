@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from ...common.memory import return_freed_memory
 from ..fusion.flow import forwards_replaced
 from ..fusion.snapshot import unchanged
 from ..int8.embedding import Int8Embedding
@@ -99,6 +101,7 @@ def _taken_down(model: nn.Module, forward: Callable[[Tensor], Any], images: Tens
     notes = _Notes(images)
     with unchanged(model) as snapshot, torch.inference_mode(), _noted(model, notes), notes:
         leaves, form = pytree.tree_flatten(forward(images))
+    return_freed_memory()  # it kept what layers alone need, of several images, and no gap of it fits the next forward
     if snapshot.changed:
         raise OtherStepsError
     by_image = all(isinstance(leaf, Tensor) and leaf.shape[:1] == images.shape[:1] for leaf in leaves)
@@ -126,14 +129,14 @@ def _leaf(first: Any, second: Any) -> Any:
 
 
 class _Notes(TorchDispatchMode):
-    """Takes down operations, in-place ones as those that return another tensor. All tensors live on until the end."""
+    """Takes down operations, in-place ones as those that return another tensor. It keeps no tensor alive."""
 
     def __init__(self, images: Tensor) -> None:
         super().__init__()
         self.calls: list[Call] = []
         self.is_inside_layer = False
-        self._tensors = [images]
-        self._numbers = {id(images): 0}
+        self._numbers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._numbers[images] = 0
         self._count = 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -162,8 +165,8 @@ class _Notes(TorchDispatchMode):
             raise OtherStepsError
         numbers = tuple(range(self._count, self._count + len(tensors)))
         self._count += len(tensors)
-        self._tensors += tensors
-        self._numbers |= {id(tensor): number for tensor, number in zip(tensors, numbers, strict=True)}
+        for tensor, number in zip(tensors, numbers, strict=True):
+            self._numbers[tensor] = number
         self.calls.append(Call(function, *encoded, numbers, tuple(tensor.shape for tensor in tensors)))
 
     def encoded(self, arguments: Any) -> Any:
@@ -171,14 +174,14 @@ class _Notes(TorchDispatchMode):
         return pytree.tree_map(self._encoded, arguments)
 
     def _encoded(self, leaf: Any) -> Any:
-        number = self._numbers.get(id(leaf)) if isinstance(leaf, Tensor) else None
+        number = self._numbers.get(leaf) if isinstance(leaf, Tensor) else None
         return leaf if number is None else Value(number)
 
     def _returning(self, func: Any, written: list[Any], output: Any) -> Any:
         """What computes the same as `func` in memory of its own. Nobody else may have seen the memory."""
         name, overload = func._schema.name.partition("::")[2], func._schema.overload_name or "default"
         tensor = written[0]
-        same = [other for other in self._tensors if _memory(other) == _memory(tensor)]
+        same = [other for other in self._numbers if _memory(other) == _memory(tensor)]
         plain = getattr(getattr(torch.ops.aten, name.removesuffix("_"), None), overload, None)
         if output is not tensor or any(other is not tensor for other in same) or not same:
             raise OtherStepsError

@@ -177,7 +177,10 @@ def read_for_first_token(model: nn.Module, example: Mapping[str, Tensor], flow: 
     readers = Counter(id(given) for _, given, _ in flow.calls)
     alone = flow.called_once()
     layers = [
-        layer for layer, given, _ in flow.calls if given.dim() == 3 and layer in alone and readers[id(given)] == 1
+        layer
+        for layer, given, _ in flow.calls
+        # Where the second dimension is the batch's, as in Mask2Former's decoder, one image shows nothing of another.
+        if given.dim() == 3 and given.shape[1] > 1 and layer in alone and readers[id(given)] == 1
     ]
     try:
         found = _first_token_alone(model, example, layers)

@@ -232,8 +232,11 @@ def _examples(model: nn.Module) -> Iterator[tuple[nn.Module, Mapping[str, Tensor
 def _fuse_flow(model: nn.Module, example: Mapping[str, Tensor], wanted: Sequence[str]) -> Flow | None:
     """Fuse what hands tensors from layer to layer, as one forward on `example` shows it; another shows that it runs.
 
-    Returns: what the first one showed.
+    Returns: what the first one showed. None, too, of images without two layers between which anything could flow: a
+    trace keeps all activations.
     """
+    if "input_ids" not in example and sum(isinstance(module, Int8Linear) for module in model.modules()) < 2:
+        return None
     flow = trace(model, example)
     usual = flow is not None
     if not usual:

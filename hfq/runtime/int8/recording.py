@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ..kernels.kernel import token_scale
+
 if TYPE_CHECKING:
     from .packed import PackedModule
 
@@ -41,6 +43,17 @@ def recorded_codes(module: "PackedModule", x: Tensor) -> Tensor:
     """Codes of `x` without their zero point, float32."""
     zero_point = module.input_zero_point.float()
     return ((x.float() / module.input_scale).round() + zero_point).clamp(-128, 127) - zero_point
+
+
+def rounded_input(module: "PackedModule", x: Tensor) -> Tensor:
+    """What codes of `x` stand for, float32; of a weight-only layer `x` itself."""
+    if module.activation == "weight-only":
+        return x
+    if module.activation == "dynamic":
+        scale = token_scale(x.float())
+        return (x.float() / scale).round().clamp(-128, 127) * scale
+    codes: Tensor = recorded_codes(module, x) * module.input_scale
+    return codes
 
 
 @contextmanager

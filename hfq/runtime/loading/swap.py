@@ -32,16 +32,23 @@ def swap_modules(model: nn.Module, config: QuantizationConfig) -> None:
 
 
 def replacer(model: nn.Module) -> Callable[[nn.Module, nn.Module], None]:
-    """What puts a module in the place of one of `model`, under every name that it has there."""
+    """What puts a module in the place of one of `model`, under every name that it has there, and in lists."""
     encoders = [module for module in model.modules() if isinstance(module, nn.TransformerEncoder)]
     places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    listed: dict[nn.Module, list[tuple[list[Any], int]]] = {}
     for parent in model.modules():
         for name, child in parent._modules.items():
             if child is not None:
                 places.setdefault(child, []).append((parent, name))
+        for value in vars(parent).values():  # Mask2Former's heads call their layers from a plain list
+            for i, item in enumerate(value if isinstance(value, list) else ()):
+                if isinstance(item, nn.Module):
+                    listed.setdefault(item, []).append((value, i))
 
     def put(old: nn.Module, new: nn.Module) -> None:
         vars(new).update({name: value for name, value in _noted_on(old).items() if not hasattr(new, name)})
+        for items, i in listed.get(old, ()):
+            items[i] = new
         for parent, name in places[old]:
             parent._modules[name] = new
             if isinstance(new, Int8Embedding):  # peft takes ".weight" out of the name of what has a row for each token

@@ -1,6 +1,7 @@
 """Models of int8 convolutions compute as steps what they compute module by module."""
 
 import copy
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ import hfq
 from hfq.ptq.convert import int8_conv
 from hfq.ptq.scheme import LayerScheme
 from hfq.runtime.direct.forward import DirectForward
+from hfq.runtime.direct.program import program_of
 from hfq.runtime.fusion.fuse import fuse
 from hfq.runtime.kernels.selection import select_kernel
 
@@ -115,6 +117,21 @@ def test_images_do_not_change_each_other(resnet: PreTrainedModel) -> None:
         together = resnet(images(5)).logits
         alone = torch.cat([resnet(image[None]).logits for image in images(5)])
     assert torch.allclose(together, alone, atol=1e-5)
+
+
+def test_no_activation_is_kept_while_steps_are_found_out() -> None:
+    alive: list[int] = []
+
+    def forward(x: Tensor) -> Tensor:
+        made = []
+        for _ in range(8):
+            x = torch.relu(x.mul(2).add_(1))
+            made.append(weakref.ref(x))
+        alive.append(sum(tensor() is not None for tensor in made))
+        return x
+
+    assert len(program_of(nn.Identity(), forward, (3, 4, 4)).calls) == 24
+    assert alive == [1, 1]
 
 
 def test_hooks_see_what_modules_return(resnet: PreTrainedModel) -> None:

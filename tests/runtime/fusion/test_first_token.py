@@ -19,8 +19,12 @@ from transformers import (
 )
 
 import hfq
+from hfq.ptq.convert import int8_linear
+from hfq.ptq.scheme import LayerScheme
 from hfq.runtime.compiling.inductor.compiler import Rebuilt, trace
 from hfq.runtime.compiling.skeleton import take_apart
+from hfq.runtime.fusion.flow import read_for_first_token
+from hfq.runtime.fusion.flow import trace as flow_of
 from hfq.runtime.fusion.fuse import EXACT, fuse
 from hfq.runtime.kernels.selection import select_kernel
 from hfq.tuning.candidates import Candidate
@@ -195,3 +199,20 @@ def test_what_is_compiled_of_a_large_batch_is_for_any_size() -> None:
     inputs = torch.ones(2, 16, 1100, dtype=torch.int64)  # a million numbers in each layer
     program = trace(Rebuilt(parts[0], ["attention_mask", "input_ids"]), inputs, parts[1])
     assert not any(re.search(r"size\(\)\[1\]", guard) for guard in program._guards_code)
+
+
+def test_one_image_shows_nothing_of_the_next_where_tokens_come_first() -> None:
+    """As in Mask2Former's decoder, whose second dimension is the batch's."""
+
+    class TokensFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = int8_linear(nn.Linear(8, 8), LayerScheme("dynamic"))
+
+        def forward(self, pixel_values: Tensor) -> Tensor:
+            return self.linear(pixel_values.transpose(0, 1)).transpose(0, 1)
+
+    model, example = TokensFirst(), {"pixel_values": torch.zeros(1, 5, 8)}
+    flow = flow_of(model, example)
+    assert flow is not None
+    assert read_for_first_token(model, example, flow) == []
