@@ -8,6 +8,7 @@ those of the same name.
 import argparse
 import dataclasses
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -101,6 +102,7 @@ def write(name: str, line: str) -> None:
 
 def row(name: str, layers: int) -> str:
     """One family's line of the table."""
+    os.environ["HFQ_COMPILE"] = "off"  # or what a run before has compiled would be what is called uncompiled
     torch.set_num_threads(THREADS)
     model = made(name, layers)
     inputs = dict(examples(name, model, ((8, 128), (4, 17))))
