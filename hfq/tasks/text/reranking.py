@@ -228,7 +228,8 @@ def _candidates(rows: "Dataset") -> "Dataset":
             or [*judged, *(key for key in others if key not in judged)][: max(CANDIDATES, len(judged))]
         )
         found += [(row["text"], documents[key], judged.get(key, 0.0)) for key in passages]
-    found = found or [(" ".join(text.split()[:BEGINNING]), text, 0.0) for text in documents.values()]
+    # Documents alone: each is relevant to its own beginning.
+    found = found or [(" ".join(text.split()[:BEGINNING]), text, 1.0) for text in documents.values()]
     return datasets.Dataset.from_list([dict(zip(FLAT, row, strict=True)) for row in found], split=rows.split)
 
 
