@@ -25,7 +25,7 @@ EXACT = {
     "t5 of tokens": FAMILIES["t5 of tokens"],
     "vit": FAMILIES["vit"],
 }
-OTHERS = ("bert", "dinov2", "gemma3", "llama, tied", "modernbert", "qwen3", "swin", "t5")
+OTHERS = ("bert", "dinov2", "gemma3", "llama, tied", "qwen3")
 
 
 def with_outliers(family: Family, *, times: float) -> Any:
